@@ -1,0 +1,194 @@
+"""The other objectives: likelihoods of soft targets, and policy gradients on the same reward landscape.
+
+Each gradient is over the logits z of one position, before its weight. With π the softmax of z:
+
+    soft targets t      L = −Σ t log π                        ∂L/∂z = π − t
+    expected reward     J = Σ π r                             ∂J/∂z = π (r − J)
+    sampled actions     L = −(1/S) Σ_s w_s log π(a_s)         ∂L/∂z = (1/S) Σ_s w_s (π − onehot(a_s))
+
+Shapes: N positions, V vocabulary, A active actions, S sampled actions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .losses import RewardedObjective, entropy_gradient, reward_metrics
+from .protocol import Objective, Policy, Rows, Scores, register
+
+
+@register
+class CrossEntropy(Objective):
+    """Ordinary pretraining: −log π(target)."""
+
+    name = "cross_entropy"
+
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        policy = Policy.of(rows.player_logits)
+        metrics = policy.metrics(rows.targets)
+        metrics = {"loss": metrics["cross_entropy"], **metrics}
+        if not with_gradient:
+            return Scores(None, metrics)
+        weights = rows.weights.unsqueeze(1)
+        return Scores(_subtract_target(policy.probs * weights, rows.targets, weights), metrics)
+
+
+@register
+class LabelSmoothing(Objective):
+    """Cross-entropy with a target that gives ε/V to every token of the vocabulary (Szegedy et al., 2016)."""
+
+    name = "label_smoothing"
+
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        smoothing = self.baseline.label_smoothing
+        policy = Policy.of(rows.player_logits)
+        metrics = policy.metrics(rows.targets)
+        loss = (1 - smoothing) * metrics["cross_entropy"] - smoothing * policy.log_probs.mean(dim=1)
+        metrics = {"loss": loss, **metrics}
+        if not with_gradient:
+            return Scores(None, metrics)
+        weights = rows.weights.unsqueeze(1)
+        gradient = (policy.probs - smoothing / policy.probs.shape[1]) * weights
+        return Scores(_subtract_target(gradient, rows.targets, (1 - smoothing) * weights), metrics)
+
+
+@register
+class Distillation(Objective):
+    """α·cross-entropy + (1−α)·KL(critic‖player) over the whole vocabulary; several critics are averaged."""
+
+    name = "distillation"
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.baseline.distillation_alpha < 1
+
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        alpha = self.baseline.distillation_alpha
+        policy = Policy.of(rows.player_logits)
+        metrics = policy.metrics(rows.targets)
+        loss, soft_targets = alpha * metrics["cross_entropy"], 0
+        for logits in rows.critic_logits if self.needs_critic else ():
+            critic, share = Policy.of(logits), (1 - alpha) / len(rows.critic_logits)
+            loss = loss - share * (critic.entropy + torch.linalg.vecdot(critic.probs, policy.log_probs))
+            soft_targets = soft_targets + share * critic.probs
+        metrics = {"loss": loss, **metrics}
+        if not with_gradient:
+            return Scores(None, metrics)
+        weights = rows.weights.unsqueeze(1)
+        return Scores(_subtract_target((policy.probs - soft_targets) * weights, rows.targets, alpha * weights), metrics)
+
+
+def _subtract_target(gradient: Tensor, targets: Tensor, amount: Tensor) -> Tensor:
+    """Take ``amount`` (N, 1) from the target's column, in place."""
+    return gradient.scatter_add_(1, targets.unsqueeze(1), -amount)
+
+
+@register
+class ExpectedReward(RewardedObjective):
+    """The exact policy gradient, −Σ π r − β H(π): the article's other formula."""
+
+    name = "expected_reward"
+
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
+        actions, valid, rewards = self.judge(rows)
+        policy, tempered = self.policies(rows.player_logits)
+        paid = self.loss_rewards(valid, rewards)
+        probs = tempered.probs.gather(1, actions)  # (N, A)
+        expected = torch.linalg.vecdot(probs, paid)
+        metrics = {
+            "loss": -expected - beta * tempered.entropy,
+            **policy.metrics(rows.targets),
+            **reward_metrics(rows, actions, valid, rewards, policy),
+        }
+        if not with_gradient:
+            return Scores(None, metrics)
+        scale = (rows.weights / temperature).unsqueeze(1)
+        gradient = tempered.probs * (scale * expected.unsqueeze(1)) + entropy_gradient(tempered, scale * beta)
+        return Scores(gradient.scatter_add_(1, actions, -scale * probs * paid), metrics)
+
+
+@register
+class Reinforce(RewardedObjective):
+    """S actions drawn from π, leave-one-out baseline: an unbiased estimate of ``expected_reward``'s gradient.
+
+    Reward is 0 outside the active actions. The entropy bonus is exact. With S = 1 there is no baseline.
+    """
+
+    name = "reinforce"
+    is_sampled = True
+
+    def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
+        """The policy that actions are drawn from."""
+        return tempered
+
+    def surrogate(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss (N, S) of the drawn actions, its derivative over log π(a_s) negated (N, S), and metrics (N,).
+
+        ``log_ratio`` is log π(a_s) − log of the probability with which a_s was drawn; here 0 by construction.
+        """
+        return -advantages, advantages, {}
+
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
+        actions, valid, rewards = self.judge(rows)
+        policy, tempered = self.policies(rows.player_logits)
+        behaviour = self.behaviour(rows, tempered)
+        drawn = draw_actions(behaviour.probs, rows.uniforms)  # (N, S)
+        drawn_rewards = look_up_rewards(drawn, actions, self.loss_rewards(valid, rewards))
+        advantages = drawn_rewards - leave_one_out_mean(drawn_rewards)
+        log_ratio = tempered.log_probs.gather(1, drawn) - behaviour.log_probs.gather(1, drawn)
+        loss, credit, extra = self.surrogate(log_ratio, advantages)
+        metrics = {
+            "loss": loss.mean(dim=1) - beta * tempered.entropy,
+            **policy.metrics(rows.targets),
+            **reward_metrics(rows, actions, valid, rewards, policy),
+            "sampled_reward": drawn_rewards.mean(dim=1),
+            **extra,
+        }
+        if not with_gradient:
+            return Scores(None, metrics)
+        scale = (rows.weights / temperature).unsqueeze(1)
+        credit = scale * credit / drawn.shape[1]
+        gradient = tempered.probs * credit.sum(dim=1, keepdim=True) + entropy_gradient(tempered, scale * beta)
+        return Scores(gradient.scatter_add_(1, drawn, -credit), metrics)
+
+
+@register
+class PPO(Reinforce):
+    """``reinforce`` with actions drawn from a snapshot of the policy and a clipped ratio to it (Schulman et al., 2017).
+
+    An episode is one token long, so generalised advantage estimation reduces to reward minus baseline.
+    """
+
+    name = "ppo"
+    needs_snapshot = True
+
+    def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
+        return Policy.of(rows.snapshot_logits, self.avatarl.temperature)
+
+    def surrogate(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        clip = self.baseline.ppo_clip
+        ratio = log_ratio.exp()
+        free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+        stopped = free > clipped  # the minimum is the clipped term, which is constant in π
+        return -torch.minimum(free, clipped), free.masked_fill(stopped, 0), {"clip_share": stopped.to(free).mean(dim=1)}
+
+
+def draw_actions(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw tokens (N, S) from ``probs`` (N, V) by inverting the distribution at ``uniforms`` (N, S) in [0, 1)."""
+    cumulative = probs.cumsum(dim=1)
+    points = uniforms.to(probs.dtype) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
+
+
+def look_up_rewards(drawn: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+    """Rewards (N, S) of drawn tokens: 0 outside the active actions; masked duplicates hold 0 already."""
+    return torch.where(drawn.unsqueeze(2) == actions.unsqueeze(1), rewards.unsqueeze(1), 0.0).sum(dim=2)
+
+
+def leave_one_out_mean(rewards: Tensor) -> Tensor:
+    """For each of S draws the mean reward (N, S) of the others; 0 when there are none."""
+    others = rewards.shape[1] - 1
+    return (rewards.sum(dim=1, keepdim=True) - rewards) / others if others else torch.zeros_like(rewards)

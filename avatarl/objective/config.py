@@ -1,0 +1,161 @@
+"""Settings of the objectives, their presets and their checks. The words are those of docs/method.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from avatarl.errors import UserError
+
+
+@dataclass(frozen=True)
+class AvataRLConfig:
+    """Settings of the AvataRL objective; the defaults are the article's.
+
+    Args:
+        top_k: How many tokens each model proposes at a position.
+        top_p: Cut each model's proposals to the shortest prefix with this probability (None: keep all ``top_k``).
+        smoothing: ε, the share of the reality expert that the other active actions divide among them.
+        pool: How the experts are blended, ``geometric`` (logarithmic pool) or ``arithmetic`` (linear pool).
+        reality_weight: w_R, the weight of the text.
+        critic_weight: w_C, the weight of the critic: a number, split evenly over several critics, or one per critic.
+        reward_scale: A reward is this times the consensus probability, before the cap.
+        threshold: Which actions keep their reward: ``mean`` (consensus above 1/n), ``mass`` (above S/n, S being the
+            blend's mass before normalisation; the released code) or ``none``.
+        reward_cap: A position whose largest reward is above this is scaled down to it (None: no cap).
+        entropy_coef: β, the weight of the policy's entropy in the loss (nats).
+        temperature: The loss takes the policy at logits divided by this.
+        per_action_mean: Divide a position's reward term by its number of active actions (the released code).
+
+    Raises:
+        UserError: A value is out of its range; the message names the field, the value and what is accepted.
+    """
+
+    top_k: int = 16
+    top_p: float | None = None
+    smoothing: float = 0.1
+    pool: Literal["geometric", "arithmetic"] = "geometric"
+    reality_weight: float = 0.7
+    critic_weight: float | tuple[float, ...] = 0.3
+    reward_scale: float = 100.0
+    threshold: Literal["mean", "mass", "none"] = "mean"
+    reward_cap: float | None = 1.5
+    entropy_coef: float = 0.01
+    temperature: float = 1.0
+    per_action_mean: bool = False
+
+    @classmethod
+    def article(cls, **overrides) -> AvataRLConfig:
+        """The method as the article states it (the defaults of this class)."""
+        return cls(**overrides)
+
+    @classmethod
+    def released(cls, **overrides) -> AvataRLConfig:
+        """The method as the released function computes it (tokenbender/avataRL at d291d9b)."""
+        preset = dict(top_k=4, threshold="mass", entropy_coef=0.0, temperature=1.01, per_action_mean=True)
+        return cls(**{**preset, **overrides})
+
+    def __post_init__(self):
+        if isinstance(self.critic_weight, list):  # YAML has no tuples
+            object.__setattr__(self, "critic_weight", tuple(self.critic_weight))
+        require_whole("top_k", self.top_k, minimum=1)
+        require_number("smoothing", self.smoothing, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        if self.top_p is not None:
+            require_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or none")
+        if self.reward_cap is not None:
+            require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or none")
+        require_choice("pool", self.pool, ("geometric", "arithmetic"))
+        require_choice("threshold", self.threshold, ("mean", "mass", "none"))
+        for name in ("reality_weight", "entropy_coef"):
+            require_number(name, getattr(self, name), lambda x: x >= 0, "a number of at least 0")
+        for name in ("reward_scale", "temperature"):
+            require_number(name, getattr(self, name), lambda x: x > 0, "a number above 0")
+        for weight in self._weights_as_given():
+            require_number("critic_weight", weight, lambda x: x >= 0, "a number of at least 0, or one per critic")
+        self._check_weights_together()
+
+    def _weights_as_given(self) -> tuple[float, ...]:
+        return self.critic_weight if isinstance(self.critic_weight, tuple) else (self.critic_weight,)
+
+    def _check_weights_together(self) -> None:
+        total = self.reality_weight + sum(self._weights_as_given())
+        if total == 0:
+            raise UserError("reality_weight and critic_weight are both 0; at least one expert needs a weight above 0")
+        if self.pool == "arithmetic" and not math.isclose(total, 1, abs_tol=1e-6):
+            raise UserError(
+                f"pool='arithmetic' mixes probabilities, so reality_weight + critic_weight must be 1; "
+                f"found {self.reality_weight} + {self.critic_weight}"
+            )
+        if self.pool == "arithmetic" and self.threshold == "mass":
+            raise UserError("threshold='mass' is defined for pool='geometric' only; use 'mean' or 'none'")
+
+    def critic_weights(self, num_critics: int) -> tuple[float, ...]:
+        """Return one weight for each of ``num_critics`` critics.
+
+        Raises:
+            UserError: ``critic_weight`` has another number of entries, or is above 0 and there is no critic.
+        """
+        if not isinstance(self.critic_weight, tuple):
+            if num_critics == 0 and self.critic_weight > 0:
+                raise UserError(f"critic_weight is {self.critic_weight} but no critic is given; give one, or weight 0")
+            return (self.critic_weight / num_critics,) * num_critics if num_critics else ()
+        if len(self.critic_weight) != num_critics:
+            raise UserError(f"critic_weight has {len(self.critic_weight)} entries for {num_critics} critics")
+        return self.critic_weight
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether any critic has a weight above 0."""
+        return any(weight > 0 for weight in self._weights_as_given())
+
+    @property
+    def needs_critic_normaliser(self) -> bool:
+        """Whether rewards depend on the critic's probabilities and not only on its logits at the active actions."""
+        return self.pool == "arithmetic" or self.threshold == "mass"
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """Settings of the other objectives.
+
+    Args:
+        label_smoothing: ``label_smoothing``: the share of the target spread over the whole vocabulary.
+        distillation_alpha: ``distillation``: the weight α of cross-entropy; KL(critic‖player) has 1−α.
+        samples: ``reinforce`` and ``ppo``: actions drawn from the policy at each position.
+        ppo_clip: ``ppo``: the ratio to the snapshot is clipped to [1−c, 1+c].
+        ppo_refresh_every: ``ppo``: optimiser steps between two snapshots of the policy.
+    """
+
+    label_smoothing: float = 0.1
+    distillation_alpha: float = 0.5
+    samples: int = 16
+    ppo_clip: float = 0.2
+    ppo_refresh_every: int = 4
+
+    def __post_init__(self):
+        require_number("label_smoothing", self.label_smoothing, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        require_number("distillation_alpha", self.distillation_alpha, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        require_whole("samples", self.samples, minimum=1)
+        require_number("ppo_clip", self.ppo_clip, lambda x: 0 < x < 1, "a number in (0, 1)")
+        require_whole("ppo_refresh_every", self.ppo_refresh_every, minimum=1)
+
+
+def require_number(field: str, value: float, accepts: Callable[[float], bool], what: str) -> None:
+    """Raise a UserError naming ``field`` unless ``value`` is a finite number that ``accepts`` says yes to."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accepts(value):
+        raise UserError(f"{field} is {value!r}; expected {what}")
+
+
+def require_whole(field: str, value: int, minimum: int) -> None:
+    """Raise a UserError naming ``field`` unless ``value`` is a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{field} is {value!r}; expected a whole number of at least {minimum}")
+
+
+def require_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a UserError naming ``field`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UserError(f"{field} is {value!r}; expected one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,107 @@
+"""Row chunks: logits, scores and closed-form gradients of some positions at a time, on any device and in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import compute_dtype
+from ..protocol import Objective, Rows, weighted_sums
+
+# Elements of one chunk's logits. On a CPU it is small enough for the working set to stay near the cache and large
+# enough for the products to be efficient; chosen by timing 2^20 to 2^25 on two AVX-512 cores (docs/lab-log.md).
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+
+
+class Head(NamedTuple):
+    """One model's last hidden states (N, d) and its head weight (V, d)."""
+
+    states: Tensor
+    weight: Tensor
+
+
+def chunked_sums(
+    objective: Objective,
+    player: Head,
+    critics: Sequence[Head],
+    snapshot: Head | None,
+    targets: Tensor,
+    weights: Tensor,
+    uniforms: Tensor | None,
+    wants_gradients: tuple[bool, bool],
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """Score all positions chunk by chunk, without autograd.
+
+    Args:
+        targets: (N,) int64, a real id everywhere.
+        weights: (N,) what each position counts.
+        uniforms: (N, S) in [0, 1), or None.
+        wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
+
+    Returns:
+        Metrics summed with ``weights`` (scalars), the gradient of the loss over the player's states (N, d) in their
+        dtype, and over its head weight (V, d) in float32 or float64; None where not wanted.
+    """
+    num_positions, vocabulary = player.states.shape[0], player.weight.shape[0]
+    dtype = compute_dtype(player.states.dtype)
+    wants_states, wants_weight = wants_gradients
+    grad_states = torch.empty_like(player.states) if wants_states else None
+    grad_weight = torch.zeros_like(player.weight, dtype=dtype) if wants_weight else None
+    player, critics = _in_product_dtype(player), [_in_product_dtype(critic) for critic in critics]
+    snapshot = None if snapshot is None else _in_product_dtype(snapshot)
+
+    rows = chunk_rows(num_positions, vocabulary, player.states.device)
+    totals: dict[str, Tensor] = {}
+    with torch.autocast(player.states.device.type, enabled=False):
+        for start in range(0, num_positions, rows) if num_positions else (0,):
+            chunk = slice(start, start + rows)
+            scores = objective.score(
+                Rows(
+                    _logits(player, chunk, dtype),
+                    [_logits(critic, chunk, dtype) for critic in critics],
+                    targets[chunk],
+                    weights[chunk],
+                    None if snapshot is None else _logits(snapshot, chunk, dtype),
+                    None if uniforms is None else uniforms[chunk],
+                ),
+                with_gradient=wants_states or wants_weight,
+            )
+            for name, value in weighted_sums(scores.metrics, weights[chunk]).items():
+                totals[name] = totals[name] + value if name in totals else value
+            if scores.gradient is None:
+                continue
+            gradient = scores.gradient.to(player.weight.dtype)  # (rows, V)
+            if wants_states:
+                grad_states[chunk] = gradient @ player.weight
+            if wants_weight:
+                _add_product(grad_weight, gradient.t(), player.states[chunk])
+    return totals, grad_states, grad_weight
+
+
+def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int:
+    """How many positions one chunk holds: chunks of equal size, none empty."""
+    most = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+    num_chunks = max(1, -(-num_positions // most))
+    return max(1, -(-num_positions // num_chunks))
+
+
+def _in_product_dtype(head: Head) -> Head:
+    """Cast once what every chunk's product would cast again: to autocast's dtype where it is on."""
+    device_type = head.states.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
+    return Head(head.states.to(dtype), head.weight.to(dtype))
+
+
+def _logits(head: Head, chunk: slice, dtype: torch.dtype) -> Tensor:
+    return (head.states[chunk] @ head.weight.t()).to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in the dtype of ``total`` whatever the products' dtype."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

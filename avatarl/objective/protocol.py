@@ -1,0 +1,211 @@
+"""What every objective is: a loss and its gradient in closed form, row by row, plus metrics.
+
+An objective sees some positions at once as :class:`Rows` and answers with :class:`Scores`. It never sees a model, so
+the same few lines serve materialised logits (:func:`objective_loss`) and the chunked path from hidden states
+(:mod:`avatarl.objective.fused`).
+
+Shapes: N positions, V vocabulary, S sampled actions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from avatarl.errors import UserError, nearest_name
+
+from .checks import as_critics, check_logits, compute_dtype
+from .config import AvataRLConfig, BaselineConfig
+
+
+class Rows(NamedTuple):
+    """What an objective is given: N positions, logits over the real vocabulary in the computing dtype."""
+
+    player_logits: Tensor  # (N, V)
+    critic_logits: Sequence[Tensor]  # C tensors (N, V)
+    targets: Tensor  # (N,) int64, a real id everywhere
+    weights: Tensor  # (N,) what a position counts: 1/M, or 0 where ignored
+    snapshot_logits: Tensor | None = None  # (N, V), the earlier policy that ppo samples from
+    uniforms: Tensor | None = None  # (N, S) in [0, 1), the draws of sampled objectives
+
+
+class Scores(NamedTuple):
+    """What an objective answers."""
+
+    gradient: Tensor | None  # (N, V) of the weighted loss over player_logits; None when not asked for
+    metrics: dict[str, Tensor]  # (N,) each, unweighted; always with "loss", "cross_entropy" and "entropy"
+
+
+class Objective(ABC):
+    """A loss over next-token logits. Subclasses name themselves and are found by that name."""
+
+    name: ClassVar[str]
+    needs_snapshot: ClassVar[bool] = False
+    is_sampled: ClassVar[bool] = False
+
+    def __init__(self, avatarl: AvataRLConfig | None = None, baseline: BaselineConfig | None = None):
+        self.avatarl = avatarl or AvataRLConfig.article()
+        self.baseline = baseline or BaselineConfig()
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether the loss depends on a critic under these settings."""
+        return False
+
+    @property
+    def num_draws(self) -> int:
+        """S, how many uniform draws a position needs."""
+        return self.baseline.samples if self.is_sampled else 0
+
+    @abstractmethod
+    def score(self, rows: Rows, with_gradient: bool) -> Scores:
+        """Loss, metrics and, if asked, the gradient of Σ weights · loss over ``rows.player_logits``."""
+
+    def check(self, vocabulary: int, num_critics: int, snapshot: bool, draws: Tensor | None, positions: int) -> None:
+        """Refuse inputs that this objective cannot work with.
+
+        Raises:
+            ValueError: A critic, a snapshot or draws are missing, or ``top_k`` is larger than the vocabulary.
+        """
+        if self.needs_critic and num_critics == 0:
+            raise ValueError(f"the objective {self.name!r} needs a critic and none is given")
+        if self.needs_snapshot and not snapshot:
+            raise ValueError(f"the objective {self.name!r} needs the snapshot's logits and none are given")
+        if self.num_draws and (draws is None or draws.shape != (positions, self.num_draws)):
+            found = None if draws is None else tuple(draws.shape)
+            raise ValueError(f"uniforms {found} do not fit; {self.name!r} needs {(positions, self.num_draws)}")
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(objective: type[Objective]) -> type[Objective]:
+    """Class decorator: make an objective known by its name."""
+    OBJECTIVES[objective.name] = objective
+    return objective
+
+
+def make_objective(
+    name: str, avatarl: AvataRLConfig | None = None, baseline: BaselineConfig | None = None
+) -> Objective:
+    """Return the objective called ``name``.
+
+    Raises:
+        UserError: There is none of that name; the message lists the known ones.
+    """
+    if name not in OBJECTIVES:
+        known = ", ".join(sorted(OBJECTIVES))
+        raise UserError(f"objective is {name!r}; expected one of {known}{nearest_name(name, OBJECTIVES)}")
+    return OBJECTIVES[name](avatarl, baseline)
+
+
+class Policy(NamedTuple):
+    """π at N positions; log π is finite everywhere (−∞ becomes the lowest number), so that 0 · log 0 = 0."""
+
+    log_probs: Tensor  # (N, V)
+    probs: Tensor  # (N, V)
+    entropy: Tensor  # (N,) nats
+
+    @classmethod
+    def of(cls, logits: Tensor, temperature: float = 1.0) -> Policy:
+        """The softmax of ``logits / temperature``."""
+        log_probs = (logits / temperature if temperature != 1 else logits).log_softmax(dim=-1)
+        log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+        probs = log_probs.exp()
+        return cls(log_probs, probs, -torch.linalg.vecdot(probs, log_probs))
+
+    def metrics(self, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy and entropy (N,) in nats."""
+        cross_entropy = -self.log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+        return {"cross_entropy": cross_entropy, "entropy": self.entropy}
+
+
+def position_weights(
+    targets: Tensor, ignore_index: int, num_valid: Tensor | float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Each position's share of the loss, and targets made safe to look up.
+
+    Args:
+        targets: (N,) int64.
+        ignore_index: Positions with this target count nothing.
+        num_valid: M, the positions counted over a whole optimiser step; those of ``targets`` when None.
+        dtype: Of the weights.
+
+    Returns:
+        weights: (N,) 1/M where counted and 0 elsewhere; all 0 when M is 0.
+        targets: (N,) int64 with ignored ones replaced by 0.
+    """
+    counted = targets != ignore_index
+    total = counted.sum() if num_valid is None else torch.as_tensor(num_valid, device=targets.device)
+    return counted.to(dtype) / total.clamp(min=1), targets.masked_fill(~counted, 0)
+
+
+def weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Σ weights · metric for each metric (N,), as scalars; what an ignored position holds does not matter."""
+    counted = weights > 0
+    return {name: torch.where(counted, values * weights, 0).sum() for name, values in metrics.items()}
+
+
+def objective_loss(
+    objective: Objective,
+    player_logits: Tensor,
+    critic_logits: Tensor | Sequence[Tensor] | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    num_valid: Tensor | float | None = None,
+    snapshot_logits: Tensor | None = None,
+    uniforms: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Any objective's loss over materialised logits; :func:`avatarl.avatarl_loss` describes the arguments.
+
+    ``snapshot_logits`` (…, V) and ``uniforms`` (N, S) are for the objectives that sample.
+    """
+    player, others, targets = check_logits(
+        player_logits, [*as_critics(critic_logits), *as_critics(snapshot_logits)], targets, vocab_size
+    )
+    critics, snapshot = (others[:-1], others[-1]) if snapshot_logits is not None else (others, None)
+    objective.check(player.shape[-1], len(critics), snapshot is not None, uniforms, targets.numel())
+    dtype = compute_dtype(player.dtype)
+    weights, safe_targets = position_weights(targets, ignore_index, num_valid, dtype)
+    wants_gradient = player.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        rows = Rows(
+            player.to(dtype),
+            [critic.to(dtype) for critic in critics],
+            safe_targets,
+            weights,
+            None if snapshot is None else snapshot.to(dtype),
+            uniforms,
+        )
+        scores = objective.score(rows, wants_gradient)
+        metrics = weighted_sums(scores.metrics, rows.weights)
+    return attach_gradients(metrics["loss"], (player,), (scores.gradient,)), metrics
+
+
+def attach_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return ``loss`` as if autograd had computed it from ``inputs``, with these gradients."""
+    pairs = [(x, gradient) for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
+    if not pairs:
+        return loss
+    return _KnownGradients.apply(loss, *(x for x, _ in pairs), *(gradient for _, gradient in pairs))
+
+
+class _KnownGradients(torch.autograd.Function):
+    """Hands autograd gradients that were written down in closed form, times the incoming one."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *inputs_and_gradients: Tensor) -> Tensor:
+        half = len(inputs_and_gradients) // 2
+        ctx.save_for_backward(*inputs_and_gradients[half:])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, incoming: Tensor):
+        gradients = ctx.saved_tensors
+        return None, *(gradient * incoming.to(gradient.dtype) for gradient in gradients), *(None for _ in gradients)

@@ -1,0 +1,188 @@
+"""The reward landscape against the oracle, and the facts that docs/method.md states about it."""
+
+import math
+
+import pytest
+import torch
+
+from avatarl import AvataRLConfig, UserError, reward_landscape
+from avatarl.objective import reference
+
+from .landscapes import LANDSCAPE_SETTINGS, random_inputs, settings_of
+
+CONFIGS = {
+    "article": AvataRLConfig.article(top_k=4),
+    "released": AvataRLConfig.released(),
+    "no threshold": AvataRLConfig.article(top_k=5, threshold="none", reward_cap=None),
+    "no smoothing": AvataRLConfig.article(top_k=4, smoothing=0.0),
+    "top-p": AvataRLConfig.article(top_k=8, top_p=0.7),
+    "tight top-p": AvataRLConfig.article(top_k=8, top_p=0.05),
+    "arithmetic": AvataRLConfig.article(top_k=4, pool="arithmetic"),
+    "arithmetic, mostly critic": AvataRLConfig.article(pool="arithmetic", reality_weight=0.1, critic_weight=0.9),
+    "critic alone": AvataRLConfig.article(top_k=6, reality_weight=0.0, critic_weight=1.0),
+    "reality alone": AvataRLConfig.article(top_k=6, critic_weight=0.0),
+    "low scale": AvataRLConfig.article(top_k=4, reward_scale=2.0, reward_cap=1.9),
+}
+
+
+def assert_agrees(landscape, player, critics, targets, config):
+    for i, target in enumerate(targets.tolist()):
+        expected = reference.landscape(
+            player[i].tolist(),
+            [critic[i].tolist() for critic in critics],
+            target,
+            **settings_of(config, LANDSCAPE_SETTINGS),
+        )
+        valid = landscape.valid[i]
+        assert landscape.actions[i, valid].tolist() == expected["actions"]
+        for field in ("reality", "consensus", "rewards"):
+            found = getattr(landscape, field)[i]
+            assert found[valid].tolist() == pytest.approx(expected[field], rel=1e-9, abs=1e-12), field
+            assert (found[~valid] == 0).all(), field
+        for c, probs in enumerate(expected["critic"]):
+            found = landscape.critic[c, i] if landscape.critic.dim() == 3 else landscape.critic[i]
+            assert found[valid].tolist() == pytest.approx(probs, rel=1e-9, abs=1e-12)
+            assert (found[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_landscape_agrees_with_oracle(name, seed):
+    player, (critic,), targets = random_inputs(seed=seed, spread=[0.5, 3.0, 9.0][seed])
+    landscape = reward_landscape(player, critic, targets, CONFIGS[name])
+    assert landscape.actions.dtype == torch.int64 and landscape.valid.dtype == torch.bool
+    assert landscape.critic.shape == landscape.actions.shape
+    assert torch.equal(landscape.actions[:, 0], targets) and landscape.valid[:, 0].all()
+    assert_agrees(landscape, player, [critic], targets, CONFIGS[name])
+
+
+@pytest.mark.parametrize("weight", [0.3, (0.2, 0.05, 0.05), (0.3, 0.0, 0.0)])
+@pytest.mark.parametrize("pool", ["geometric", "arithmetic"])
+def test_several_critics(pool, weight):
+    player, critics, targets = random_inputs(critics=3)
+    config = AvataRLConfig.article(top_k=3, pool=pool, critic_weight=weight)
+    landscape = reward_landscape(player, critics, targets, config)
+    assert landscape.actions.shape == (24, 1 + 3 + 9) and landscape.critic.shape == (3, 24, 13)
+    assert_agrees(landscape, player, critics, targets, config)
+
+
+def test_a_list_of_one_critic_keeps_its_dimension():
+    player, critics, targets = random_inputs()
+    assert reward_landscape(player, critics, targets).critic.dim() == 3
+
+
+def test_an_even_split_is_a_product_of_more_experts():
+    player, (critic,), targets = random_inputs()
+    one = reward_landscape(player, critic, targets, AvataRLConfig.article(top_k=4))
+    two = reward_landscape(player, [critic, critic], targets, AvataRLConfig.article(top_k=4))
+    assert torch.allclose(one.rewards, two.rewards[:, :9])
+
+
+def test_no_critic_at_all():
+    player, _, targets = random_inputs()
+    config = AvataRLConfig.article(top_k=4, critic_weight=0.0)
+    landscape = reward_landscape(player, None, targets, config)
+    assert landscape.actions.shape == (24, 5) and landscape.critic is None
+    with pytest.raises(UserError, match="no critic is given"):
+        reward_landscape(player, None, targets)
+
+
+def test_experts_are_distributions():
+    player, (critic,), targets = random_inputs()
+    landscape = reward_landscape(player, critic, targets, CONFIGS["arithmetic"])
+    for expert in (landscape.reality, landscape.consensus):
+        assert torch.allclose(expert.sum(1), torch.ones(24, dtype=torch.float64))
+
+
+def test_padding_of_the_vocabulary_is_never_active_and_outside_the_softmax():
+    player, (critic,), targets = random_inputs()
+    pad = torch.full((24, 7), 50.0, dtype=torch.float64)
+    padded = reward_landscape(torch.cat([player, pad], 1), torch.cat([critic, pad[:, :3]], 1), targets, vocab_size=29)
+    plain = reward_landscape(player, critic, targets)
+    for found, expected in zip(padded, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_alone_the_target_is_kept_under_every_rule():
+    logits = torch.tensor([[9.0, 0.0, 0.0]])
+    for threshold in ("mean", "mass", "none"):
+        landscape = reward_landscape(
+            logits, logits, torch.tensor([0]), AvataRLConfig.article(top_k=1, threshold=threshold)
+        )
+        assert landscape.valid.sum() == 1
+        assert landscape.reality[0, 0] == 1
+        assert landscape.rewards[0, 0] == pytest.approx(1.5)
+
+
+def test_far_targets_keep_their_reward():
+    """The released code's 1e-8 guard pays such a target nothing."""
+    critic = torch.zeros(1, 50)
+    critic[0, 0] = 500.0
+    config = AvataRLConfig.article(top_k=1, threshold="none", reality_weight=0.99, critic_weight=0.01)
+    landscape = reward_landscape(torch.zeros(1, 50), critic, torch.tensor([30]), config)
+    assert torch.isfinite(landscape.rewards).all()
+    assert landscape.rewards[0, 0] > 0
+
+
+def test_experts_that_veto_everything_leave_the_text():
+    critic = torch.zeros(1, 5)
+    critic[0, 2] = -torch.inf
+    landscape = reward_landscape(
+        torch.zeros(1, 5), critic, torch.tensor([2]), AvataRLConfig.article(top_k=2, smoothing=0.0)
+    )
+    assert landscape.consensus[0].tolist() == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("top_k, least", [(16, 5.3), (4, 21)])
+def test_other_actions_earn_only_when_the_critic_insists(top_k, least):
+    """docs/method.md: an action needs 9^(7/3) / (n − 1) times the target's probability, with n at most 2K + 1."""
+    assert 9 ** (7 / 3) / (2 * top_k) == pytest.approx(least, rel=0.01)
+
+    def paid_to_others(times):
+        player = torch.zeros(1, 200, dtype=torch.float64)
+        player[0, 100 : 100 + top_k] = 5
+        critic = torch.full((1, 200), -300.0, dtype=torch.float64)
+        critic[0, 0] = 0.0  # the target
+        critic[0, 1] = math.log(times)
+        critic[0, 2:top_k] = -200.0
+        landscape = reward_landscape(player, critic, torch.tensor([0]), AvataRLConfig.article(top_k=top_k))
+        assert landscape.valid.sum() == 2 * top_k
+        return landscape.rewards[0, 1:].sum().item()
+
+    needed = 9 ** (7 / 3) / (2 * top_k - 1)
+    assert paid_to_others(needed * 0.99) == 0
+    assert paid_to_others(needed * 1.01) > 0
+
+
+def test_the_target_does_not_always_win():
+    player, critic = torch.zeros(1, 60), torch.zeros(1, 60)
+    critic[0, 1] = 14.0
+    landscape = reward_landscape(player, critic, torch.tensor([0]))
+    assert landscape.rewards[0].max() > landscape.rewards[0, 0]
+
+
+def test_the_articles_worked_example():
+    """Critic 60, 30, 8 and 2 %: the article prints 82, 15, 2 and 0.1 %; its formula gives these."""
+    critic = torch.log(torch.tensor([[0.60, 0.30, 0.08, 0.02]], dtype=torch.float64))
+    landscape = reward_landscape(critic, critic, torch.tensor([0]), AvataRLConfig.article(top_k=4))
+    consensus = landscape.consensus[landscape.valid].tolist()
+    assert [round(100 * p, 1) for p in consensus] == [85.4, 6.9, 4.6, 3.1]
+
+
+def test_scale_has_no_effect_at_the_defaults():
+    player, (critic,), targets = random_inputs(vocabulary=60)
+    rewards = [
+        reward_landscape(player, critic, targets, AvataRLConfig.article(reward_scale=scale)).rewards
+        for scale in (100.0, 70.0)
+    ]
+    assert torch.allclose(*rewards)
+    assert torch.allclose(rewards[0].amax(1), torch.full((24,), 1.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    player, (critic,), targets = random_inputs(dtype=dtype)
+    landscape = reward_landscape(player, critic, targets)
+    assert landscape.rewards.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    widened = reward_landscape(player.double(), critic.double(), targets)
+    assert torch.allclose(landscape.consensus.double(), widened.consensus, atol=1e-5)
