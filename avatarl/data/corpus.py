@@ -1,0 +1,291 @@
+"""Where text comes from: files, folders, Hugging Face data sets and Python's own documentation.
+
+Everything here streams. A document may be larger than memory, so it is handed on in pieces.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from avatarl.data.python_docs import python_documents
+from avatarl.errors import UserError, nearest_name
+
+SEPARATOR = "<|endoftext|>"
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+ACCEPTED = f"{', '.join(SUFFIXES)}, each also with .gz"
+
+PIECE_CHARACTERS = 1 << 16
+LONGEST_PIECE_CHARACTERS = 1 << 20
+
+# Places where a document can be cut without changing its tokens: before a single space and after a single line
+# feed, with something visible on both sides. The pre-tokenizers of GPT-2, GPT-4, Llama 3 and Qwen all end a word
+# there. Beside a run of spaces or line feeds they disagree. The leading `.*` is greedy, so the last seam is found.
+LAST_SEAM = re.compile(r"(?s:.*)(?:\S(?= \S)|\S\n(?=\S))")
+
+
+class Piece(NamedTuple):
+    """A stretch of one document; the document is its pieces joined."""
+
+    text: str
+    ends_document: bool
+
+
+def document_pieces(sources: Iterable[str], text_field: str = "text") -> Iterator[Piece]:
+    """Yield the documents of ``sources``, in order, as pieces of about 65,536 characters.
+
+    A source is a file or folder (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, or ``hub:ID`` or
+    ``hub:ID@CONFIG`` for the train split of a data set that the ``datasets`` library opens. ``text_field`` is the
+    field or column of structured sources that holds the text. Documents of nothing but white space are left out.
+
+    Tokenizing the pieces one by one gives the tokens of the whole document with byte-level tokenizers, unless
+    1,048,576 characters pass without a place to cut; the cut is then made anywhere. Tokenizers that put a mark before
+    every text they are given (SentencePiece's) put it before every piece.
+
+    Raises:
+        UserError: a source is missing, empty, of an unknown kind, or holds something that is not text.
+    """
+    for source in sources:
+        pieces = _source_pieces(source, text_field)
+        first = next(pieces, None)
+        if first is None:
+            raise UserError(f"source {source!r}: holds no text")
+        yield first
+        yield from pieces
+
+
+def _source_pieces(source: str, text_field: str) -> Iterator[Piece]:
+    if source == "python-docs":
+        yield from _pieces_of_all(python_documents())
+    elif source.startswith("hub:"):
+        yield from _pieces_of_all(_hub_documents(source, text_field))
+    else:
+        for path in _files(source):
+            yield from _file_pieces(path, text_field)
+
+
+def _files(source: str) -> list[Path]:
+    """The readable files that a path names, sorted; hidden ones inside a folder are left out."""
+    path = Path(source)
+    if path.is_file():
+        if _kind(path) is None:
+            raise UserError(f"source {source!r}: unknown suffix {path.suffix!r}; accepted are {ACCEPTED}")
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            f"source {source!r}: no such file or folder; accepted are files and folders ({ACCEPTED}), python-docs, "
+            "hub:DATASET_ID and a folder with nanoGPT's train.bin and val.bin"
+        )
+    found = []
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    readable = sorted(file for file in found if _kind(file))
+    if not readable:
+        raise UserError(f"source {source!r}: the folder has no readable file; accepted are {ACCEPTED}")
+    return readable
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix that says how to read a file, without ``.gz``; ``None`` where there is none that we read."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _file_pieces(path: Path, text_field: str) -> Iterator[Piece]:
+    with _opened(path) as stream:
+        match _kind(path):
+            case ".jsonl":
+                yield from _pieces_of_all(_jsonl_documents(stream, path, text_field))
+            case ".parquet":
+                yield from _pieces_of_all(_parquet_documents(stream, path, text_field))
+            case _:
+                yield from _text_pieces(stream, path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    compressed = path.name.lower().endswith(".gz")
+    try:
+        with gzip.open(path) if compressed else path.open("rb") as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: corrupt gzip file ({error}); a whole gzip file is expected") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _pieces_of_all(documents: Iterable[str]) -> Iterator[Piece]:
+    for text in documents:
+        if text and not text.isspace():
+            starts = range(0, len(text), PIECE_CHARACTERS)
+            yield from _pieces(text[start : start + PIECE_CHARACTERS] for start in starts)
+
+
+def _pieces(fragments: Iterable[str]) -> Iterator[Piece]:
+    """Join one document's fragments, cut anywhere, into pieces that are cut where it does no harm."""
+    held: list[str] = []
+    held_characters = 0
+    for fragment in fragments:
+        held.append(fragment)
+        held_characters += len(fragment)
+        if held_characters <= PIECE_CHARACTERS:
+            continue
+        text = "".join(held)
+        seam = LAST_SEAM.match(text)
+        # Something is always kept back, so that the last piece of a document, known only at its end, is not empty.
+        cut = seam.end() if seam else len(text) - 1 if len(text) > LONGEST_PIECE_CHARACTERS else 0
+        if cut:
+            yield Piece(text[:cut], ends_document=False)
+        held, held_characters = [text[cut:]], len(text) - cut
+    if held:
+        yield Piece("".join(held), ends_document=True)
+
+
+# --- plain text -----------------------------------------------------------------------------------------------------
+
+
+def _text_pieces(stream: IO[bytes], path: Path) -> Iterator[Piece]:
+    for is_separator, lines in itertools.groupby(_lines(stream, path), key=lambda line: line is None):
+        if not is_separator:
+            yield from _pieces(itertools.dropwhile(str.isspace, lines))
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[str | None]:
+    """Lines with their line ends, long ones in parts; ``None`` for a line that separates documents."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    at_line_start = True
+    while raw := _part_of_line(stream):
+        if b"\0" in raw:
+            raise UserError(
+                f"{path}: binary, not text (a NUL byte at byte {offset + raw.index(0)}); UTF-8 text is expected"
+            )
+        undecoded, _ = decoder.getstate()
+        try:
+            line = decoder.decode(raw)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, offset - len(undecoded) + error.start) from error
+        if offset == 0:
+            line = line.removeprefix("\ufeff")
+        line = line.replace("\r\n", "\n")
+        if at_line_start and line.removesuffix("\n") == SEPARATOR:
+            yield None
+        elif line:
+            yield line
+        at_line_start = raw.endswith(b"\n")
+        offset += len(raw)
+    undecoded, _ = decoder.getstate()
+    if undecoded:
+        raise _not_utf8(path, offset - len(undecoded))
+
+
+def _part_of_line(stream: IO[bytes]) -> bytes:
+    raw = stream.readline(PIECE_CHARACTERS)
+    # The size limit may have fallen between a carriage return and its line feed.
+    while raw.endswith(b"\r") and (following := stream.read(1)):
+        raw += following
+    return raw
+
+
+def _not_utf8(path: Path, offset: int) -> UserError:
+    return UserError(f"{path}: not UTF-8 at byte {offset}; UTF-8 text is expected")
+
+
+# --- records: JSON lines, Parquet, the Hub --------------------------------------------------------------------------
+
+
+def _jsonl_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        where = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; UTF-8 is expected") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON line ({error}); one JSON object a line is expected") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: found a JSON {type(record).__name__}; one JSON object a line is expected")
+        yield from _text_of(record, text_field, where)
+
+
+def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as unpacked:
+        if isinstance(stream, gzip.GzipFile):
+            # Parquet is read from its end, which a gzip stream cannot do without being unpacked again and again.
+            shutil.copyfileobj(stream, unpacked)
+            stream = unpacked
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+            _require_field(table.schema_arrow.names, text_field, str(path))
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for record in batch.to_pylist():
+                    yield from _text_of(record, text_field, str(path))
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+def _hub_documents(source: str, text_field: str) -> Iterator[str]:
+    import datasets
+
+    name, _, config = source.removeprefix("hub:").partition("@")
+    try:
+        rows = iter(datasets.load_dataset(name, config or None, split="train", streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # the library raises many kinds, and all of them mean that it cannot be opened
+        raise UserError(
+            f"source {source!r}: the datasets library cannot open its train split ({_first_line(error)}); expected is "
+            "hub:DATASET_ID, hub:DATASET_ID@CONFIG or hub:FOLDER"
+        ) from error
+    for record in itertools.chain([first] if first else [], rows):
+        yield from _text_of(record, text_field, f"source {source!r}")
+
+
+def _text_of(record: dict, text_field: str, where: str) -> Iterator[str]:
+    """The text of one record: none for null, else one string that can be written as UTF-8."""
+    _require_field(record, text_field, where)
+    text = record[text_field]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} holds a {type(text).__name__}; a string is expected")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: field {text_field!r} holds half a surrogate pair at character {error.start}; Unicode text is "
+            "expected"
+        ) from error
+    yield text
+
+
+def _require_field(found: Iterable[str], text_field: str, where: str) -> None:
+    names = list(found)
+    if text_field not in names:
+        fields = ", ".join(map(repr, names)) or "none"
+        raise UserError(f"{where}: no field {text_field!r}; found {fields}{nearest_name(text_field, names)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,209 @@
+"""The prepared folder as training reads it: verified, memory-mapped, in an order that one integer resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avatarl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file name of a split's shard, numbered from 0."""
+    return f"{split}-{number:05d}.bin"
+
+
+def file_record(path: Path) -> dict[str, int | str]:
+    """What the manifest says of a file: ``{"bytes": size, "sha256": hex}``."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+class TokenStream:
+    """The shards of one split as one long sequence of token ids, memory-mapped and never held in memory."""
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype) -> None:
+        self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
+        self._starts = np.cumsum([0, *map(len, self._shards)])  # (shards + 1,), the last is the length of the stream
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop), int64 (stop - start,); IndexError where the stream does not have them."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
+        ids = np.empty(stop - start, dtype=np.int64)
+        filled = 0
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while filled < len(ids):
+            first = start + filled - int(self._starts[shard])
+            part = self._shards[shard][first : first + len(ids) - filled]
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return ids
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """An immutable view of a prepared folder; make one with :meth:`open`."""
+
+    path: Path
+    manifest: dict
+    vocab_size: int
+    end_of_text_id: int | None
+    digest: str  # SHA-256 of manifest.json, which holds that of every other file
+    train: TokenStream
+    valid: TokenStream
+
+    @classmethod
+    def open(cls, path: str | Path) -> PreparedData:
+        """Open the folder that ``prepare`` wrote, after comparing every file with the manifest's size and SHA-256.
+
+        Raises:
+            UserError: the folder was not written by ``prepare``, or a file is missing or not as it was written.
+        """
+        path = Path(path)
+        content, manifest = _read_manifest(path)
+        for name, record in manifest["files"].items():
+            _verify(path, name, record)
+        dtype = DTYPES[manifest["dtype"]]
+        streams = {}
+        for split in ("train", "valid"):
+            shards = sorted(name for name in manifest["files"] if PurePosixPath(name).match(f"{split}-*.bin"))
+            streams[split] = TokenStream([path / name for name in shards], dtype)
+            if len(streams[split]) != manifest["tokens"][split]:
+                raise UserError(
+                    f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
+                    f"{manifest['tokens'][split]}; prepare the data anew"
+                )
+        return cls(
+            path=path,
+            manifest=manifest,
+            vocab_size=manifest["vocab_size"],
+            end_of_text_id=manifest["end_of_text_id"],
+            digest=hashlib.sha256(content).hexdigest(),
+            **streams,
+        )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the data was made with, from the folder's own copy."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path / TOKENIZER_FOLDER, trust_remote_code=False)
+
+
+def _read_manifest(folder: Path) -> tuple[bytes, dict]:
+    path = folder / MANIFEST
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: no such file; a folder made by `avatarl prepare` is expected") from error
+    try:
+        manifest = json.loads(content)
+        version = manifest["format_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not the manifest of a prepared folder; prepare the data anew") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
+    missing = {"files", "tokens", "vocab_size", "end_of_text_id", "dtype"} - manifest.keys()
+    if missing:
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; prepare the data anew")
+    if manifest["dtype"] not in DTYPES:
+        raise UserError(f"{path}: dtype is {manifest['dtype']!r}; accepted are {', '.join(DTYPES)}")
+    return content, manifest
+
+
+def _verify(folder: Path, name: str, expected: dict) -> None:
+    path = folder / name
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside of its folder; prepare the data anew")
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though the manifest names it; prepare the data anew")
+    found_bytes = path.stat().st_size
+    if found_bytes != expected["bytes"]:
+        raise UserError(
+            f"{path}: has {found_bytes} bytes, but the manifest says {expected['bytes']}; prepare the data anew"
+        )
+    if file_record(path) != expected:
+        raise UserError(f"{path}: changed since it was prepared (its SHA-256 is another); prepare the data anew")
+
+
+class Windows:
+    """The non-overlapping windows of a stream: window i predicts tokens i * block + 1 to (i + 1) * block."""
+
+    def __init__(self, stream: TokenStream, block: int) -> None:
+        """Cut ``stream`` into windows of ``block`` predictions; UserError where it is too short for one."""
+        if block < 1:
+            raise UserError(f"block: found {block}; a whole number of at least 1 is expected")
+        if len(stream) < block + 1:
+            raise UserError(f"block: {block} needs at least {block + 1} tokens, but the data has {len(stream)}")
+        self.stream = stream
+        self.block = block
+
+    def __len__(self) -> int:
+        return (len(self.stream) - 1) // self.block
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each int64 (B, block); a target is the token after its input."""
+        windows = np.empty((len(indices), self.block + 1), dtype=np.int64)  # (B, block + 1)
+        for row, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"window {index} of {len(self)}")
+            start = int(index) * self.block
+            windows[row] = self.stream.slice(start, start + self.block + 1)
+        tokens = torch.from_numpy(windows)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+class WindowOrder:
+    """The endless order of training, epoch after epoch: a pure function of the seed and the position."""
+
+    def __init__(self, num_windows: int, seed: int) -> None:
+        if num_windows < 1:
+            raise UserError(f"num_windows: found {num_windows}; at least 1 is expected")
+        if seed < 0:
+            raise UserError(f"seed: found {seed}; a whole number of at least 0 is expected")
+        self.num_windows = num_windows
+        self.seed = seed
+        self._epoch: int | None = None
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def indices(self, position: int, count: int) -> np.ndarray:
+        """Window indices at positions [position, position + count), int64 (count,)."""
+        if position < 0 or count < 0:
+            raise IndexError(f"{count} windows from position {position}")
+        chosen = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            epoch, first = divmod(position + filled, self.num_windows)
+            part = self._permutation_of(epoch)[first : first + count - filled]
+            chosen[filled : filled + len(part)] = part
+            filled += len(part)
+        return chosen
+
+    def _permutation_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            # NumPy promises the same raw bits for ever, but not the same `Generator.permutation`; sorting the bits
+            # keeps a run resumable under another version of NumPy.
+            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_windows)
+            self._permutation = np.argsort(bits, kind="stable")
+            self._epoch = epoch
+        return self._permutation

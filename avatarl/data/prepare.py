@@ -1,0 +1,271 @@
+"""From text to a prepared folder: tokenize, divide, write, describe; all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from avatarl.data.corpus import Piece, document_pieces
+from avatarl.data.dataset import DTYPES, FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, file_record
+from avatarl.data.shards import EncodedPiece, ShardWriter, SplitCounts, SplitWriter
+from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
+from avatarl.errors import UserError
+
+DEFAULT_TOKENIZER = "bpe:4096"
+
+# Enough pieces to keep many cores busy, few enough that their encodings stay near 100 MB.
+BATCH_CHARACTERS = 4_000_000
+
+NANOGPT_FILES = {"train": "train.bin", "valid": "val.bin"}
+NANOGPT_DTYPE = np.dtype("<u2")
+NANOGPT_CHUNK_TOKENS = 1 << 22
+
+Report = Callable[..., None]  # report(doing="tokens", tokens=1000, note="a sentence"), all optional
+
+
+def prepare(
+    sources: list[str],
+    out: str | Path,
+    *,
+    tokenizer: str = DEFAULT_TOKENIZER,
+    valid_fraction: float = 0.05,
+    text_field: str = "text",
+    shard_tokens: int = 100_000_000,
+    quiet: bool = False,
+) -> dict:
+    """Tokenize sources into a prepared folder; return its manifest.
+
+    Memory stays bounded whatever the size of the text. The same text and settings give the same files, byte for byte.
+
+    Args:
+        sources: files or folders (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, ``hub:ID`` or
+            ``hub:ID@CONFIG``; or, alone, a folder with nanoGPT's train.bin and val.bin, whose split is kept.
+        out: the folder to make; it may exist only if it is empty.
+        tokenizer: ``bpe:N`` trains one on the text, else ``gpt2``, a folder or a Hub id. nanoGPT's ids are GPT-2's,
+            so that there the default is ``gpt2``.
+        valid_fraction: share of validation, above 0 and at most 0.5: about this share of the documents, or the last
+            part of the tokens if there are fewer than 20 documents.
+        text_field: the field or column of JSON lines, Parquet and Hub data sets that holds the text.
+        shard_tokens: the most tokens that one file holds.
+        quiet: show no progress on stderr.
+
+    Raises:
+        UserError: a source, the tokenizer, a setting or ``out`` cannot be used; nothing is left on disk then.
+    """
+    if not sources:
+        raise UserError("sources: none given; at least one file, folder, python-docs or hub:DATASET_ID is expected")
+    if not 0 < valid_fraction <= 0.5:
+        raise UserError(f"valid_fraction: found {valid_fraction}; a number above 0 and at most 0.5 is expected")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens: found {shard_tokens}; a whole number of at least 1 is expected")
+    nanogpt_folder = _nanogpt_folder(sources)
+    with _all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
+        if nanogpt_folder:
+            facts = _prepare_nanogpt(nanogpt_folder, folder, tokenizer, shard_tokens, report)
+        else:
+            facts = _prepare_text(sources, folder, tokenizer, valid_fraction, text_field, shard_tokens, report)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sources": list(sources),
+            **facts,
+            "files": {path.relative_to(folder).as_posix(): file_record(path) for path in files},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def _prepare_text(
+    sources: list[str],
+    folder: Path,
+    spec: str,
+    valid_fraction: float,
+    text_field: str,
+    shard_tokens: int,
+    report: Report,
+) -> dict:
+    def training_text() -> Iterator[str]:
+        return (piece.text for piece in document_pieces(sources, text_field))
+
+    report(doing="tokenizer")
+    tokenizer, note = resolve_tokenizer(spec, training_text)
+    if note:
+        report(note=f"tokenizer {spec!r}: {note}")
+    facts = _save_tokenizer(tokenizer, spec, folder)
+    report(doing="tokens")
+    splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, token_byte_lengths(tokenizer))
+    characters = tokens = 0
+    with contextlib.closing(splits):
+        for batch in _batches(document_pieces(sources, text_field)):
+            characters += sum(len(piece.text) for piece in batch)
+            for encoded in _encode(batch, tokenizer, facts["end_of_text_id"]):
+                tokens += len(encoded.ids)
+                splits.write(encoded)
+            report(tokens=tokens)
+        if tokens < 2:
+            raise UserError(f"sources: {tokens} tokens in all; at least 2 are needed, one to train on and one to check")
+        valid_rule = splits.finish()
+    return facts | _counts(splits.counts, characters) | {"valid_fraction": valid_fraction, "valid_rule": valid_rule}
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int | None) -> Iterator[EncodedPiece]:
+    for piece, ids in zip(batch, encode_texts(tokenizer, [piece.text for piece in batch]), strict=True):
+        if piece.ends_document and end_id is not None:
+            ids.append(end_id)
+        yield EncodedPiece(np.array(ids, dtype=np.int64), len(piece.text.encode("utf-8")), piece.ends_document)
+
+
+# --- nanoGPT's token files ------------------------------------------------------------------------------------------
+
+
+def _nanogpt_folder(sources: list[str]) -> Path | None:
+    folders = [source for source in sources if all((Path(source) / name).is_file() for name in NANOGPT_FILES.values())]
+    if folders and len(sources) > 1:
+        raise UserError(
+            f"source {folders[0]!r}: nanoGPT's token files bring their own split and cannot be joined with other "
+            f"sources; found {len(sources)} sources, 1 is accepted"
+        )
+    return Path(folders[0]) if folders else None
+
+
+def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, report: Report) -> dict:
+    if spec.startswith("bpe:") and spec != DEFAULT_TOKENIZER:
+        raise UserError(
+            f"tokenizer {spec!r}: {source} holds token ids and no text to train on; accepted are gpt2, a tokenizer "
+            "folder and a tokenizer's id on the Hugging Face Hub"
+        )
+    spec = "gpt2" if spec == DEFAULT_TOKENIZER else spec
+    for name in NANOGPT_FILES.values():
+        size = (source / name).stat().st_size
+        if size == 0 or size % NANOGPT_DTYPE.itemsize:
+            raise UserError(f"{source / name}: has {size} bytes; 2 for every token, and at least one token, expected")
+    tokenizer, _ = resolve_tokenizer(spec, lambda: [])
+    facts = _save_tokenizer(tokenizer, spec, folder)
+    byte_lengths = token_byte_lengths(tokenizer)
+    counts = {split: SplitCounts() for split in NANOGPT_FILES}
+    report(doing="tokens")
+    for split, name in NANOGPT_FILES.items():
+        writer = ShardWriter(folder, split, DTYPES[facts["dtype"]], shard_tokens)
+        with contextlib.closing(writer):
+            for ids in _nanogpt_chunks(source / name, facts["vocab_size"]):
+                writer.append(ids)
+                counts[split].documents += int((ids == facts["end_of_text_id"]).sum())
+                counts[split].tokens += len(ids)
+                counts[split].utf8_bytes += int(byte_lengths[ids].sum())
+                report(tokens=sum(count.tokens for count in counts.values()))
+    valid = counts["valid"].tokens
+    fraction = valid / (valid + counts["train"].tokens)
+    return facts | _counts(counts, None) | {"valid_fraction": fraction, "valid_rule": "nanoGPT's own val.bin"}
+
+
+def _nanogpt_chunks(path: Path, vocab_size: int) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while chunk := file.read(NANOGPT_CHUNK_TOKENS * NANOGPT_DTYPE.itemsize):
+            ids = np.frombuffer(chunk, dtype=NANOGPT_DTYPE)
+            if ids.max() >= vocab_size:
+                raise UserError(f"{path}: holds token id {ids.max()}; the tokenizer has ids below {vocab_size}")
+            yield ids
+
+
+# --- what the manifest says -----------------------------------------------------------------------------------------
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: str, folder: Path) -> dict:
+    tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+    vocab_size = len(tokenizer)
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= vocab_size:
+        raise UserError(
+            f"tokenizer {spec!r}: has {vocab_size} entries, but ids up to {largest_id}; ids without gaps are expected"
+        )
+    return {
+        "tokenizer": spec,
+        "vocab_size": vocab_size,
+        "end_of_text_id": end_of_text_id(tokenizer),
+        "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+    }
+
+
+def _counts(counts: dict[str, SplitCounts], characters: int | None) -> dict:
+    """``{"documents": {"train": n, "valid": n}, "tokens": …, "utf8_bytes": …, "characters": n}``."""
+    names = [field.name for field in dataclasses.fields(SplitCounts)]
+    per_split = {name: {split: getattr(count, name) for split, count in counts.items()} for name in names}
+    return per_split | {"characters": characters}
+
+
+# --- the folder and the screen --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its name at the end, or goes without a trace."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"out: {out} exists and is not empty; a new or empty folder is expected")
+    missing_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    folder = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be made ({error.strerror}); a writable place is expected") from error
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Report]:
+    """Progress on stderr; yields ``report(doing=…, tokens=…, note=…)``, each of them optional."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,.0f}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = progress.add_task("tokens", total=None, rate="")
+
+        def report(doing: str | None = None, tokens: int | None = None, note: str | None = None) -> None:
+            if doing is not None:
+                progress.reset(task, total=None, description=doing)
+            if tokens is not None:
+                elapsed = progress.tasks[0].elapsed or 0
+                progress.update(task, completed=tokens, rate=f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
+            if note is not None and not quiet:
+                progress.console.print(note)
+
+        yield report

@@ -1,0 +1,189 @@
+"""Writing token ids to disk: shards of bounded size, and the division into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from avatarl.data.dataset import TokenStream, shard_name
+
+# With fewer documents than this, whole ones cannot come near the wanted fraction, and the end of the text is taken.
+FEWEST_DOCUMENTS_TO_CHOOSE_FROM = 20
+
+COPY_TOKENS = 1 << 20
+
+
+class EncodedPiece(NamedTuple):
+    """Token ids of a stretch of one document; the last stretch ends with the end-of-text id, if there is one."""
+
+    ids: np.ndarray
+    utf8_bytes: int
+    ends_document: bool
+
+
+@dataclass
+class SplitCounts:
+    """What one split holds. A document belongs to the split that it begins in; bytes are those of text alone."""
+
+    documents: int = 0
+    tokens: int = 0
+    utf8_bytes: int = 0
+
+
+class ShardWriter:
+    """Appends token ids to ``NAME-00000.bin``, ``NAME-00001.bin`` …, each of at most ``shard_tokens``."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
+        self.paths: list[Path] = []
+        self._folder = folder
+        self._name = name
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._file: IO[bytes] | None = None
+        self._room = 0
+
+    def append(self, ids: np.ndarray) -> None:
+        """Write ``ids``, any integer array (T,) whose values fit the dtype."""
+        while len(ids):
+            if self._room == 0:
+                self._begin_shard()
+            part, ids = ids[: self._room], ids[self._room :]
+            self._file.write(part.astype(self._dtype).tobytes())
+            self._room -= len(part)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _begin_shard(self) -> None:
+        self.close()
+        self.paths.append(self._folder / shard_name(self._name, len(self.paths)))
+        self._file = self.paths[-1].open("wb")
+        self._room = self._shard_tokens
+
+
+class SplitWriter:
+    """Divides documents into training and validation while they arrive, without knowing how many will come.
+
+    The first 20 documents wait on disk. If there are so many, whole documents are chosen by a hash of their number,
+    among the first 20 so that they hold at most the wanted fraction of the tokens and are at least one. With fewer,
+    validation is the last part of the tokens.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: np.dtype, shard_tokens: int, valid_fraction: float, byte_lengths: np.ndarray
+    ) -> None:
+        self.counts = {"train": SplitCounts(), "valid": SplitCounts()}
+        self._writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in self.counts}
+        self._waiting_writer = ShardWriter(folder, "waiting", dtype, shard_tokens)
+        self._waiting: list[SplitCounts] = []  # one for every document on disk, the last one perhaps unfinished
+        self._dtype = dtype
+        self._valid_fraction = valid_fraction
+        self._byte_lengths = byte_lengths
+        self._document = 0
+        self._at_document_start = True
+
+    def write(self, piece: EncodedPiece) -> None:
+        """Take the next piece of the current document."""
+        if self._document < FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
+            self._keep_waiting(piece)
+        else:
+            split = "valid" if _draw(self._document) < self._valid_fraction else "train"
+            self._writers[split].append(piece.ids)
+            _count(self.counts[split], piece, begins_document=self._at_document_start)
+        self._at_document_start = piece.ends_document
+        if piece.ends_document:
+            self._document += 1
+            if self._document == FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
+                self._place_waiting_documents()
+
+    def finish(self) -> str:
+        """Write what still waits and close the files; return in words which rule made the validation split."""
+        if self._document < FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
+            self._cut_tail()
+            rule = "the last part of the tokens"
+        else:
+            rule = "whole documents, chosen by a hash of their number"
+        self.close()
+        return rule
+
+    def close(self) -> None:
+        """Close every file, so that the folder can be removed."""
+        for writer in (*self._writers.values(), self._waiting_writer):
+            writer.close()
+
+    def _keep_waiting(self, piece: EncodedPiece) -> None:
+        if self._at_document_start:
+            self._waiting.append(SplitCounts())
+        self._waiting_writer.append(piece.ids)
+        _count(self._waiting[-1], piece, begins_document=self._at_document_start)
+
+    def _place_waiting_documents(self) -> None:
+        chosen = self._choose_waiting_documents()
+        stream = self._waiting_stream()
+        start = 0
+        for number, document in enumerate(self._waiting):
+            split = "valid" if number in chosen else "train"
+            self._copy(stream, start, start + document.tokens, split)
+            total = self.counts[split]
+            total.documents += 1
+            total.tokens += document.tokens
+            total.utf8_bytes += document.utf8_bytes
+            start += document.tokens
+        self._drop_waiting_files()
+
+    def _choose_waiting_documents(self) -> set[int]:
+        # Their sizes are known, so no long book can swallow the fraction, nor a short story stand for it alone.
+        sizes = [document.tokens for document in self._waiting]
+        room = self._valid_fraction * sum(sizes)
+        chosen = set()
+        for number in sorted(range(len(sizes)), key=_draw):
+            if sizes[number] <= room:
+                chosen.add(number)
+                room -= sizes[number]
+        return chosen or {sizes.index(min(sizes))}
+
+    def _cut_tail(self) -> None:
+        stream = self._waiting_stream()
+        tokens = len(stream)
+        cut = tokens - min(max(1, round(tokens * self._valid_fraction)), tokens - 1)
+        self._copy(stream, 0, cut, "train")
+        self._copy(stream, cut, tokens, "valid")
+        train, valid = self.counts["train"], self.counts["valid"]
+        train.tokens, valid.tokens = cut, tokens - cut
+        starts = np.cumsum([0, *(document.tokens for document in self._waiting[:-1])])
+        train.documents = int((starts < cut).sum())
+        valid.documents = len(starts) - train.documents
+        for start in range(cut, tokens, COPY_TOKENS):
+            ids = stream.slice(start, min(start + COPY_TOKENS, tokens))
+            valid.utf8_bytes += int(self._byte_lengths[ids].sum())
+        train.utf8_bytes = sum(document.utf8_bytes for document in self._waiting) - valid.utf8_bytes
+        self._drop_waiting_files()
+
+    def _waiting_stream(self) -> TokenStream:
+        self._waiting_writer.close()
+        return TokenStream(self._waiting_writer.paths, self._dtype)
+
+    def _copy(self, stream: TokenStream, start: int, stop: int, split: str) -> None:
+        for first in range(start, stop, COPY_TOKENS):
+            self._writers[split].append(stream.slice(first, min(first + COPY_TOKENS, stop)))
+
+    def _drop_waiting_files(self) -> None:
+        for path in self._waiting_writer.paths:
+            path.unlink()
+
+
+def _count(counts: SplitCounts, piece: EncodedPiece, begins_document: bool) -> None:
+    counts.documents += begins_document
+    counts.tokens += len(piece.ids)
+    counts.utf8_bytes += piece.utf8_bytes
+
+
+def _draw(document: int) -> float:
+    """A number in [0, 1) that belongs to a document's number."""
+    digest = hashlib.blake2b(document.to_bytes(8, "little"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64

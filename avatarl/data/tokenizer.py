@@ -1,0 +1,200 @@
+"""Tokenizers: trained here, or opened from a folder or the Hub; always a ``transformers`` tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from avatarl.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_BPE = 256 + 1  # every byte, and the end of a text
+
+# Training keeps every distinct word in memory; this much text is plenty for merges and keeps that bounded.
+BPE_TRAINING_CHARACTERS = 200_000_000
+
+ACCEPTED = "accepted are bpe:N, gpt2, a tokenizer folder and a tokenizer's id on the Hugging Face Hub"
+
+
+class ResolvedTokenizer(NamedTuple):
+    """A tokenizer, and what the user should know about how it came about (``None`` where there is nothing to say)."""
+
+    tokenizer: PreTrainedTokenizerBase
+    note: str | None
+
+
+def resolve_tokenizer(spec: str, text_pieces: Callable[[], Iterable[str]]) -> ResolvedTokenizer:
+    """Train or open the tokenizer that ``spec`` names.
+
+    Args:
+        spec: ``bpe:N`` trains a byte-level BPE of N entries on the text; ``gpt2`` is GPT-2's from the Hub; a folder is
+            one that ``AutoTokenizer`` opens or that holds OpenAI's ``encoder.json`` and ``vocab.bpe``; anything else
+            is an id on the Hub. Code that comes with a tokenizer is never run.
+        text_pieces: called to read the text, only where a tokenizer has to be trained.
+
+    Raises:
+        UserError: ``spec`` names no tokenizer that can be trained or opened.
+    """
+    if spec.startswith("bpe:"):
+        return _train_bpe(_bpe_size(spec), text_pieces())
+    if spec == "gpt2":
+        return ResolvedTokenizer(_open_gpt2(), None)
+    folder = Path(spec)
+    if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
+        return ResolvedTokenizer(_open_openai_folder(folder), None)
+    return ResolvedTokenizer(_open(spec), None)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, nothing added and nothing cut off, on all cores.
+
+    A special token spelled out in a text is text: it is encoded letter by letter, so that no document can forge an
+    end. Set ``TOKENIZERS_PARALLELISM=false`` to stay on one core.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    # The backend is called directly because it can then leave out character offsets, which nearly halves the time.
+    # `transformers` sets these three anew on each call of its own, so nothing is lost by changing them.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that ends a document: the tokenizer's end-of-sequence token, else ``<|endoftext|>`` if it has one."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    return tokenizer.get_vocab().get(END_OF_TEXT)
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Bytes of text that each id stands for, int64 (V,), V = ``len(tokenizer)``; 0 for special tokens and unused ids.
+
+    Exact for byte-level tokenizers: the lengths of a text's tokens add up to its UTF-8 bytes. For others it is the
+    length of the token decoded alone, an estimate wherever decoding depends on the neighbours.
+    """
+    byte_level = _is_byte_level(tokenizer)
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_ids)
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id in special or token_id >= len(lengths):
+            continue
+        if token in added:
+            lengths[token_id] = len(token.encode("utf-8"))
+        elif byte_level:
+            lengths[token_id] = len(token)  # the byte-level alphabet writes every byte as one character
+        else:
+            lengths[token_id] = len(tokenizer.decode([token_id]).encode("utf-8"))
+    return lengths
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _bpe_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdigit()) or int(size) < SMALLEST_BPE:
+        raise UserError(
+            f"tokenizer {spec!r}: N of bpe:N must be a whole number of at least {SMALLEST_BPE} "
+            f"(256 bytes and {END_OF_TEXT})"
+        )
+    return int(size)
+
+
+def _train_bpe(size: int, text_pieces: Iterable[str]) -> ResolvedTokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend = _byte_level(BPE())
+    backend.train_from_iterator(_first_characters(text_pieces, BPE_TRAINING_CHARACTERS), trainer)
+    trained = backend.get_vocab_size()
+    note = None
+    if trained < size:
+        note = f"the text supports {trained} tokenizer entries, fewer than the {size} asked for"
+    return ResolvedTokenizer(_wrapped(backend), note)
+
+
+def _first_characters(text_pieces: Iterable[str], limit: int) -> Iterator[str]:
+    total = 0
+    for text in text_pieces:
+        yield text[: limit - total]
+        total += len(text)
+        if total >= limit:
+            return
+
+
+def _byte_level(model: BPE) -> Tokenizer:
+    """GPT-2's way of cutting text into words and words into bytes, around a BPE model."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# --- opening --------------------------------------------------------------------------------------------------------
+
+
+def _open_gpt2() -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained("openai-community/gpt2", trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            "tokenizer 'gpt2': openai-community/gpt2 cannot be had from the Hugging Face Hub or its local cache; give "
+            "a folder that holds GPT-2's encoder.json and vocab.bpe, or its tokenizer.json"
+        ) from error
+
+
+def _open_openai_folder(folder: Path) -> PreTrainedTokenizerBase:
+    """GPT-2's tokenizer under the file names that OpenAI published it with."""
+    try:
+        backend = _byte_level(BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    except Exception as error:
+        raise UserError(
+            f"tokenizer {str(folder)!r}: encoder.json and vocab.bpe do not make a tokenizer ({error}); expected are "
+            "GPT-2's entries and merges"
+        ) from error
+    if backend.token_to_id(END_OF_TEXT) is None:
+        raise UserError(f"tokenizer {str(folder)!r}: encoder.json has no {END_OF_TEXT!r}; GPT-2's has one")
+    return _wrapped(backend)
+
+
+def _open(spec: str) -> PreTrainedTokenizerBase:
+    if not spec or (spec.startswith((".", "/", "~")) and not Path(spec).is_dir()):
+        raise UserError(f"tokenizer {spec!r}: no such folder; {ACCEPTED}")
+    try:
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds, and all of them mean that it cannot be opened
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"tokenizer {spec!r}: cannot be opened ({reason}); {ACCEPTED}") from error

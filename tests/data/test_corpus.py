@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from avatarl.data import corpus
+from avatarl.data.corpus import document_pieces
+from avatarl.errors import UserError
+
+
+def read(*sources, text_field: str = "text") -> list[str]:
+    """The documents of the sources, whole."""
+    documents, parts = [], []
+    for piece in document_pieces([str(source) for source in sources], text_field):
+        parts.append(piece.text)
+        if piece.ends_document:
+            documents.append("".join(parts))
+            parts = []
+    assert not parts, "the last document was never ended"
+    return documents
+
+
+def write(path, content: bytes):
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def parquet_bytes(tmp_path, columns: dict) -> bytes:
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "scratch")
+    return (tmp_path / "scratch").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "A.TXT"])
+def test_a_separator_line_divides_a_text_file(tmp_path, name):
+    content = b"one\n<|endoftext|>\ntwo, <|endoftext|> inside\n <|endoftext|>\n<|endoftext|>\n \n<|endoftext|>\n\nthree"
+    assert read(write(tmp_path / name, content)) == [
+        "one\n",
+        "two, <|endoftext|> inside\n <|endoftext|>\n",
+        "three",
+    ]
+
+
+def test_a_byte_order_mark_is_dropped_and_line_ends_are_made_one_kind(tmp_path):
+    content = "\ufeffone\r\n<|endoftext|>\r\ntwo\rthree\r\n".encode()
+    assert read(write(tmp_path / "a.txt", content)) == ["one\n", "two\rthree\n"]
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_nothing_is_lost_where_a_long_line_is_read_in_parts(tmp_path, monkeypatch, shift):
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 16)
+    text = "x" * shift + "é€😀 word\r\n" * 50 + "<|endoftext|>?" + "é" * 100
+    assert read(write(tmp_path / "a.txt", text.encode())) == [text.replace("\r\n", "\n")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    rows = [{"text": "one"}, {"text": "  "}, {"text": None}, {"text": "two\n\nparts", "id": 3}]
+    content = "\n\n".join(json.dumps(row) for row in rows).encode()
+    assert read(write(tmp_path / name, content)) == ["one", "two\n\nparts"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz"])
+def test_parquet(tmp_path, name):
+    content = parquet_bytes(tmp_path, {"body": ["one", None, "two"], "id": [1, 2, 3]})
+    assert read(write(tmp_path / name, content), text_field="body") == ["one", "two"]
+
+
+def test_a_folder_is_read_sorted_and_without_hidden_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name in ["b.txt", "sub/a.md", "a.txt", ".hidden.txt", ".git/x.txt", "picture.png"]:
+        write(tmp_path / name, name.encode())
+    assert read(tmp_path) == ["a.txt", "b.txt", "sub/a.md"]
+
+
+def test_a_local_data_set_is_read_through_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", b'{"text": "one"}\n{"text": "two"}\n')
+    assert read(f"hub:{folder}") == ["one", "two"]
+    with pytest.raises(UserError, match=r"no field 'txt'; found 'text'; did you mean 'text'\?"):
+        read(f"hub:{folder}", text_field="txt")
+    with pytest.raises(UserError, match=r"source 'hub:.*nowhere'.*cannot open its train split"):
+        read(f"hub:{tmp_path}/nowhere")
+
+
+def test_several_sources_follow_each_other(tmp_path):
+    first, second = write(tmp_path / "1.txt", b"one"), write(tmp_path / "2.jsonl", b'{"text": "two"}')
+    assert read(second, first) == ["two", "one"]
+
+
+BAD_FILES = {
+    "empty": ("a.txt", b"", "source '{path}': holds no text"),
+    "blank": ("a.txt", b" \n\n<|endoftext|>\n", "source '{path}': holds no text"),
+    "binary": ("a.txt", b"abc\n\xff\0def", "{path}: binary, not text (a NUL byte at byte 5)"),
+    "not UTF-8": ("a.txt", b"abc\ncaf\xe9!\n", "{path}: not UTF-8 at byte 7;"),
+    "cut in a character": ("a.txt", b"abc\xe2\x82", "{path}: not UTF-8 at byte 3;"),
+    "suffix": ("a.pdf", b"abc", "source '{path}': unknown suffix '.pdf'; accepted are .txt"),
+    "bad JSON": ("a.jsonl", b'{"text": "one"}\n{"text": \n', "{path}:2: not a JSON line"),
+    "deep JSON": ("a.jsonl", b"[" * 200_000, "{path}:1: not a JSON line"),
+    "JSON list": ("a.jsonl", b'["text"]', "{path}:1: found a JSON list; one JSON object a line is expected"),
+    "JSON not UTF-8": ("a.jsonl", b'{"text": "\xe9"}', "{path}:1: not UTF-8 at byte 10 of the line"),
+    "field": (
+        "a.jsonl",
+        b'{"txt": "one", "id": 1}',
+        "{path}:1: no field 'text'; found 'txt', 'id'; did you mean 'txt'?",
+    ),
+    "number": ("a.jsonl", b'{"text": 5}', "{path}:1: field 'text' holds a int; a string is expected"),
+    "surrogate": (
+        "a.jsonl",
+        b'{"text": "ab\\ud800"}',
+        "{path}:1: field 'text' holds half a surrogate pair at character 2",
+    ),
+    "not parquet": ("a.parquet", b"not parquet at all", "{path}: not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_that_cannot_be_used_is_named(tmp_path, kind):
+    name, content, message = BAD_FILES[kind]
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=re.escape(message.format(path=path))) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "flipped"])
+def test_a_corrupt_gzip_file_is_named(tmp_path, damage):
+    whole = gzip.compress(b"some text " * 100)
+    content = {"cut": whole[:-12], "garbage": b"no gzip", "flipped": whole[:-8] + b"\0\0\0\0" + whole[-4:]}[damage]
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{path}: corrupt gzip file")):
+        read(path)
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
+    path = write(tmp_path / "a.parquet", parquet_bytes(tmp_path, {"texts": ["one"]}))
+    with pytest.raises(UserError, match=r"a\.parquet: no field 'text'; found 'texts'; did you mean 'texts'\?"):
+        read(path)
+
+
+def test_a_missing_path_and_a_folder_without_text_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere': no such file or folder; accepted are"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="the folder has no readable file; accepted are"):
+        read(tmp_path)
+
+
+def test_pieces_are_bounded_even_where_there_is_no_place_to_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(corpus, "LONGEST_PIECE_CHARACTERS", 400)
+    path = write(tmp_path / "a.txt", b"x" * 5000 + b" y" * 500)
+    pieces = list(document_pieces([str(path)]))
+    assert "".join(piece.text for piece in pieces) == path.read_text()
+    assert max(len(piece.text) for piece in pieces) <= 600
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
