@@ -179,7 +179,7 @@ class PPO(Reinforce):
 def draw_actions(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw tokens (N, S) from ``probs`` (N, V) by inverting the distribution at ``uniforms`` (N, S) in [0, 1)."""
     cumulative = probs.cumsum(dim=1)
-    points = uniforms.to(probs.dtype) * cumulative[:, -1:]
+    points = (uniforms.to(probs.dtype) * cumulative[:, -1:]).contiguous()
     return torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
 
 

@@ -68,6 +68,7 @@ class AvataRLConfig:
             require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or none")
         require_choice("pool", self.pool, ("geometric", "arithmetic"))
         require_choice("threshold", self.threshold, ("mean", "mass", "none"))
+        require_choice("per_action_mean", self.per_action_mean, (True, False))
         for name in ("reality_weight", "entropy_coef"):
             require_number(name, getattr(self, name), lambda x: x >= 0, "a number of at least 0")
         for name in ("reward_scale", "temperature"):

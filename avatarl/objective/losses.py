@@ -29,8 +29,8 @@ class RewardedObjective(Objective):
     def needs_critic(self) -> bool:
         return self.avatarl.needs_critic
 
-    def check(self, vocabulary: int, num_critics: int, snapshot: bool, draws: Tensor | None, positions: int) -> None:
-        super().check(vocabulary, num_critics, snapshot, draws, positions)
+    def check_settings(self, vocabulary: int, num_critics: int) -> None:
+        super().check_settings(vocabulary, num_critics)
         self.avatarl.critic_weights(num_critics)
         if self.avatarl.top_k > vocabulary:
             raise ValueError(f"top_k is {self.avatarl.top_k}; expected at most the vocabulary's {vocabulary} tokens")

@@ -65,18 +65,25 @@ class Objective(ABC):
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         """Loss, metrics and, if asked, the gradient of Σ weights · loss over ``rows.player_logits``."""
 
-    def check(self, vocabulary: int, num_critics: int, snapshot: bool, draws: Tensor | None, positions: int) -> None:
-        """Refuse inputs that this objective cannot work with.
+    def check_settings(self, vocabulary: int, num_critics: int) -> None:
+        """Refuse settings that do not fit the models.
 
         Raises:
-            ValueError: A critic, a snapshot or draws are missing, or ``top_k`` is larger than the vocabulary.
+            ValueError: A critic is missing, or a setting does not fit the vocabulary or the number of critics.
         """
         if self.needs_critic and num_critics == 0:
             raise ValueError(f"the objective {self.name!r} needs a critic and none is given")
-        if self.needs_snapshot and not snapshot:
+
+    def check_inputs(self, has_snapshot: bool, uniforms: Tensor | None, positions: int) -> None:
+        """Refuse a call that lacks what a sampled objective needs.
+
+        Raises:
+            ValueError: The snapshot is missing, or the draws are or have another shape.
+        """
+        if self.needs_snapshot and not has_snapshot:
             raise ValueError(f"the objective {self.name!r} needs the snapshot's logits and none are given")
-        if self.num_draws and (draws is None or draws.shape != (positions, self.num_draws)):
-            found = None if draws is None else tuple(draws.shape)
+        if self.num_draws and (uniforms is None or uniforms.shape != (positions, self.num_draws)):
+            found = None if uniforms is None else tuple(uniforms.shape)
             raise ValueError(f"uniforms {found} do not fit; {self.name!r} needs {(positions, self.num_draws)}")
 
 
@@ -140,8 +147,13 @@ def position_weights(
         targets: (N,) int64 with ignored ones replaced by 0.
     """
     counted = targets != ignore_index
-    total = counted.sum() if num_valid is None else torch.as_tensor(num_valid, device=targets.device)
-    return counted.to(dtype) / total.clamp(min=1), targets.masked_fill(~counted, 0)
+    if num_valid is None:
+        total = counted.sum()
+    elif isinstance(num_valid, Tensor):
+        total = num_valid
+    else:
+        total = torch.full((), num_valid, device=targets.device)  # filled there: a copy would make the host wait
+    return (counted & (total > 0)).to(dtype) / total.clamp(min=1), targets.masked_fill(~counted, 0)
 
 
 def weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
@@ -170,11 +182,12 @@ def objective_loss(
         player_logits, [*as_critics(critic_logits), *as_critics(snapshot_logits)], targets, vocab_size
     )
     critics, snapshot = (others[:-1], others[-1]) if snapshot_logits is not None else (others, None)
-    objective.check(player.shape[-1], len(critics), snapshot is not None, uniforms, targets.numel())
+    objective.check_settings(player.shape[-1], len(critics))
+    objective.check_inputs(snapshot is not None, uniforms, targets.numel())
     dtype = compute_dtype(player.dtype)
     weights, safe_targets = position_weights(targets, ignore_index, num_valid, dtype)
     wants_gradient = player.requires_grad and torch.is_grad_enabled()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(player.device.type, enabled=False):  # autocast would take vecdot in half
         rows = Rows(
             player.to(dtype),
             [critic.to(dtype) for critic in critics],
@@ -208,4 +221,6 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, incoming: Tensor):
         gradients = ctx.saved_tensors
-        return None, *(gradient * incoming.to(gradient.dtype) for gradient in gradients), *(None for _ in gradients)
+        # In the loss's dtype: a gradient scaler's factor may be beyond float16. Autograd casts the product back.
+        scaled = (gradient.to(incoming.dtype) * incoming for gradient in gradients)
+        return None, *scaled, *(None for _ in gradients)

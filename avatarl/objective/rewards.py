@@ -135,6 +135,6 @@ def _geometric_pool(experts: list[tuple[float, Tensor]], valid: Tensor) -> tuple
 def _arithmetic_pool(experts: list[tuple[float, Tensor]], valid: Tensor) -> tuple[Tensor, Tensor]:
     """p = Σ w_i p_i on the active actions (N, A); what a critic gives to other tokens goes to the target."""
     consensus = sum(weight * log_probs.exp() for weight, log_probs in experts).masked_fill(~valid, 0.0)
-    target = 1 - consensus[:, 1:].sum(dim=1, keepdim=True)
+    target = (1 - consensus[:, 1:].sum(dim=1, keepdim=True)).clamp(min=0)  # a sum may round to above 1
     consensus = torch.cat([target, consensus[:, 1:]], dim=1)
     return consensus, torch.zeros_like(target)

@@ -89,9 +89,11 @@ def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int
 
 
 def _in_product_dtype(head: Head) -> Head:
-    """Cast once what every chunk's product would cast again: to autocast's dtype where it is on."""
+    """Cast once what every chunk's product would cast again: to autocast's dtype where it is on (float64 stays)."""
     device_type = head.states.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
+    if not torch.is_autocast_enabled(device_type) or torch.float64 in (head.states.dtype, head.weight.dtype):
+        return head
+    dtype = torch.get_autocast_dtype(device_type)
     return Head(head.states.to(dtype), head.weight.to(dtype))
 
 

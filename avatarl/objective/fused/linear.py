@@ -102,7 +102,8 @@ def linear_objective_loss(
     earlier = None if snapshot is None else _head("snapshot", snapshot[0], "snapshot", snapshot[1], targets, vocabulary)
 
     flat_targets = targets.reshape(-1).long()
-    objective.check(vocabulary, len(critics), earlier is not None, uniforms, flat_targets.numel())
+    objective.check_settings(vocabulary, len(critics))
+    objective.check_inputs(earlier is not None, uniforms, flat_targets.numel())
     weights, safe_targets = position_weights(flat_targets, ignore_index, num_valid, compute_dtype(hidden.dtype))
     wants = (hidden.requires_grad and torch.is_grad_enabled(), head_weight.requires_grad and torch.is_grad_enabled())
     with torch.no_grad():

@@ -1,0 +1,20 @@
+"""Players, the models that learn, and critics, the frozen ones that judge. Both are transformers models."""
+
+from .counting import ParameterCount, count_parameters, forward_flops_per_token, training_flops_per_token
+from .critics import check_same_vocabulary, load_critic
+from .loading import load_model, load_tokenizer
+from .players import PRESETS, PlayerConfig, build_player
+
+__all__ = [
+    "PRESETS",
+    "ParameterCount",
+    "PlayerConfig",
+    "build_player",
+    "check_same_vocabulary",
+    "count_parameters",
+    "forward_flops_per_token",
+    "load_critic",
+    "load_model",
+    "load_tokenizer",
+    "training_flops_per_token",
+]

@@ -1,0 +1,51 @@
+"""Critics: any causal language model that reads the same tokens as the player, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from avatarl.errors import UserError
+
+from .loading import head_weight, load_model, load_tokenizer
+
+
+def load_critic(
+    critic: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Open a critic: a run folder, a model folder or a hub id; frozen, in eval mode.
+
+    Raises:
+        UserError: Its vocabulary is not ``tokenizer``'s, or it cannot be opened.
+    """
+    check_same_vocabulary(tokenizer, load_tokenizer(critic), str(critic))
+    model = load_model(critic, dtype, device).requires_grad_(False)
+    if head_weight(model).shape[0] < len(tokenizer):
+        raise UserError(f"critic {critic} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
+    return model
+
+
+def check_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, critic_tokenizer: PreTrainedTokenizerBase, critic: str
+) -> None:
+    """Refuse a critic whose token ids do not mean what the data's mean.
+
+    Raises:
+        UserError: with both sizes and the first token that differs.
+    """
+    ours, theirs = tokenizer.get_vocab(), critic_tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    by_id = {token_id: token for token, token_id in ours.items()}
+    by_id_theirs = {token_id: token for token, token_id in theirs.items()}
+    first = min(i for i in by_id.keys() | by_id_theirs.keys() if by_id.get(i) != by_id_theirs.get(i))
+    raise UserError(
+        f"critic {critic} has another vocabulary ({len(theirs)} tokens) than the data ({len(ours)} tokens): "
+        f"id {first} is {by_id_theirs.get(first)!r} there and {by_id.get(first)!r} here; "
+        f"expected a critic trained with the data's tokenizer"
+    )

@@ -1,0 +1,101 @@
+"""Opening models and tokenizers from run folders, model folders or hub ids: safetensors only, no code from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from avatarl.errors import UserError
+
+
+def resolve_model(model: str | Path) -> str:
+    """The folder or hub id that ``model`` means: a run folder stands for its best player.
+
+    Raises:
+        UserError: A folder that is neither a run nor a model, or a model folder without safetensors.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        return str(model)
+    if not (folder / "config.json").exists() and (folder / "player" / "config.json").exists():
+        folder = folder / "player"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{model} is neither a run folder (with player/) nor a model folder (with config.json)")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has no .safetensors file; expected a model saved with save_pretrained")
+    return str(folder)
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Open a causal language model in eval mode.
+
+    Raises:
+        UserError: It cannot be found or opened, has no safetensors, or its logits are not ``hidden @ head.T``.
+    """
+    name = resolve_model(model)
+    try:
+        opened = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, use_cache=False
+        )
+    except Exception as error:  # whatever the libraries below make of a file that is not what it should be
+        raise UserError(f"{name} cannot be opened as a causal language model: {_first_line(error)}") from error
+    check_linear_head(opened, name)
+    return opened.to(device).eval()
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Open the tokenizer that lies with a model.
+
+    Raises:
+        UserError: There is none.
+    """
+    name = resolve_model(model)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{name} has no tokenizer that can be opened: {_first_line(error)}") from error
+
+
+@torch.no_grad()
+def check_linear_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not its last hidden states times its output embedding.
+
+    The objectives start from hidden states and the head's weight, so a bias, a scale or a soft cap on the logits would
+    be silently lost. Both ways are compared on a few tokens, and once more with large logits, where a cap shows.
+
+    Raises:
+        UserError: The two differ.
+    """
+    reason = f"{name}: its logits are not hidden states times head weight (a bias, scale or cap on the logits)"
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(reason)
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(min(4, head_weight(model).shape[0]), device=model.device).unsqueeze(0)
+    for scale in (1.0, 1024.0):  # powers of two, so that scaling back restores every bit
+        head_weight(model).mul_(scale)
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        found = (last_hidden(model, ids) @ head_weight(model).t()).float()
+        head_weight(model).mul_(1 / scale)
+        tolerance = 0.05 * expected.abs().max()
+        if found.shape != expected.shape or (found - expected).abs().max() > tolerance:
+            raise UserError(reason)
+    model.train(was_training)
+
+
+def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, d) after the last layer and its normalisation, for token ids (B, T)."""
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The output embedding (V, d)."""
+    return model.get_output_embeddings().weight
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,111 @@
+"""Players: causal language models of the transformers library with random weights, from presets or by architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from avatarl.errors import UserError, nearest_name
+
+from .loading import check_linear_head
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a decoder; feed-forward width is that of a gated (SwiGLU) layer."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+# As Llama with tied embeddings. `1m` and `5m` name the parameters outside the embedding (1,004,928 and 4,967,680), the
+# others all parameters with GPT-2's 50,257 tokens, as the article counts (29,920,512; 123,551,232; 250,726,400).
+PRESETS = {
+    "1m": Shape(hidden_size=128, num_hidden_layers=5, num_attention_heads=4, intermediate_size=352),
+    "5m": Shape(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=736),
+    "30m": Shape(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024),
+    "124m": Shape(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048),
+    "250m": Shape(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2688),
+}
+
+
+@dataclass(frozen=True)
+class PlayerConfig:
+    """Which model to build.
+
+    Args:
+        preset: The size, one of ``1m``, ``5m``, ``30m``, ``124m``, ``250m``.
+        architecture: A causal language model of the transformers library by its model type: llama, gpt2, qwen3, …
+        settings: Fields of that architecture's configuration that replace the preset's, as
+            ``{"attention_dropout": 0.1}``.
+    """
+
+    preset: str = "1m"
+    architecture: str = "llama"
+    settings: dict[str, int | float | bool | str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise UserError(
+                f"player.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}"
+                f"{nearest_name(self.preset, PRESETS)}"
+            )
+        if self.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise UserError(
+                f"player.architecture is {self.architecture!r}; expected a causal language model of transformers, such "
+                f"as llama, gpt2 or qwen3{nearest_name(self.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+            )
+
+
+def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int, seed: int) -> PreTrainedModel:
+    """A player in float32 with random weights that depend on ``config``, the vocabulary, ``block`` and ``seed`` alone.
+
+    Args:
+        block: The longest sequence it must read, tokens.
+
+    Raises:
+        UserError: The architecture does not know a setting, or its logits are not ``hidden @ head.T``.
+    """
+    model_config = _model_config(config, tokenizer, block)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        player = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    check_linear_head(player, f"player.architecture {config.architecture!r}")
+    return player
+
+
+def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int):
+    """The preset's shape in the words of the architecture."""
+    shape = PRESETS[config.preset]
+    template = AutoConfig.for_model(config.architecture)
+    wanted = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "max_position_embeddings": block,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+    # Not every architecture has these; one without a gated layer keeps its own feed-forward width.
+    optional = {
+        "intermediate_size": shape.intermediate_size,
+        "num_key_value_heads": shape.num_attention_heads,
+        "head_dim": shape.hidden_size // shape.num_attention_heads,
+    }
+    wanted |= {name: value for name, value in optional.items() if hasattr(template, name)}
+    for name in config.settings:
+        if not hasattr(template, name):
+            known = [key for key in template.to_dict() if not key.startswith("_")]
+            raise UserError(
+                f"player.settings names {name!r}, which {config.architecture} does not have{nearest_name(name, known)}"
+            )
+    return AutoConfig.for_model(config.architecture, **{**wanted, **config.settings})

@@ -1,0 +1,162 @@
+"""What a run is made of. Field names are the keys of a recipe and the options of ``avatarl train``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from avatarl.errors import UserError, nearest_name
+from avatarl.models import PlayerConfig
+from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig
+from avatarl.objective.config import require_choice, require_number, require_whole
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and the learning rate over time.
+
+    Args:
+        name: ``adamw``, or ``muon`` for the matrices between the embeddings with AdamW for the rest.
+        learning_rate: The highest learning rate, reached after warm-up.
+        weight_decay: Decoupled decay of matrices; vectors (norms, biases) have none.
+        beta1: AdamW's decay of the gradient's mean.
+        beta2: AdamW's decay of the gradient's square.
+        warmup_steps: Optimiser steps of linear warm-up.
+        decay: The shape of the fall after it, ``cosine`` or ``linear``.
+        final_lr_fraction: The last learning rate, as a fraction of ``learning_rate``.
+        clip_norm: The gradient's norm is clipped to this (None: not clipped).
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_steps: int = 50
+    decay: Literal["cosine", "linear"] = "cosine"
+    final_lr_fraction: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        require_choice("optim.name", self.name, ("adamw", "muon"))
+        require_choice("optim.decay", self.decay, ("cosine", "linear"))
+        require_number("optim.learning_rate", self.learning_rate, lambda x: x > 0, "a number above 0")
+        require_number("optim.weight_decay", self.weight_decay, lambda x: x >= 0, "a number of at least 0")
+        require_number("optim.beta1", self.beta1, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        require_number("optim.beta2", self.beta2, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        require_whole("optim.warmup_steps", self.warmup_steps, minimum=0)
+        require_number("optim.final_lr_fraction", self.final_lr_fraction, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        if self.clip_norm is not None:
+            require_number("optim.clip_norm", self.clip_norm, lambda x: x > 0, "a number above 0, or none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        data: A prepared data folder.
+        out: The run folder to make.
+        objective: What is minimised: avatarl, cross_entropy, label_smoothing, distillation, expected_reward, reinforce
+            or ppo.
+        critic: A critic, or several: run folders, model folders or hub ids.
+        avatarl: Settings of the rewards and the AvataRL loss.
+        baseline: Settings of the other objectives.
+        player: Which model to train.
+        optim: Optimiser and learning rate.
+        block: Tokens in a window.
+        batch_windows: Windows in one forward pass.
+        accumulate_steps: Forward passes in one optimiser step.
+        steps: Optimiser steps. Give this or ``epochs``.
+        epochs: Passes over the training windows. Give this or ``steps``.
+        seed: Decides initial weights, data order, dropout and sampled actions.
+        precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where the device multiplies it natively.
+        device: ``cpu``, ``cuda``, or ``auto``.
+        compile: Whether to compile player and objective with ``torch.compile`` (a minute at the start).
+        eval_every_steps: Steps between two evaluations; there is always one at the end.
+        eval_windows: Windows of the validation split to evaluate on, spread evenly, always the same (None: all).
+        log_every_steps: Steps between two lines of metrics, which are averages over them.
+        checkpoint_every_steps: Steps between two checkpoints; there is always one at the end.
+        keep_checkpoints: How many of the newest checkpoints to keep.
+        tensorboard: Whether to write TensorBoard events beside metrics.jsonl.
+    """
+
+    data: str
+    out: str
+    objective: str = "avatarl"
+    critic: str | list[str] | None = None
+    avatarl: AvataRLConfig = field(default_factory=AvataRLConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    player: PlayerConfig = field(default_factory=PlayerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    block: int = 256
+    batch_windows: int = 16
+    accumulate_steps: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    seed: int = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    eval_every_steps: int = 500
+    eval_windows: int | None = 64
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise UserError(
+                f"objective is {self.objective!r}; expected one of {', '.join(sorted(OBJECTIVES))}"
+                f"{nearest_name(self.objective, OBJECTIVES)}"
+            )
+        for name in (
+            "block",
+            "batch_windows",
+            "accumulate_steps",
+            "eval_every_steps",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
+            require_whole(name, getattr(self, name), minimum=1)
+        require_whole("seed", self.seed, minimum=0)
+        require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        if self.eval_windows is not None:
+            require_whole("eval_windows", self.eval_windows, minimum=1)
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"steps is {self.steps} and epochs is {self.epochs}; expected exactly one of them")
+        if self.steps is not None:
+            require_whole("steps", self.steps, minimum=1)
+        else:
+            require_number("epochs", self.epochs, lambda x: x > 0, "a number above 0")
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in one optimiser step."""
+        return self.batch_windows * self.accumulate_steps
+
+    def total_steps(self, train_windows: int) -> int:
+        """Optimiser steps of the run, given the number of training windows."""
+        return self.steps or max(1, round(self.epochs * train_windows / self.windows_per_step))
+
+    @property
+    def critics(self) -> list[str]:
+        """The critics as a list."""
+        return [self.critic] if isinstance(self.critic, str) else list(self.critic or [])
+
+    def as_dict(self) -> dict:
+        """Plain dictionaries, lists and numbers, as a recipe has them."""
+        plain = dataclasses.asdict(self)
+        weight = plain["avatarl"]["critic_weight"]
+        plain["avatarl"]["critic_weight"] = list(weight) if isinstance(weight, tuple) else weight
+        return plain
+
+    def save(self, path: Path) -> None:
+        """Write every setting as YAML; ``avatarl train --config`` reads it back."""
+        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")

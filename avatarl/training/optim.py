@@ -1,0 +1,93 @@
+"""Optimisers and their learning rates: AdamW, or Muon for the matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, get_wsd_schedule
+
+from .config import OptimConfig
+
+
+@dataclass
+class Optimisers:
+    """One or two optimisers and their schedules, stepped together."""
+
+    optimisers: list[Optimizer]
+    schedules: list[LRScheduler]
+
+    def step(self) -> None:
+        """Update the weights, then the learning rate, and forget the gradients."""
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        for schedule in self.schedules:
+            schedule.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.schedules[0].get_last_lr()[0]
+
+    def state_dict(self) -> dict:
+        return {
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+
+
+def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: int) -> Optimisers:
+    """Optimisers for every parameter of ``player``, each exactly once, with warm-up and decay over ``total_steps``."""
+    matrices, embeddings, vectors = split_parameters(player)
+    adamw_groups = [
+        {"params": embeddings if config.name == "muon" else matrices + embeddings, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in adamw_groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+    optimisers: list[Optimizer] = [adamw]
+    if config.name == "muon":
+        # With this adjustment an update has AdamW's typical size, so one learning rate serves both.
+        muon = torch.optim.Muon(
+            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimisers.append(muon)
+    warmup = min(config.warmup_steps, total_steps - 1)
+    schedules = [
+        get_wsd_schedule(
+            optimiser,
+            num_warmup_steps=warmup,
+            num_stable_steps=0,
+            num_decay_steps=total_steps - warmup,
+            decay_type=config.decay,
+            min_lr_ratio=config.final_lr_fraction,
+        )
+        for optimiser in optimisers
+    ]
+    return Optimisers(optimisers, schedules)
+
+
+def split_parameters(player: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The player's parameters as matrices between the embeddings, embedding tables with the head, and the rest."""
+    tables = [module for module in player.modules() if isinstance(module, nn.Embedding)]
+    table_ids = {id(module.weight) for module in (*tables, player.get_output_embeddings())}
+    parameters = [parameter for parameter in player.parameters() if parameter.requires_grad]
+    embeddings = [parameter for parameter in parameters if id(parameter) in table_ids]
+    matrices = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() == 2]
+    vectors = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() != 2]
+    assert len(parameters) == len(matrices) + len(embeddings) + len(vectors)
+    return matrices, embeddings, vectors
