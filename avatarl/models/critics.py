@@ -31,21 +31,27 @@ def load_critic(
 
 
 def check_same_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, critic_tokenizer: PreTrainedTokenizerBase, critic: str
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str, role: str = "critic"
 ) -> None:
-    """Refuse a critic whose token ids do not mean what the data's mean.
+    """Refuse a critic or model whose token ids do not mean what the data's mean.
+
+    Args:
+        tokenizer: The data's.
+        other: The model's.
+        name: Where the model came from, for the message.
+        role: What the model is, for the message.
 
     Raises:
         UserError: with both sizes and the first token that differs.
     """
-    ours, theirs = tokenizer.get_vocab(), critic_tokenizer.get_vocab()
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours == theirs:
         return
     by_id = {token_id: token for token, token_id in ours.items()}
     by_id_theirs = {token_id: token for token, token_id in theirs.items()}
     first = min(i for i in by_id.keys() | by_id_theirs.keys() if by_id.get(i) != by_id_theirs.get(i))
     raise UserError(
-        f"critic {critic} has another vocabulary ({len(theirs)} tokens) than the data ({len(ours)} tokens): "
+        f"{role} {name} has another vocabulary ({len(theirs)} tokens) than the data ({len(ours)} tokens): "
         f"id {first} is {by_id_theirs.get(first)!r} there and {by_id.get(first)!r} here; "
-        f"expected a critic trained with the data's tokenizer"
+        f"expected a {role} trained with the data's tokenizer"
     )

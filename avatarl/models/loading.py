@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def load_model(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, use_cache=False
         )
     except Exception as error:  # whatever the libraries below make of a file that is not what it should be
-        raise UserError(f"{name} cannot be opened as a causal language model: {_first_line(error)}") from error
+        raise UserError(f"{name} cannot be opened as a causal language model: {one_line(error)}") from error
     check_linear_head(opened, name)
     return opened.to(device).eval()
 
@@ -57,7 +58,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{name} has no tokenizer that can be opened: {_first_line(error)}") from error
+        raise UserError(f"{name} has no tokenizer that can be opened: {one_line(error)}") from error
 
 
 @torch.no_grad()
@@ -71,11 +72,13 @@ def check_linear_head(model: PreTrainedModel, name: str) -> None:
         UserError: The two differ.
     """
     reason = f"{name}: its logits are not hidden states times head weight (a bias, scale or cap on the logits)"
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is None or getattr(head, "bias", None) is not None:
         raise UserError(reason)
     was_training = model.training
     model.eval()
-    ids = torch.arange(min(4, head_weight(model).shape[0]), device=model.device).unsqueeze(0)
+    # Sequences of one token, since a model may be made for no longer ones.
+    ids = torch.arange(min(4, head_weight(model).shape[0]), device=model.device).unsqueeze(1)
     for scale in (1.0, 1024.0):  # powers of two, so that scaling back restores every bit
         head_weight(model).mul_(scale)
         expected = model(input_ids=ids, use_cache=False).logits.float()
@@ -97,5 +100,11 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     return model.get_output_embeddings().weight
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """The most tokens the model was made to read at once; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def one_line(error: Exception) -> str:
+    """What a library's error says, on one line."""
+    return textwrap.shorten(str(error), 240, placeholder=" …") or type(error).__name__

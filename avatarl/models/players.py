@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from avatarl.errors import UserError, nearest_name
 
-from .loading import check_linear_head
+from .loading import check_linear_head, head_weight, longest_sequence, one_line
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,34 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
         block: The longest sequence it must read, tokens.
 
     Raises:
-        UserError: The architecture does not know a setting, or its logits are not ``hidden @ head.T``.
+        UserError: The architecture does not know a setting or cannot be built with it, or its logits are not
+            ``hidden @ head.T``.
     """
-    model_config = _model_config(config, tokenizer, block)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        player = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    try:
+        model_config = _model_config(config, tokenizer, block)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
+            player = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    except UserError:
+        raise
+    except Exception as error:  # each architecture checks its configuration in its own way
+        raise UserError(
+            f"player.architecture {config.architecture!r} cannot be built with player.settings {config.settings}: "
+            f"{one_line(error)}"
+        ) from error
     check_linear_head(player, f"player.architecture {config.architecture!r}")
+    _check_size(player, len(tokenizer), block)
     return player
+
+
+def _check_size(player: PreTrainedModel, vocabulary: int, block: int) -> None:
+    """Refuse settings that leave tokens without an embedding or positions without a place."""
+    rows = head_weight(player).shape[0]
+    if rows < vocabulary:
+        raise UserError(f"player.settings: vocab_size is {rows}; expected at least the tokenizer's {vocabulary}")
+    longest = longest_sequence(player)
+    if longest is not None and longest < block:
+        raise UserError(f"player.settings: max_position_embeddings is {longest}; expected at least block, {block}")
 
 
 def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int):
@@ -95,17 +115,21 @@ def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, bloc
         "tie_word_embeddings": True,
         "use_cache": False,
     }
-    # Not every architecture has these; one without a gated layer keeps its own feed-forward width.
-    optional = {
-        "intermediate_size": shape.intermediate_size,
-        "num_key_value_heads": shape.num_attention_heads,
-        "head_dim": shape.hidden_size // shape.num_attention_heads,
-    }
-    wanted |= {name: value for name, value in optional.items() if hasattr(template, name)}
     for name in config.settings:
         if not hasattr(template, name):
             known = [key for key in template.to_dict() if not key.startswith("_")]
             raise UserError(
                 f"player.settings names {name!r}, which {config.architecture} does not have{nearest_name(name, known)}"
             )
-    return AutoConfig.for_model(config.architecture, **{**wanted, **config.settings})
+    # An architecture may have its own word for a setting (GPT-2's n_embd); both at once would hide the user's.
+    own_words = {own: common for common, own in template.attribute_map.items()}
+    wanted |= {own_words.get(name, name): value for name, value in config.settings.items()}
+    # Not every architecture has these; one without a gated layer keeps its own feed-forward width.
+    optional = {
+        "intermediate_size": shape.intermediate_size,
+        "num_key_value_heads": wanted["num_attention_heads"],
+        "head_dim": wanted["hidden_size"] // wanted["num_attention_heads"],
+    }
+    return AutoConfig.for_model(
+        config.architecture, **{name: value for name, value in optional.items() if hasattr(template, name)} | wanted
+    )

@@ -48,5 +48,5 @@ def _proposals(logits: Tensor, top_k: int, top_p: float | None) -> tuple[Tensor,
     probs = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
     probability_before = probs.cumsum(dim=-1) - probs
     # The first token stays whatever the rounding of a sum minus its only term.
-    probability_before[:, 0] = 0
+    probability_before[:, 0].zero_()
     return tokens, probability_before < top_p

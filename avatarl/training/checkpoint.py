@@ -24,7 +24,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write_files: Callable[[Path], None], keep: int) -> None:
-    """Write a checkpoint with ``write_files(folder)``, make it appear at once, and keep only the newest ``keep``."""
+    """Write a checkpoint with ``write_files(folder)``, make it appear at once, and keep only the newest ``keep``.
+
+    Checkpoints of later steps go too: the run fell back behind them because they are damaged.
+    """
     final = checkpoint_path(run, step)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -37,8 +40,11 @@ def save_checkpoint(run: Path, step: int, write_files: Callable[[Path], None], k
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _flush(final.parent)
-    for old in complete_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    complete = complete_checkpoints(run)
+    kept = [path for path in complete if path <= final][-keep:]
+    for path in complete:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -74,7 +80,7 @@ def _describe(folder: Path) -> dict[str, dict]:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        listed = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     found = _describe(folder)

@@ -27,7 +27,7 @@ class OptimConfig:
         beta2: AdamW's decay of the gradient's square.
         warmup_steps: Optimiser steps of linear warm-up.
         decay: The shape of the fall after it, ``cosine`` or ``linear``.
-        final_lr_fraction: The last learning rate, as a fraction of ``learning_rate``.
+        final_lr_fraction: What the learning rate falls towards, as a fraction of ``learning_rate``.
         clip_norm: The gradient's norm is clipped to this (None: not clipped).
     """
 
@@ -110,6 +110,11 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
+        for name in ("data", "out"):  # a Path is welcome, and a string is what a YAML file holds
+            object.__setattr__(self, name, str(getattr(self, name)))
+        if self.critic is not None:
+            single = isinstance(self.critic, (str, Path))
+            object.__setattr__(self, "critic", str(self.critic) if single else [str(name) for name in self.critic])
         if self.objective not in OBJECTIVES:
             raise UserError(
                 f"objective is {self.objective!r}; expected one of {', '.join(sorted(OBJECTIVES))}"
@@ -126,6 +131,8 @@ class TrainConfig:
         ):
             require_whole(name, getattr(self, name), minimum=1)
         require_whole("seed", self.seed, minimum=0)
+        if self.seed >= 1 << 63:
+            raise UserError(f"seed is {self.seed}; expected a whole number below 2^63")
         require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
         if self.eval_windows is not None:
             require_whole("eval_windows", self.eval_windows, minimum=1)

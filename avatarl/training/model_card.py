@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,9 +42,18 @@ The cross-entropy is that of its own validation windows and tokenizer; it says n
 
 
 def write_model_folder(
-    folder: Path, player: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: dict
+    folder: Path,
+    player: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    critics: Sequence[str],
+    step: int,
+    cross_entropy: float,
 ) -> None:
-    """Write ``folder`` whole and only then put it in place of the one before."""
+    """Write ``folder`` whole and only then put it in place of the one before.
+
+    ``critics`` are those that judged; ``cross_entropy`` (nats) is that of the player as it is now, after ``step``.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     cached = player.config.use_cache
@@ -57,11 +67,11 @@ def write_model_folder(
         objective=config.objective,
         total=count.total,
         non_embedding=count.non_embedding,
-        cross_entropy=progress["best_cross_entropy"],
-        step=progress["best_step"],
-        tokens=(progress["best_step"] or 0) * config.windows_per_step * config.block,
+        cross_entropy=cross_entropy,
+        step=step,
+        tokens=step * config.windows_per_step * config.block,
         block=config.block,
-        critic=", ".join(f"`{name}`" for name in config.critics) or "none",
+        critic=", ".join(f"`{name}`" for name in critics) or "none",
     )
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, get_wsd_schedule
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedModel
 
 from .config import OptimConfig
 
@@ -66,19 +67,25 @@ def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: 
             matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)
-    warmup = min(config.warmup_steps, total_steps - 1)
     schedules = [
-        get_wsd_schedule(
-            optimiser,
-            num_warmup_steps=warmup,
-            num_stable_steps=0,
-            num_decay_steps=total_steps - warmup,
-            decay_type=config.decay,
-            min_lr_ratio=config.final_lr_fraction,
-        )
-        for optimiser in optimisers
+        LambdaLR(optimiser, lambda step: learning_rate_factor(step, config, total_steps)) for optimiser in optimisers
     ]
     return Optimisers(optimisers, schedules)
+
+
+def learning_rate_factor(step: int, config: OptimConfig, total_steps: int) -> float:
+    """The learning rate of optimiser step ``step``, counted from 0, as a fraction of the highest.
+
+    It rises in equal steps from above 0 to 1 at step ``warmup_steps``, then falls towards ``final_lr_fraction``, where
+    it would be at step ``total_steps``. (Schedules of transformers start at 0 or at the final fraction: at a fraction
+    of 0 their first step changes nothing.)
+    """
+    warmup = min(config.warmup_steps, total_steps - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / (total_steps - warmup))
+    fall = (1 - math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else progress
+    return 1 - (1 - config.final_lr_fraction) * fall
 
 
 def split_parameters(player: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

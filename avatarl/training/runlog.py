@@ -24,8 +24,8 @@ LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "nump
 class MetricSums:
     """Sums of metrics on the device; only :meth:`means` waits for it."""
 
-    def __init__(self):
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, sums: dict[str, float] | None = None):
+        self._sums: dict[str, Tensor | float] = dict(sums or {})
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
@@ -33,7 +33,7 @@ class MetricSums:
 
     def means(self, count: int) -> dict[str, float]:
         """Each sum divided by ``count``."""
-        return {name: (value / count).item() for name, value in self._sums.items()}
+        return {name: float(value / count) for name, value in self._sums.items()}
 
 
 class RunLog:
@@ -90,14 +90,17 @@ def forget_lines_after(path: Path, step: int) -> None:
     """Cut the lines of steps that will be taken again, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if kept != lines:
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
 
 
 def describe_environment(device: torch.device, precision: str, data_digest: str) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_model as load_weights
 from safetensors.torch import save_model as save_weights
 from torch import Tensor
@@ -24,6 +25,7 @@ from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import UserError
 from avatarl.models import build_player, count_parameters, load_critic, training_flops_per_token
 from avatarl.models.counting import forward_flops_per_token
+from avatarl.models.loading import longest_sequence
 from avatarl.objective import make_objective
 
 from .checkpoint import newest_good_checkpoint, save_checkpoint
@@ -75,6 +77,10 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
     if objective.needs_critic and not critic_names:
         raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
     critics = [load_critic(name, tokenizer, critic_dtype, device) for name in critic_names]
+    for name, critic in zip(critic_names, critics, strict=True):
+        longest = longest_sequence(critic)
+        if longest is not None and longest < config.block:
+            raise UserError(f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}")
     try:
         objective.check_settings(len(tokenizer), len(critics))
     except ValueError as error:
@@ -88,9 +94,15 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
 
     # --- where we are --------------------------------------------------------------------------------------------
     progress = {"step": 0, "best_cross_entropy": math.inf, "best_step": None, "seconds": 0.0}
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint = newest_good_checkpoint(run, print) if resume else None
+    progress |= {"cross_entropy": math.nan, "unlogged": {"since_step": 0, "seconds": 0.0, "sums": {}}}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out is {run}, which cannot be made ({error.strerror}); expected a writable place") from error
+    report = Console(stderr=True, quiet=quiet, soft_wrap=True).print
+    checkpoint = newest_good_checkpoint(run, report) if resume else None
     if checkpoint:
+        check_same_data(run, data)
         progress = load_checkpoint(checkpoint, model, optimisers)
     else:
         config.save(run / "config.yaml")
@@ -108,10 +120,17 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
 
     validation = Validation(valid_windows, config, device)
 
+    def write_player(name: str, step: int) -> None:
+        """The player as it is after ``step`` and its evaluation, as a model folder of the run."""
+        write_model_folder(run / name, player, tokenizer, config, critic_names, step, progress["cross_entropy"])
+
     # --- the loop ------------------------------------------------------------------------------------------------
-    with RunLog(run, total_steps, progress["step"], config.tensorboard, quiet) as log:
+    is_finished = progress["step"] == total_steps
+    with RunLog(run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet) as log:
         log.say(describe(player, data, config, total_steps, device, precision))
-        since_log, logged_at, clock = MetricSums(), progress["step"], time.monotonic()
+        unlogged = progress["unlogged"]
+        since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
+        clock = time.monotonic() - unlogged["seconds"]
         for step in range(progress["step"] + 1, total_steps + 1):
             if model.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
                 model.refresh_snapshot()
@@ -145,25 +164,28 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
                         **values,
                     },
                 )
-                if not math.isfinite(values["loss"]):
-                    raise RunFailed(f"the loss is {values['loss']} at step {step}; try a smaller optim.learning_rate")
+                check_finite(values, step)
                 since_log, logged_at, clock = MetricSums(), step, time.monotonic()
 
             started = time.monotonic()
             if step % config.eval_every_steps == 0 or step == total_steps:
                 values = validation.evaluate(model, autocast)
                 log.write("eval", step, {"tokens": step * config.windows_per_step * config.block, **values})
+                progress["cross_entropy"] = values["cross_entropy"]
                 if values["cross_entropy"] < progress["best_cross_entropy"]:
                     progress |= {"best_cross_entropy": values["cross_entropy"], "best_step": step}
-                    write_model_folder(run / "player", player, tokenizer, config, progress)
+                    write_player("player", step)
             progress["step"] = step
             if step % config.checkpoint_every_steps == 0 or step == total_steps:
+                sums = since_log.means(1)
+                check_finite(sums, step)  # a checkpoint is something to go on from
+                progress["unlogged"] = {"since_step": logged_at, "seconds": started - clock, "sums": sums}
                 write = checkpoint_writer(model, optimisers, progress)
                 save_checkpoint(run, step, write, config.keep_checkpoints)
             clock += time.monotonic() - started  # speed is that of training alone
 
-        if progress["step"] and not (run / "final" / "config.json").exists():
-            write_model_folder(run / "final", player, tokenizer, config, progress)
+        if not (run / "final" / "config.json").exists():
+            write_player("final", total_steps)
 
     tokens = total_steps * config.windows_per_step * config.block
     critic_flops = sum(forward_flops_per_token(critic, config.block) for critic in critics)
@@ -195,7 +217,11 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool) -> None:
         raise UserError(f"out is {run}, which already holds files; give another folder, or --resume to continue a run")
     if not (run / "config.yaml").is_file():
         raise UserError(f"out is {run}, which holds files but no config.yaml; --resume needs a run folder")
-    saved, wanted = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")), config.as_dict()
+    try:
+        saved = flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{run / 'config.yaml'} cannot be read; move the folder away to start again") from error
+    wanted = flatten(config.as_dict())
     differences = [
         f"{name} was {saved.get(name)!r} and is {wanted.get(name)!r}"
         for name in sorted(set(saved) | set(wanted))
@@ -203,6 +229,39 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool) -> None:
     ]
     if differences:
         raise UserError(f"{run} was started under other settings: {'; '.join(differences)}")
+
+
+def flatten(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by their dotted names, as the command line has them."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def check_same_data(run: Path, data: PreparedData) -> None:
+    """Refuse to go on with other data than the run was started with.
+
+    Raises:
+        UserError: The folder's digest is not the one in environment.json.
+    """
+    try:
+        digest = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'environment.json'} cannot be read, so the run's data is unknown") from error
+    if digest != data.digest:
+        raise UserError(f"{data.path} is not the data that {run} was started with; prepared anew? give another out")
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """Stop where the loss or its gradient is no longer a number.
+
+    Raises:
+        RunFailed: naming the one and the step.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values.get(name, 0.0)):
+            raise RunFailed(f"{name} is {values[name]} at step {step}; try a smaller optim.learning_rate")
 
 
 def checkpoint_writer(model: RewardedPlayer, optimisers: Optimisers, progress: dict) -> Callable[[Path], None]:

@@ -13,7 +13,7 @@ from ..protocol import Objective, Rows, weighted_sums
 
 # Elements of one chunk's logits. On a CPU it is small enough for the working set to stay near the cache and large
 # enough for the products to be efficient; chosen by timing 2^20 to 2^25 on two AVX-512 cores (docs/lab-log.md).
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 
 class Head(NamedTuple):

@@ -1,0 +1,217 @@
+"""The command line: a thin shell over functions that are also public.
+
+A user's mistake ends in one line and exit status 2, a failure of the run in 1, an interrupt in 130; ``--debug`` shows
+the traceback. Every import of weight waits until its command is known, so that ``avatarl --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from .errors import UserError, nearest_name
+from .process import set_up_process
+from .version import __version__
+
+USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        print(f"avatarl {__version__}")
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise UserError(
+                f"command is {command!r}; expected one of {', '.join(COMMANDS)}{nearest_name(command, COMMANDS)}"
+            )
+        set_up_process()
+        _quiet_libraries()
+        COMMANDS[command](arguments[1:])
+        return 0
+    except KeyboardInterrupt:
+        return _end("interrupted", INTERRUPTED, debug)
+    except (UserError, ArgumentError) as error:
+        return _end(_one_line(error), USER_MISTAKE, debug)
+    except Exception as error:
+        return _end(f"{type(error).__name__}: {_one_line(error)}", RUN_FAILURE, debug)
+
+
+def demo_command(arguments: Sequence[str]) -> None:
+    """train critic, AvataRL player and cross-entropy twin on python-docs or your own text"""
+    from .demo import demo
+
+    parser = _parser("demo")
+    parser.add_argument("source", nargs="?", default="python-docs", help="text to learn, as for prepare")
+    parser.add_argument("--out", default="runs/demo", help="folder to make")
+    parser.add_argument("--seed", type=int, default=1, help="decides initial weights and data order")
+    demo(**_parse(parser, arguments))
+
+
+def prepare_command(arguments: Sequence[str]) -> None:
+    """turn text into a prepared data folder"""
+    from .data import prepare
+
+    parser = _parser("prepare")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="files or folders (.txt .md .jsonl .parquet, .gz of these), python-docs, hub:DATASET_ID, or a folder with "
+        "nanoGPT's train.bin and val.bin",
+    )
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--tokenizer", default="bpe:4096", help="bpe:SIZE to train one, gpt2, a folder or a hub id")
+    parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of the text held out")
+    parser.add_argument("--text_field", default="text", help="the field of jsonl, parquet and hub: that holds the text")
+    manifest = prepare(**_parse(parser, arguments))
+    tokens, documents = manifest["tokens"], manifest["documents"]
+    print(
+        f"{tokens['train']:,} training tokens in {documents['train']:,} documents, "
+        f"{tokens['valid']:,} validation tokens in {documents['valid']:,}, vocabulary {manifest['vocab_size']:,}"
+    )
+
+
+def train_command(arguments: Sequence[str]) -> None:
+    """train a player by a recipe"""
+    from jsonargparse import ActionConfigFile
+
+    from .training import TrainConfig, train
+
+    parser = _parser("train")
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); later options replace its settings")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint")
+    parser.add_class_arguments(TrainConfig)
+    settings = _parse(parser, arguments)
+    settings.pop("config")
+    resume = settings.pop("resume")
+    summary = train(TrainConfig(**settings), resume=resume)
+    print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """likelihood, accuracy and calibration on held-out text, as JSON"""
+    from .objective import AvataRLConfig
+    from .results import evaluate
+
+    parser = _parser("evaluate")
+    parser.add_argument("model", help="a run folder, a model folder or a hub id")
+    parser.add_argument("--data", required=True, help="a prepared data folder")
+    parser.add_argument("--critic", nargs="+", help="critics: adds the reward metrics")
+    parser.add_argument("--split", default="valid", help="valid or train")
+    parser.add_argument("--block", type=int, help="tokens in a window (default: the model's context)")
+    parser.add_argument("--max_windows", type=int, help="look at the first so many windows only")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_class_arguments(AvataRLConfig, "avatarl")
+    print(json.dumps(evaluate(**_parse(parser, arguments)), indent=1))
+
+
+def generate_command(arguments: Sequence[str]) -> None:
+    """text from a model"""
+    from .results import generate
+
+    parser = _parser("generate")
+    parser.add_argument("model", help="a run folder, a model folder or a hub id")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--samples", type=int, default=1, help="how many continuations")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="their greatest length")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
+    parser.add_argument("--top_k", type=int, help="draw from so many most likely tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the shortest list that reaches this probability")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same texts")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    print("\n\n---\n\n".join(generate(**_parse(parser, arguments))))
+
+
+COMMANDS = {
+    "demo": demo_command,
+    "prepare": prepare_command,
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "generate": generate_command,
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: avatarl COMMAND [options]",
+            "",
+            "Train small language models from scratch with rewards instead of labels.",
+            "",
+            *lines,
+            "",
+            "avatarl COMMAND --help shows a command's options; --debug shows tracebacks.",
+        ]
+    )
+
+
+def _parser(command: str):
+    from jsonargparse import ArgumentParser
+
+    # Options are not abbreviated: a launcher before ours would take prefixes for its own.
+    return ArgumentParser(
+        prog=f"avatarl {command}", description=COMMANDS[command].__doc__, exit_on_error=False, allow_abbrev=False
+    )
+
+
+def _parse(parser, arguments: Sequence[str]) -> dict:
+    """Parsed settings with dataclasses built; a mistake names the nearest option."""
+    try:
+        return parser.instantiate(parser.parse_args(list(arguments))).as_dict()
+    except ArgumentError as error:
+        raise UserError(_explain(error, parser)) from error
+
+
+def _explain(error: ArgumentError, parser) -> str:
+    """The parser's complaint in one line: the field, what was found, what is accepted or the nearest known option."""
+    message = _one_line(error)
+    if wrong := re.match(r'Parser key "([\w.]+)": (.*)(?:Given value:|Got value:) (.*)$', message):
+        field, reasons, value = wrong.groups()
+        reasons = reasons.split("Given value type")[0]
+        types = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", reasons))
+        accepted = " or ".join(name or choices for name, choices in types) or reasons.strip()
+        return f"{field} is {value!r}; expected {accepted.replace('NoneType', 'null')}"
+    unknown = re.search(
+        r"unrecognized arguments: --([\w.]+)|(?:Group|Key) '([\w.]+)' does not accept option '([\w.]+)'"
+        r"|[Oo]ption '([\w.]+)'",
+        message,
+    )
+    if unknown is None:
+        return message
+    name = ".".join(part for part in unknown.groups() if part)
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    return f"{name} is not a setting of {parser.prog}{nearest_name(name, known)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _end(message: str, status: int, debug: bool) -> int:
+    """Say why in one line; with ``--debug`` the traceback comes first."""
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"avatarl: {message}", file=sys.stderr)
+    return status
+
+
+def _quiet_libraries() -> None:
+    """Our progress is enough: no bars of the libraries below, no advice about the hub."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,202 @@
+"""The main job: from text to a player trained by rewards, beside its cross-entropy twin.
+
+Critic, player and twin read the same prepared text; player and twin also share size, initial weights, data order and
+number of steps, and are evaluated on the same windows. Everything lies under one folder:
+
+    data/  critic/  avatarl/  cross_entropy/  results.json  results.md  curves.png  samples.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .data import PreparedData, prepare
+from .errors import UserError
+from .models import PlayerConfig
+from .results import draw_curves, evaluate, generate
+from .training import OptimConfig, TrainConfig, train
+
+PLAYER = TrainConfig(
+    data="runs/demo/data",
+    out="runs/demo/avatarl",
+    objective="avatarl",
+    critic="runs/demo/critic",
+    player=PlayerConfig(preset="1m"),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=20, final_lr_fraction=0.05),
+    block=256,
+    batch_windows=8,
+    steps=500,
+    eval_every_steps=50,
+    eval_windows=16,
+    log_every_steps=5,
+    checkpoint_every_steps=250,
+)
+# Two layers, and half the player's tokens: a critic that one can afford.
+CRITIC_LAYERS, CRITIC_STEPS = 2, 250
+# A short text is not read more often than this; beyond it both players only get worse.
+MOST_EPOCHS = 8
+SAMPLE_TOKENS, PROMPT_TOKENS = 120, 12
+
+
+def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int = 1, quiet: bool = False) -> dict:
+    """Train a critic, an AvataRL player and its cross-entropy twin, and compare them.
+
+    Args:
+        source: ``python-docs`` or any source of :func:`avatarl.data.prepare`.
+        out: The folder to make.
+        seed: Decides initial weights and data order.
+        quiet: Print nothing.
+
+    Returns:
+        What results.json holds: the data, the evaluation and training summary of each run, the differences.
+
+    Raises:
+        UserError: The source cannot be used or is too short, or ``out`` holds files.
+    """
+    out, console, started = Path(out), Console(quiet=quiet), time.monotonic()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out is {out}, which already holds files; give another folder with --out")
+    existed = out.exists()
+    try:
+        prepare([source], out / "data", quiet=quiet)
+        data = PreparedData.open(out / "data")
+        configs = demo_configs(out, data, seed)
+    except BaseException:
+        # A source that cannot be used leaves nothing behind.
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+    runs = {}
+    for name, config in configs.items():
+        console.rule(f"{name}: {config.objective}")
+        summary = train(config, quiet=quiet)
+        scores = evaluate(config.out, config.data, critic=configs["critic"].out if name != "critic" else None)
+        runs[name] = {"evaluation": scores, "training": summary}
+
+    results = {
+        "source": source,
+        "seed": seed,
+        "tokens": data.manifest["tokens"],
+        "vocab_size": data.vocab_size,
+        "unigram_entropy": unigram_entropy(data),
+        "runs": runs,
+        "avatarl_minus_cross_entropy": {
+            metric: runs["avatarl"]["evaluation"][metric] - runs["cross_entropy"]["evaluation"][metric]
+            for metric in ("cross_entropy", "bits_per_byte", "top1_accuracy", "expected_calibration_error")
+        },
+    }
+    write_samples(out / "samples.md", data, {name: configs[name].out for name in ("avatarl", "cross_entropy")})
+    draw_curves(
+        {name: config.out for name, config in configs.items()},
+        out / "curves.png",
+        {"unigram entropy": results["unigram_entropy"]},
+    )
+    results["seconds"] = time.monotonic() - started
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (out / "results.md").write_text(results_table(results), encoding="utf-8")
+    print_results(console, results, out)
+    return results
+
+
+def demo_configs(out: Path, data: PreparedData, seed: int) -> dict[str, TrainConfig]:
+    """The three runs; player and twin differ in their objective alone.
+
+    Raises:
+        UserError: The text is too short for one window of training or validation.
+    """
+    shortest = min(len(data.train), len(data.valid))
+    if shortest <= PLAYER.block:
+        raise UserError(
+            f"the text gives {len(data.train):,} training and {len(data.valid):,} validation tokens; "
+            f"expected more than {PLAYER.block} of each"
+        )
+    epoch_steps = max(1, (len(data.train) - 1) // PLAYER.block // PLAYER.windows_per_step)
+    steps = min(PLAYER.steps, MOST_EPOCHS * epoch_steps)
+    player = dataclasses.replace(
+        PLAYER, data=str(out / "data"), out=str(out / "avatarl"), critic=str(out / "critic"), steps=steps, seed=seed
+    )
+    twin = dataclasses.replace(player, out=str(out / "cross_entropy"), objective="cross_entropy", critic=None)
+    critic = dataclasses.replace(
+        twin,
+        out=str(out / "critic"),
+        player=PlayerConfig(preset=PLAYER.player.preset, settings={"num_hidden_layers": CRITIC_LAYERS}),
+        steps=min(CRITIC_STEPS, steps),
+        seed=seed + 1,  # neither the player's weights nor its order of the data
+    )
+    return {"critic": critic, "avatarl": player, "cross_entropy": twin}
+
+
+def unigram_entropy(data: PreparedData) -> float:
+    """Entropy (nats) of the training tokens drawn without context: what knowing word frequencies alone achieves."""
+    counts = np.bincount(data.train.slice(0, len(data.train)), minlength=data.vocab_size)
+    probs = counts[counts > 0] / counts.sum()
+    return float(-(probs * np.log(probs)).sum())
+
+
+def write_samples(path: Path, data: PreparedData, runs: dict[str, str]) -> None:
+    """Continuations of the same prompts by each run: the beginning of a document, and beginnings of held-out ones."""
+    tokenizer = data.load_tokenizer()
+    held_out = data.valid.slice(0, min(len(data.valid), 100_000))
+    starts = np.flatnonzero(held_out == data.end_of_text_id)[:-1] + 1
+    starts = starts[starts + PROMPT_TOKENS < len(held_out)]
+    chosen = starts[np.linspace(0, len(starts) - 1, 3).astype(int)] if len(starts) else np.array([0])
+    prompts = ["", *(tokenizer.decode(held_out[start : start + PROMPT_TOKENS]) for start in dict.fromkeys(chosen))]
+    parts = ["# Samples", "", "Temperature 0.8, the same seed for every model; prompts are from held-out text."]
+    for prompt in prompts:
+        parts += ["", f"## {'beginning of a document' if not prompt else repr(prompt)}"]
+        for name, run in runs.items():
+            (text,) = generate(run, prompt, max_new_tokens=SAMPLE_TOKENS)
+            fence = "`" * 6  # longer than any that the text is likely to have
+            parts += ["", f"**{name}**", "", f"{fence}text", text, fence]
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+COLUMNS = {
+    "cross-entropy (nats)": lambda run: f"{run['evaluation']['cross_entropy']:.3f}",
+    "bits per byte": lambda run: f"{run['evaluation']['bits_per_byte']:.3f}",
+    "top-1": lambda run: f"{run['evaluation']['top1_accuracy']:.1%}",
+    "top-16": lambda run: f"{run['evaluation']['top16_accuracy']:.1%}",
+    "calibration error": lambda run: f"{run['evaluation']['expected_calibration_error']:.1%}",
+    "entropy (nats)": lambda run: f"{run['evaluation']['entropy']:.2f}",
+    "training tokens": lambda run: f"{run['training']['tokens']:,}",
+    "seconds": lambda run: f"{run['training']['seconds']:.0f}",
+}
+
+
+def results_table(results: dict) -> str:
+    """The results as a Markdown table."""
+    header = ["run", *COLUMNS]
+    rows = [[name, *(column(run) for column in COLUMNS.values())] for name, run in results["runs"].items()]
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    note = (
+        f"Held-out text of {results['source']}, {results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. "
+        f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def print_results(console: Console, results: dict, out: Path) -> None:
+    """The results on the terminal, and where to look."""
+    table = Table(title=f"held-out text of {results['source']}")
+    for number, heading in enumerate(["run", *COLUMNS]):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for name, run in results["runs"].items():
+        table.add_row(name, *(column(run) for column in COLUMNS.values()))
+    console.print(table)
+    paid_elsewhere = results["runs"]["avatarl"]["evaluation"]["rewards"]["other_reward_share"]
+    console.print(
+        f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats. "
+        f"Reward paid to tokens other than the text's: {paid_elsewhere:.1%}.\n"
+        f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {out}/samples.md, curves.png, results.json; "
+        f"talk to it with: avatarl generate {out}/avatarl --prompt 'Return the'",
+        highlight=False,
+    )

@@ -1,0 +1,54 @@
+"""Curves of several runs on shared axes, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+from .runs import read_metrics
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles repeat the difference.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+STYLES = ("-", "--", "-.", ":")
+
+
+def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapping[str, float] | None = None) -> None:
+    """Draw validation cross-entropy, training loss and rewards of runs against tokens.
+
+    Args:
+        runs: Name to show → run folder.
+        out: The picture to write (PNG, SVG or PDF by its suffix).
+        baselines: Horizontal lines in the validation panel: name → nats.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("eval", "cross_entropy", "validation cross-entropy (nats per token)"),
+        ("train", "loss", "training loss (each objective's own)"),
+        ("train", "expected_reward_share", "reward the policy expects, share of the best"),
+        ("train", "other_reward_share", "share of reward on other tokens than the text's"),
+    )
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, (event, metric, title) in zip(axes.flat, panels, strict=True):
+        for (name, run), colour, style in zip(runs.items(), COLOURS, STYLES, strict=False):
+            lines = [line for line in read_metrics(run, event) if metric in line]
+            if lines:
+                tokens, values = [line["tokens"] for line in lines], [line[metric] for line in lines]
+                axis.plot(tokens, values, color=colour, linestyle=style, label=name)
+        if metric == "cross_entropy":
+            for name, value in (baselines or {}).items():
+                axis.axhline(value, color="grey", linewidth=1)
+                axis.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
+        if event == "train" and metric != "loss":
+            axis.set_ylim(bottom=0)
+        axis.set_title(title, size=10)
+        axis.set_xlabel("training tokens")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value else "0")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)

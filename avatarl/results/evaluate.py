@@ -1,0 +1,178 @@
+"""How good a model is on held-out text: likelihood, accuracy and calibration; with a critic, its rewards too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from avatarl.data import PreparedData, Windows
+from avatarl.data.tokenizer import token_byte_lengths
+from avatarl.errors import UserError
+from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
+from avatarl.models.loading import head_weight, last_hidden
+from avatarl.objective import AvataRLConfig, linear_avatarl_loss
+from avatarl.objective.config import require_choice, require_whole
+from avatarl.training.device import pick_device
+
+RELIABILITY_BINS = 15
+ACCURACY_RANKS = (1, 16)
+WINDOWS_AT_ONCE = 8
+
+
+class PositionScores(NamedTuple):
+    """What is kept of each position (N,), in float32."""
+
+    cross_entropy: Tensor  # nats
+    entropy: Tensor  # nats
+    confidence: Tensor  # probability of the most likely token
+    rank: Tensor  # int64, how many tokens are more likely than the target
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    critic: str | Sequence[str] | None = None,
+    avatarl: AvataRLConfig | None = None,
+    split: str = "valid",
+    block: int | None = None,
+    max_windows: int | None = None,
+    device: str = "auto",
+) -> dict:
+    """Evaluate a model on every window of a split, in float32.
+
+    Args:
+        model: A run folder (its best player), a model folder or a hub id.
+        data: A prepared data folder with the model's vocabulary.
+        critic: A critic, or several: adds ``rewards``, the metrics of the AvataRL objective.
+        avatarl: Settings of those rewards; the article's when None.
+        split: ``valid`` or ``train``.
+        block: Tokens in a window; the model's own context when None.
+        max_windows: Look at the first so many windows only.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes),
+        top1_accuracy and top16_accuracy, expected_calibration_error with its reliability table (bins of equal width
+        over the top token's probability), tokens, bytes, windows, block, split, and with a critic ``rewards``.
+
+    Raises:
+        UserError: The model, data or critic cannot be used, or do not fit each other.
+    """
+    require_choice("split", split, ("train", "valid"))
+    prepared = PreparedData.open(data)
+    tokenizer = prepared.load_tokenizer()
+    check_same_vocabulary(tokenizer, load_tokenizer(model), str(model), role="model")
+    chosen = pick_device(device)
+    player = load_model(model, torch.float32, chosen)
+    critic_names = [critic] if isinstance(critic, str) else list(critic or [])
+    critics = [load_critic(name, tokenizer, torch.float32, chosen) for name in critic_names]
+    config = avatarl or AvataRLConfig.article()
+
+    block = block or context_length(player)
+    require_whole("block", block, minimum=1)
+    windows = Windows(prepared.train if split == "train" else prepared.valid, block)
+    count = len(windows) if max_windows is None else min(max_windows, len(windows))
+    require_whole("max_windows", count, minimum=1)
+
+    scores, target_ids, rewards = [], [], {}
+    for start in range(0, count, WINDOWS_AT_ONCE):
+        inputs, targets = windows.batch(range(start, min(start + WINDOWS_AT_ONCE, count)))
+        inputs, targets = inputs.to(chosen), targets.to(chosen)
+        with torch.no_grad():
+            hidden = last_hidden(player, inputs)
+            scores.append(score_positions(hidden, head_weight(player), targets, len(tokenizer)))
+            if critics:
+                _, metrics = linear_avatarl_loss(
+                    hidden,
+                    head_weight(player),
+                    [last_hidden(model, inputs) for model in critics],
+                    [head_weight(model) for model in critics],
+                    targets,
+                    config,
+                    vocab_size=len(tokenizer),
+                    num_valid=count * block,
+                )
+                for name, value in metrics.items():
+                    rewards[name] = rewards.get(name, 0.0) + value.item()
+        target_ids.append(targets.reshape(-1).cpu())
+    positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
+    target_bytes = int(token_byte_lengths(tokenizer)[torch.cat(target_ids).numpy()].sum())
+    result = summarise(positions, target_bytes) | {"windows": count, "block": block, "split": split}
+    return result | ({"rewards": rewards} if critics else {})
+
+
+def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> PositionScores:
+    """Score windows (B, T) from hidden states (B, T, d), one window at a time to hold (T, vocabulary) at most."""
+    columns = []
+    for states, target in zip(hidden, targets, strict=True):
+        log_probs = (states @ head[:vocab_size].t()).float().log_softmax(-1)  # (T, V)
+        of_target = log_probs.gather(1, target.unsqueeze(1))  # (T, 1)
+        columns.append(
+            PositionScores(
+                -of_target.squeeze(1),
+                -torch.linalg.vecdot(log_probs.exp(), log_probs),
+                log_probs.amax(1).exp(),
+                (log_probs > of_target).sum(1),
+            )
+        )
+    return PositionScores(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def summarise(positions: PositionScores, num_bytes: int) -> dict:
+    """The numbers of an evaluation, from every position's scores."""
+    cross_entropy = positions.cross_entropy.double().mean().item()
+    table = reliability_table(positions.confidence, positions.rank == 0)
+    total = len(positions.rank)
+    return {
+        "cross_entropy": cross_entropy,
+        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+        "bits_per_byte": cross_entropy * total / math.log(2) / num_bytes if num_bytes else None,
+        **{f"top{rank}_accuracy": (positions.rank < rank).double().mean().item() for rank in ACCURACY_RANKS},
+        "entropy": positions.entropy.double().mean().item(),
+        "expected_calibration_error": sum(
+            row["count"] / total * abs(row["accuracy"] - row["confidence"]) for row in table
+        ),
+        "reliability": table,
+        "tokens": total,
+        "bytes": num_bytes,
+    }
+
+
+def reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]:
+    """Bins of equal width over the top token's probability: how sure the model was, how often it was right.
+
+    Empty bins are left out. Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
+    """
+    bins = (confidence * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+    rows = []
+    for index in range(RELIABILITY_BINS):
+        inside = bins == index
+        if count := int(inside.sum()):
+            rows.append(
+                {
+                    "from": index / RELIABILITY_BINS,
+                    "to": (index + 1) / RELIABILITY_BINS,
+                    "count": count,
+                    "confidence": confidence[inside].double().mean().item(),
+                    "accuracy": correct[inside].double().mean().item(),
+                }
+            )
+    return rows
+
+
+def context_length(model) -> int:
+    """The longest sequence a model was made for.
+
+    Raises:
+        UserError: Its configuration does not say.
+    """
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not length:
+        raise UserError("block is not given and the model's configuration states no context length; give block")
+    return length

@@ -1,0 +1,84 @@
+"""Text from a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from avatarl.errors import UserError
+from avatarl.models import load_model, load_tokenizer
+from avatarl.objective.config import require_number, require_whole
+from avatarl.training.device import pick_device
+
+from .evaluate import context_length
+
+
+def generate(
+    model: str | Path,
+    prompt: str = "",
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 1,
+    device: str = "auto",
+) -> list[str]:
+    """Continue a prompt.
+
+    Args:
+        model: A run folder (its best player), a model folder or a hub id.
+        prompt: The text to continue; empty for the beginning of a document.
+        samples: How many continuations.
+        max_new_tokens: At most so many tokens each, and no more than the model's context holds with the prompt.
+        temperature: Logits are divided by this; 0 always takes the most likely token.
+        top_k: Draw from the so many most likely tokens only.
+        top_p: Draw from the shortest list of tokens that reaches this probability.
+        seed: The same seed gives the same texts.
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        The prompt with each continuation, up to the end of the document.
+
+    Raises:
+        UserError: A value is out of range, the prompt fills the context, or the model cannot be opened.
+    """
+    require_whole("samples", samples, minimum=1)
+    require_whole("max_new_tokens", max_new_tokens, minimum=1)
+    require_whole("seed", seed, minimum=0)
+    require_number("temperature", temperature, lambda x: x >= 0, "a number of at least 0")
+    if top_k is not None:
+        require_whole("top_k", top_k, minimum=1)
+    if top_p is not None:
+        require_number("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
+    tokenizer = load_tokenizer(model)
+    player = load_model(model, torch.float32, pick_device(device))
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    room = context_length(player) - len(ids)
+    if room < 1:
+        raise UserError(f"prompt has {len(ids)} tokens; expected fewer than the model's context of {len(ids) + room}")
+
+    inputs = torch.tensor([ids] * samples, device=player.device)
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = player.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=min(max_new_tokens, room),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            suppress_tokens=_ids_without_token(player.config.get_text_config().vocab_size, len(tokenizer)),
+            use_cache=True,
+            **sampling,
+        )
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in out.tolist()]
+
+
+def _ids_without_token(rows: int, tokens: int) -> list[int] | None:
+    """Rows of a padded head that no token belongs to, which must never be drawn."""
+    return list(range(tokens, rows)) or None
