@@ -178,7 +178,8 @@ def results_table(results: dict) -> str:
     rows = [[name, *(column(run) for column in COLUMNS.values())] for name, run in results["runs"].items()]
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     note = (
-        f"Held-out text of {results['source']}, {results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. "
+        f"Held-out text of {results['source']}, "
+        f"{results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. "
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats."
     )
     return "\n".join([*lines, "", note, ""])

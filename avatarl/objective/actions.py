@@ -43,7 +43,7 @@ def active_actions(
 def _proposals(logits: Tensor, top_k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
     """One model's ``top_k`` tokens in falling order, and which of them ``top_p`` keeps; both (N, K)."""
     values, tokens = logits.topk(top_k, dim=-1)
-    if top_p is None:
+    if top_p is None or top_p == 1:  # a sum that reaches exactly 1 would be an accident of rounding
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
     probs = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
     probability_before = probs.cumsum(dim=-1) - probs

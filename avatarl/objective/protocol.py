@@ -202,7 +202,10 @@ def objective_loss(
 
 
 def attach_gradients(loss: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
-    """Return ``loss`` as if autograd had computed it from ``inputs``, with these gradients."""
+    """Return ``loss`` as if autograd had computed it from ``inputs``, with these gradients.
+
+    They are constants to autograd: a second derivative (``create_graph=True``) is not supported.
+    """
     pairs = [(x, gradient) for x, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
     if not pairs:
         return loss

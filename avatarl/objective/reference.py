@@ -23,7 +23,7 @@ def proposals(logits: list[float], top_k: int, top_p: float | None) -> list[int]
     """One model's top tokens in falling order, cut to the shortest prefix whose probability reaches ``top_p``."""
     probs = softmax(logits)
     ranked = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
-    if top_p is None:
+    if top_p is None or top_p == 1:
         return ranked
     kept, reached = [], 0.0
     for token in ranked:

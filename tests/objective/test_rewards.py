@@ -94,6 +94,16 @@ def test_experts_are_distributions():
         assert torch.allclose(expert.sum(1), torch.ones(24, dtype=torch.float64))
 
 
+def test_no_reward_is_negative_by_rounding():
+    """A critic that leaves the target nothing: what the linear pool gives the target is one minus a rounded sum."""
+    player, (critic,), targets = random_inputs(positions=200, vocabulary=8, dtype=torch.float32, spread=30.0)
+    config = AvataRLConfig.article(
+        top_k=8, pool="arithmetic", reality_weight=0.0, critic_weight=1.0, threshold="none", reward_cap=None
+    )
+    landscape = reward_landscape(player, critic, targets, config)
+    assert landscape.consensus.min() == 0 and landscape.rewards.min() == 0
+
+
 def test_padding_of_the_vocabulary_is_never_active_and_outside_the_softmax():
     player, (critic,), targets = random_inputs()
     pad = torch.full((24, 7), 50.0, dtype=torch.float64)

@@ -42,17 +42,20 @@ def chunked_sums(
         wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
 
     Returns:
-        Metrics summed with ``weights`` (scalars), the gradient of the loss over the player's states (N, d) in their
-        dtype, and over its head weight (V, d) in float32 or float64; None where not wanted.
+        Metrics summed with ``weights`` (scalars), and the gradients of the loss over the player's states (N, d) and over
+        its head weight (V, d), both in float32 or float64; None where not wanted.
     """
     num_positions, vocabulary = player.states.shape[0], player.weight.shape[0]
     dtype = compute_dtype(player.states.dtype)
     wants_states, wants_weight = wants_gradients
-    grad_states = torch.empty_like(player.states) if wants_states else None
+    grad_states = torch.empty_like(player.states, dtype=dtype) if wants_states else None
     grad_weight = torch.zeros_like(player.weight, dtype=dtype) if wants_weight else None
     player, critics = _in_product_dtype(player), [_in_product_dtype(critic) for critic in critics]
     snapshot = None if snapshot is None else _in_product_dtype(snapshot)
 
+    # The products see weights of up to 1 and the gradients are scaled at the end: 1/M would underflow in float16.
+    largest = weights.amax() if num_positions else weights.sum()
+    relative = weights / largest.clamp(min=torch.finfo(dtype).tiny)
     rows = chunk_rows(num_positions, vocabulary, player.states.device)
     totals: dict[str, Tensor] = {}
     with torch.autocast(player.states.device.type, enabled=False):
@@ -63,7 +66,7 @@ def chunked_sums(
                     _logits(player, chunk, dtype),
                     [_logits(critic, chunk, dtype) for critic in critics],
                     targets[chunk],
-                    weights[chunk],
+                    relative[chunk],
                     None if snapshot is None else _logits(snapshot, chunk, dtype),
                     None if uniforms is None else uniforms[chunk],
                 ),
@@ -78,6 +81,9 @@ def chunked_sums(
                 grad_states[chunk] = gradient @ player.weight
             if wants_weight:
                 _add_product(grad_weight, gradient.t(), player.states[chunk])
+    for gradient in (grad_states, grad_weight):
+        if gradient is not None:
+            gradient.mul_(largest)
     return totals, grad_states, grad_weight
 
 
