@@ -1,0 +1,26 @@
+# `make demo` and `make test` start from nothing: they make the environment, install and run.
+
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint
+
+demo: $(INSTALLED)
+	$(VENV)/bin/avatarl demo
+
+test: $(INSTALLED)
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
+
+test-slow: $(INSTALLED)
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@

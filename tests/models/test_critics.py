@@ -1,0 +1,131 @@
+"""Critics: opened from any folder that holds one, frozen, and refused where their tokens are not the data's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from avatarl import UserError
+from avatarl.data.prepare import prepare
+from avatarl.models import PlayerConfig, build_player, load_critic
+from avatarl.models.loading import head_weight
+from avatarl.objective import AvataRLConfig, make_objective
+from avatarl.training import train
+from avatarl.training.rewarded_player import RewardedPlayer
+
+from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
+
+
+def test_a_model_folder_opens_frozen_and_in_eval_mode(critic_folder: Path, tokenizer):
+    critic = load_critic(critic_folder, tokenizer)
+    assert not critic.training
+    assert not any(parameter.requires_grad for parameter in critic.parameters())
+    assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
+    half = load_critic(str(critic_folder), tokenizer, torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_folder_stands_for_its_best_player(tiny_config, tmp_path: Path, tokenizer):
+    train(tiny_config(tmp_path, objective="cross_entropy", steps=3), quiet=True)
+    from_run = load_critic(tmp_path / "run", tokenizer)
+    from_player = load_critic(tmp_path / "run" / "player", tokenizer)
+    assert torch.equal(head_weight(from_run), head_weight(from_player))
+
+
+def test_another_vocabulary_is_refused_with_the_first_token_that_differs(tmp_path: Path, tokenizer):
+    source = write_documents(tmp_path / "other.jsonl", count=30, seed=9)
+    source.write_text(source.read_text().replace("owl", "zebra"))
+    prepare([str(source)], tmp_path / "other", tokenizer="bpe:290", quiet=True)
+    other = tmp_path / "other" / "tokenizer"
+    critic = tmp_path / "critic"
+    build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1).save_pretrained(critic)
+    for path in other.iterdir():
+        shutil.copy(path, critic)
+    with pytest.raises(UserError, match=r"another vocabulary \(\d+ tokens\) than the data \(\d+ tokens\): id \d+ is"):
+        load_critic(critic, tokenizer)
+
+
+def test_a_critic_with_fewer_outputs_than_tokens_is_refused(tmp_path: Path, tokenizer):
+    critic = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1)
+    critic.resize_token_embeddings(len(tokenizer) - 5)
+    critic.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match=f"has {len(tokenizer) - 5} output rows for {len(tokenizer)} tokens"):
+        load_critic(tmp_path / "small", tokenizer)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, critic_folder: Path, tokenizer):
+    folder = tmp_path / "pickled"
+    shutil.copytree(critic_folder, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="no .safetensors file"):
+        load_critic(folder, tokenizer)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, tokenizer):
+    with pytest.raises(UserError, match="neither a run folder .* nor a model folder"):
+        load_critic(tmp_path, tokenizer)
+
+
+def test_a_model_folder_without_a_tokenizer_is_refused(tmp_path: Path, tokenizer):
+    build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="bare"):
+        load_critic(tmp_path / "bare", tokenizer)
+
+
+def test_damaged_weights_are_refused_in_one_line(tmp_path: Path, critic_folder: Path, tokenizer):
+    folder = tmp_path / "damaged"
+    shutil.copytree(critic_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="cannot be opened as a causal language model") as refusal:
+        load_critic(folder, tokenizer)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PlayerConfig(settings={**TINY, "hidden_size": 24, "num_hidden_layers": 2}),
+        PlayerConfig(architecture="gpt2", settings={"n_embd": 8, "n_layer": 1, "n_head": 2}),
+    ],
+    ids=["wider", "gpt2"],
+)
+def test_a_critic_of_another_shape_judges(tmp_path: Path, tiny_config, tokenizer, config: PlayerConfig):
+    critic = build_player(config, tokenizer, BLOCK, seed=3)
+    critic.save_pretrained(tmp_path / "critic")
+    tokenizer.save_pretrained(tmp_path / "critic")
+    summary = train(tiny_config(tmp_path, critic=str(tmp_path / "critic"), steps=2), quiet=True)
+    assert summary["critic_flops"] > 0
+
+
+def test_a_padded_critic_says_the_same_as_without_padding(tmp_path: Path, critic_folder: Path, tokenizer):
+    """Rows beyond the tokenizer's ids have large weights here, so that they would win if they took part."""
+    plain = load_critic(critic_folder, tokenizer)
+    padded = load_critic(critic_folder, tokenizer)
+    padded.resize_token_embeddings(len(tokenizer) + 20)
+    with torch.no_grad():
+        head_weight(padded)[len(tokenizer) :] = 100.0
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    padded = load_critic(tmp_path / "padded", tokenizer)
+    assert head_weight(padded).shape[0] == len(tokenizer) + 20
+
+    player = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1)
+    objective = make_objective("avatarl", AvataRLConfig(top_k=4, threshold="none"))
+    tokens = torch.arange(2 * (BLOCK + 1)).reshape(2, BLOCK + 1)
+    losses = []
+    for critic in (plain, padded):
+        model = RewardedPlayer(player, objective, [critic], vocab_size=len(tokenizer))
+        losses.append(model(tokens[:, :-1], tokens[:, 1:])[0])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_critic_that_reads_less_than_a_block_is_refused(tmp_path: Path, tiny_config, tokenizer):
+    build_player(TINY_PLAYER, tokenizer, BLOCK // 2, seed=3).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block, 16"):
+        train(tiny_config(tmp_path, critic=str(tmp_path / "short")), quiet=True)
+    assert not (tmp_path / "run").exists()

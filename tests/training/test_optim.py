@@ -1,0 +1,120 @@
+"""Every parameter has one optimiser, only matrices decay, and the learning rate rises and falls as it says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from avatarl.models import PlayerConfig, build_player
+from avatarl.training import OptimConfig
+from avatarl.training.optim import Optimisers, build_optimisers
+
+from ..conftest import BLOCK, TINY
+
+PLAYERS = {
+    "llama": PlayerConfig(settings=TINY),
+    "untied": PlayerConfig(settings={**TINY, "tie_word_embeddings": False}),
+    "qwen3": PlayerConfig(architecture="qwen3", settings=TINY),  # with norms of queries and keys
+    "gpt2": PlayerConfig(architecture="gpt2", settings={"n_embd": 16, "n_layer": 1, "n_head": 2}),  # with biases
+}
+
+
+@pytest.fixture(params=PLAYERS)
+def player(request, tokenizer):
+    """A tiny player of each kind."""
+    return build_player(PLAYERS[request.param], tokenizer, BLOCK, seed=1)
+
+
+def groups_of(optimisers: Optimisers) -> list[dict]:
+    return [group for optimiser in optimisers.optimisers for group in optimiser.param_groups]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group(player, name: str):
+    groups = groups_of(build_optimisers(player, OptimConfig(name=name), total_steps=10))
+    covered = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(covered) == sorted(id(parameter) for parameter in player.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_and_vectors_do_not(player, name: str):
+    for group in groups_of(build_optimisers(player, OptimConfig(name=name, weight_decay=0.3), total_steps=10)):
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
+
+
+def test_muon_has_exactly_the_matrices_that_are_no_embedding(player):
+    adamw, muon = build_optimisers(player, OptimConfig(name="muon"), total_steps=10).optimisers
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    found = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+    embedding_names = ("embed_tokens", "lm_head", "wte", "wpe")
+    expected = {
+        id(parameter)
+        for name, parameter in player.named_parameters()
+        if parameter.dim() == 2 and not any(part in name for part in embedding_names)
+    }
+    assert found == expected and len(expected) >= 4
+
+
+def learning_rates(config: OptimConfig, total_steps: int) -> list[float]:
+    """The learning rate of each step, taken as the trainer takes it."""
+    optimisers = build_optimisers(_LikeAPlayer(), config, total_steps)
+    rates = []
+    for _ in range(total_steps):
+        assert len({group["lr"] for group in groups_of(optimisers)}) == 1
+        rates.append(optimisers.learning_rate)
+        optimisers.step()
+    return rates
+
+
+class _LikeAPlayer(torch.nn.Module):
+    """An embedding, a matrix and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = torch.nn.Embedding(4, 2), torch.nn.Linear(2, 2)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.embedding
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_fraction(name: str, decay: str, fraction: float):
+    config = OptimConfig(name=name, learning_rate=0.02, warmup_steps=10, decay=decay, final_lr_fraction=fraction)
+    rates = learning_rates(config, total_steps=200)
+    assert 0 < rates[0] < 0.005
+    assert rates[10] == max(rates) == 0.02
+    rise, fall = rates[:11], rates[10:]
+    assert all(later > earlier for earlier, later in zip(rise, rise[1:], strict=False))
+    assert all(later < earlier for earlier, later in zip(fall, fall[1:], strict=False))
+    assert rates[-1] == pytest.approx(0.02 * fraction, abs=0.021 / 190)  # a step short of where it falls to
+    halfway = rates[10 + 95]
+    assert halfway == pytest.approx(0.02 * (1 + fraction) / 2)
+    quarter = (1 + math.cos(math.pi / 4)) / 2 if decay == "cosine" else 0.75
+    assert rates[57] == pytest.approx(0.02 * (fraction + (1 - fraction) * quarter), rel=0.01)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 5])
+def test_a_run_shorter_than_its_warm_up_still_reaches_the_peak(total_steps: int):
+    rates = learning_rates(OptimConfig(learning_rate=0.02, warmup_steps=50), total_steps)
+    assert rates[-1] == 0.02 and all(rate > 0 for rate in rates)
+
+
+def test_without_warm_up_the_first_step_is_at_the_peak():
+    rates = learning_rates(OptimConfig(learning_rate=0.02, warmup_steps=0), total_steps=4)
+    assert rates[0] == 0.02 > rates[1]
+
+
+def test_muon_changes_every_parameter(tokenizer):
+    player = build_player(PLAYERS["llama"], tokenizer, BLOCK, seed=1)
+    optimisers = build_optimisers(player, OptimConfig(name="muon", warmup_steps=0), total_steps=4)
+    before = {name: parameter.detach().clone() for name, parameter in player.named_parameters()}
+    ids = torch.arange(2 * BLOCK).reshape(2, BLOCK)
+    player(input_ids=ids, labels=ids).loss.backward()
+    optimisers.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in player.named_parameters())
+    assert all(parameter.grad is None for parameter in player.parameters())

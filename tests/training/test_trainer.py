@@ -1,0 +1,606 @@
+"""The loop: the same for every objective, the same again for the same seed, and the same after an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from avatarl import AvataRLConfig, UserError
+from avatarl.data import PreparedData, Windows
+from avatarl.data.prepare import prepare
+from avatarl.models import PlayerConfig, build_player
+from avatarl.objective import OBJECTIVES
+from avatarl.training import OptimConfig, TrainConfig, train
+from avatarl.training.checkpoint import complete_checkpoints, newest_good_checkpoint, save_checkpoint
+from avatarl.training.optim import Optimisers
+from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.trainer import RunFailed
+from avatarl.training.validation import Validation
+
+from ..conftest import BLOCK, TINY, write_documents
+from .test_config import read_config
+
+MODEL_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+CHECKPOINT_FILES = {"player.safetensors", "optimiser.pt", "state.json", "manifest.json"}
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run in the middle."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[[int], None]:
+    """``interrupt(n)``: the n-th optimiser step from now on fails, and after that all work again."""
+
+    def arm(calls: int) -> None:
+        real, count = Optimisers.step, 0
+
+        def step(self: Optimisers) -> None:
+            nonlocal count
+            count += 1
+            if count == calls:
+                monkeypatch.setattr(Optimisers, "step", real)
+                raise Interrupted
+            real(self)
+
+        monkeypatch.setattr(Optimisers, "step", step)
+
+    return arm
+
+
+@pytest.fixture
+def record_inputs(monkeypatch) -> list[Tensor]:
+    """What training passes to the wrapped module, micro-batch by micro-batch."""
+    recorded: list[Tensor] = []
+    real = RewardedPlayer.forward
+
+    def forward(self: RewardedPlayer, input_ids: Tensor, *arguments):
+        if self.training:
+            recorded.append(input_ids.clone())
+        return real(self, input_ids, *arguments)
+
+    monkeypatch.setattr(RewardedPlayer, "forward", forward)
+    return recorded
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def weights_of(model_folder: Path) -> dict[str, Tensor]:
+    return load_file(model_folder / "model.safetensors")
+
+
+def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def contents_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file's bytes and time of change."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+# --- a run and its folder -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_every_objective_trains_and_leaves_a_whole_run_folder(tiny_config, tmp_path: Path, objective: str):
+    config = tiny_config(tmp_path, objective=objective, tensorboard=True)
+    summary = train(config, quiet=True)
+    run = tmp_path / "run"
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    events = {name for name in files if name.startswith("tensorboard/events.out.tfevents")}
+    checkpoint = CHECKPOINT_FILES | ({"snapshot.safetensors"} if objective == "ppo" else set())
+    assert len(events) == 1
+    assert files - events == (
+        {"config.yaml", "environment.json", "metrics.jsonl"}
+        | {f"checkpoints/step-{step:08d}/{name}" for step in (4, 8) for name in checkpoint}
+        | {f"{folder}/{name}" for folder in ("player", "final") for name in MODEL_FILES}
+    )
+    assert [(line["event"], line["step"]) for line in lines_of(run)] == [
+        ("train", 2),
+        ("train", 4),
+        ("eval", 4),
+        ("train", 6),
+        ("train", 8),
+        ("eval", 8),
+    ]
+    assert all(math.isfinite(value) for line in lines_of(run) for name, value in line.items() if name != "event")
+    assert (summary["steps"], summary["tokens"]) == (8, 8 * 4 * BLOCK)
+    assert summary["best_cross_entropy"] == min(x["cross_entropy"] for x in lines_of(run) if x["event"] == "eval")
+    assert (summary["critic_flops"] > 0) == (OBJECTIVES[objective](config.avatarl, config.baseline).needs_critic)
+    before = build_player(config.player, AutoTokenizer.from_pretrained(run / "final"), BLOCK, config.seed)
+    trained = weights_of(run / "final")
+    assert all(not torch.equal(value, trained[name]) for name, value in before.named_parameters())
+
+
+def test_the_folder_says_what_was_run(tiny_config, tmp_path: Path, data_folder: Path):
+    config = tiny_config(tmp_path)
+    train(config, quiet=True)
+    assert read_config(tmp_path / "run" / "config.yaml") == config
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["data_digest"] == PreparedData.open(data_folder).digest
+    assert environment["precision"] == "fp32" and "torch" in environment["versions"]
+
+
+def test_a_quiet_run_prints_nothing_and_another_only_to_stderr(tiny_config, tmp_path: Path, capfd):
+    train(tiny_config(tmp_path / "quiet"), quiet=True)
+    assert capfd.readouterr() == ("", "")
+    train(tiny_config(tmp_path / "loud"))
+    out, err = capfd.readouterr()
+    assert out == "" and "step 8: validation cross-entropy" in err
+
+
+def test_a_finished_player_opens_as_an_ordinary_model(tiny_config, tmp_path: Path, tokenizer):
+    config = tiny_config(tmp_path)
+    summary = train(config, quiet=True)
+    run = tmp_path / "run"
+    opened = AutoModelForCausalLM.from_pretrained(run / "player", dtype=torch.float32).eval()
+    assert AutoTokenizer.from_pretrained(run / "player").get_vocab() == tokenizer.get_vocab()
+    assert opened.config.use_cache
+
+    best = build_player(config.player, tokenizer, BLOCK, seed=99).eval()
+    checkpoint = run / "checkpoints" / f"step-{summary['best_step']:08d}"
+    best.load_state_dict(load_file(checkpoint / "player.safetensors"), strict=False)
+    ids = torch.arange(BLOCK).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(opened(input_ids=ids).logits, best(input_ids=ids).logits)
+        generated = opened.generate(ids[:, :4], max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] > 4
+
+
+def test_the_best_player_is_chosen_by_validation_cross_entropy(tiny_config, tmp_path: Path, monkeypatch):
+    real, pretended = Validation.evaluate, iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(Validation, "evaluate", lambda *args: {**real(*args), "cross_entropy": next(pretended)})
+    config = tiny_config(tmp_path, steps=6, eval_every_steps=2, checkpoint_every_steps=2, keep_checkpoints=9)
+    summary = train(config, quiet=True)
+    run = tmp_path / "run"
+    assert (summary["best_step"], summary["best_cross_entropy"]) == (4, 2.0)
+    for folder, step in (("player", 4), ("final", 6)):
+        saved = load_file(run / "checkpoints" / f"step-{step:08d}" / "player.safetensors")
+        embedding = weights_of(run / folder)["model.embed_tokens.weight"]
+        assert any(torch.equal(embedding, value) for value in saved.values())
+    assert f"2.0000 nats per token at step 4 |\n| training tokens at that step | {4 * 4 * BLOCK}" in (
+        run / "player" / "README.md"
+    ).read_text(encoding="utf-8")
+    assert "2.5000 nats per token at step 6 |" in (run / "final" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_names_the_critic_only_where_it_judged(tiny_config, tmp_path: Path, critic_folder: Path):
+    train(tiny_config(tmp_path / "a", steps=1), quiet=True)
+    train(tiny_config(tmp_path / "b", steps=1, objective="cross_entropy"), quiet=True)
+    assert f"| critic | `{critic_folder}` |" in (tmp_path / "a" / "run" / "final" / "README.md").read_text()
+    assert "| critic | none |" in (tmp_path / "b" / "run" / "final" / "README.md").read_text()
+
+
+def test_tensorboard_has_every_number_of_the_metrics(tiny_config, tmp_path: Path):
+    train(tiny_config(tmp_path, tensorboard=True), quiet=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = lines_of(tmp_path / "run")
+    for event in ("train", "eval"):
+        for name in set(lines[-1 if event == "eval" else 0]) - {"event", "step"}:
+            written = [(scalar.step, scalar.value) for scalar in events.Scalars(f"{event}/{name}")]
+            expected = [(line["step"], line[name]) for line in lines if line["event"] == event]
+            assert written == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+
+
+def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_config, tmp_path: Path, interrupt):
+    interrupt(8)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, tensorboard=True, log_every_steps=1), quiet=True)
+    train(tiny_config(tmp_path, tensorboard=True, log_every_steps=1), resume=True, quiet=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_validation_is_the_mean_over_its_windows_without_dropout(tiny_config, tmp_path: Path, data_folder: Path):
+    config = tiny_config(tmp_path, objective="cross_entropy", player=with_dropout(), eval_windows=None, steps=5)
+    train(config, quiet=True)
+    windows = Windows(PreparedData.open(data_folder).valid, BLOCK)
+    assert len(windows) % config.batch_windows  # the last batch is a smaller one
+    inputs, targets = windows.batch(range(len(windows)))
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(final(input_ids=inputs).logits.flatten(0, 1), targets.flatten())
+    assert lines_of(tmp_path / "run")[-1]["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --- what is learned, from what -------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_on_a_text_that_can_be_learned(tiny_config, tmp_path: Path):
+    """The documents are pairs out of eight: by heart about ln 8 nats a pair, at random ln 300 a token."""
+    config = tiny_config(tmp_path, objective="cross_entropy", steps=60, eval_every_steps=60, log_every_steps=1)
+    train(config, quiet=True)
+    lines = lines_of(tmp_path / "run")
+    assert lines[0]["cross_entropy"] == pytest.approx(math.log(300), abs=0.3)
+    assert lines[-1]["event"] == "eval" and lines[-1]["cross_entropy"] < 3.0
+
+
+def test_every_objective_sees_the_same_data_from_the_same_weights(tiny_config, tmp_path, record_inputs, monkeypatch):
+    initial: list[Tensor] = []
+    real = RewardedPlayer.__init__
+
+    def remember(self, player, *arguments, **settings):
+        initial.append(torch.cat([parameter.detach().flatten() for parameter in player.parameters()]))
+        real(self, player, *arguments, **settings)
+
+    monkeypatch.setattr(RewardedPlayer, "__init__", remember)
+    seen = {}
+    for objective in sorted(OBJECTIVES):
+        record_inputs.clear()
+        train(tiny_config(tmp_path / objective, objective=objective, steps=3), quiet=True)
+        seen[objective] = torch.stack(record_inputs)
+    assert seen["avatarl"].shape == (3, 4, BLOCK)
+    assert all(torch.equal(inputs, seen["avatarl"]) for inputs in seen.values())
+    assert all(torch.equal(weights, initial[0]) for weights in initial)
+
+
+def test_an_epoch_is_every_training_window_once(tiny_config, tmp_path: Path, data_folder: Path, record_inputs):
+    windows = Windows(PreparedData.open(data_folder).train, BLOCK)
+    config = tiny_config(tmp_path, objective="cross_entropy", steps=None, epochs=2.0, batch_windows=1)
+    config = TrainConfig(**{**vars(config), "eval_every_steps": 1000, "checkpoint_every_steps": 1000})
+    assert config.total_steps(len(windows)) == 2 * len(windows)
+    train(config, quiet=True)
+    seen = [tuple(inputs[0].tolist()) for inputs in record_inputs]
+    everything = sorted(tuple(windows.batch([index])[0][0].tolist()) for index in range(len(windows)))
+    first, second = seen[: len(windows)], seen[len(windows) :]
+    assert sorted(first) == sorted(second) == everything
+    assert first != second
+
+
+def test_another_seed_gives_other_data_and_weights(tiny_config, tmp_path: Path, record_inputs):
+    for seed in (1, 2):
+        train(tiny_config(tmp_path / str(seed), seed=seed, steps=1), quiet=True)
+    assert not torch.equal(record_inputs[0], record_inputs[1])
+
+
+@pytest.mark.parametrize("objective", ["avatarl", "cross_entropy", "reinforce"])
+def test_one_batch_of_eight_is_eight_batches_of_one(tiny_config, tmp_path: Path, objective: str):
+    weights = []
+    for batch, accumulate in ((8, 1), (1, 8), (2, 4)):
+        folder = tmp_path / f"{batch}x{accumulate}"
+        config = tiny_config(folder, objective=objective, batch_windows=batch, accumulate_steps=accumulate, steps=4)
+        train(config, quiet=True)
+        weights.append(weights_of(folder / "run" / "final"))
+        if len(weights) > 1:
+            for ours, reference in zip(lines_of(folder / "run"), lines_of(tmp_path / "8x1" / "run"), strict=True):
+                assert ours == {
+                    **ours,
+                    **{name: pytest.approx(reference[name], rel=1e-4, abs=1e-5) for name in NUMBERS},
+                }
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-4)  # steps are 1e-2 long
+
+
+NUMBERS = ("step", "tokens", "loss", "cross_entropy", "entropy")
+
+
+def test_bf16_on_the_cpu_stays_near_fp32(tiny_config, tmp_path: Path):
+    final = {}
+    for precision in ("fp32", "bf16"):
+        train(tiny_config(tmp_path / precision, precision=precision), quiet=True)
+        final[precision] = lines_of(tmp_path / precision / "run")[-1]
+        assert weights_of(tmp_path / precision / "run" / "final")["model.norm.weight"].dtype == torch.float32
+    assert final["bf16"]["cross_entropy"] != final["fp32"]["cross_entropy"]
+    assert final["bf16"]["cross_entropy"] == pytest.approx(final["fp32"]["cross_entropy"], rel=0.02)
+
+
+def test_muon_trains(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path, objective="cross_entropy", steps=30, eval_every_steps=30)
+    train(TrainConfig(**{**vars(config), "optim": OptimConfig(name="muon", learning_rate=1e-2)}), quiet=True)
+    assert lines_of(tmp_path / "run")[-1]["cross_entropy"] < 4.5
+
+
+# --- the same again, and after an interruption ----------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_run(tiny_config, tmp_path: Path):
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))  # whatever the process did before
+        train(tiny_config(tmp_path / name, objective="reinforce", player=with_dropout()), quiet=True)
+    assert lines_of(tmp_path / "first" / "run") == lines_of(tmp_path / "second" / "run")
+    assert_same_weights(*(weights_of(tmp_path / name / "run" / "final") for name in ("first", "second")))
+
+
+def with_dropout() -> PlayerConfig:
+    return PlayerConfig(settings={**TINY, "attention_dropout": 0.1})
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_path: Path, interrupt, objective: str):
+    """With dropout and accumulation; the checkpoint lies inside an interval of the log, the interruption after it."""
+    settings = dict(
+        objective=objective, player=with_dropout(), batch_windows=2, accumulate_steps=2, log_every_steps=3, steps=10
+    )
+    whole, parts = tiny_config(tmp_path / "whole", **settings), tiny_config(tmp_path / "parts", **settings)
+    summary = train(whole, quiet=True)
+    interrupt(8)
+    with pytest.raises(Interrupted):
+        train(parts, quiet=True)
+    run = tmp_path / "parts" / "run"
+    assert lines_of(run)[-1]["step"] == 6  # two steps after the checkpoint: taken again, and not to be there twice
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # torn
+    resumed = train(parts, resume=True, quiet=True)
+
+    assert lines_of(run) == lines_of(tmp_path / "whole" / "run")
+    for folder in ("player", "final"):
+        assert_same_weights(weights_of(run / folder), weights_of(tmp_path / "whole" / "run" / folder))
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    assert resumed["seconds"] > 0
+
+
+def test_resuming_where_no_checkpoint_was_completed_starts_at_step_0(tiny_config, tmp_path: Path, interrupt):
+    train(tiny_config(tmp_path / "whole"), quiet=True)
+    interrupt(3)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path), quiet=True)
+    assert lines_of(tmp_path / "run")
+    torn = tmp_path / "run" / "checkpoints" / ".step-00000004.partial"
+    torn.mkdir(parents=True)
+    (torn / "player.safetensors").write_bytes(b"half")
+    train(tiny_config(tmp_path), resume=True, quiet=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
+    assert not torn.exists()
+
+
+def test_resuming_in_a_new_folder_starts_at_step_0(tiny_config, tmp_path: Path):
+    assert train(tiny_config(tmp_path, steps=2), resume=True, quiet=True)["steps"] == 2
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path, tensorboard=True)
+    summary = train(config, quiet=True)
+    before = contents_of(tmp_path / "run")
+    again = train(config, resume=True, quiet=True)
+    assert contents_of(tmp_path / "run") == before
+    assert again == summary
+
+
+def test_resuming_under_other_settings_is_refused_by_their_names(tiny_config, tmp_path: Path):
+    train(tiny_config(tmp_path), quiet=True)
+    before = contents_of(tmp_path / "run")
+    changed = tiny_config(
+        tmp_path,
+        steps=9,
+        optim=OptimConfig(learning_rate=2e-2, warmup_steps=2),
+        avatarl=AvataRLConfig(top_k=5, threshold="none"),
+    )
+    with pytest.raises(UserError) as refusal:
+        train(changed, resume=True, quiet=True)
+    assert str(refusal.value).endswith(
+        "other settings: avatarl.top_k was 4 and is 5; optim.learning_rate was 0.01 and is 0.02; steps was 8 and is 9"
+    )
+    assert contents_of(tmp_path / "run") == before
+
+
+def test_a_moved_run_may_be_resumed(tiny_config, tmp_path: Path, interrupt):
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path), quiet=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config = TrainConfig(**{**vars(tiny_config(tmp_path)), "out": str(tmp_path / "moved")})
+    assert train(config, resume=True, quiet=True)["steps"] == 8
+
+
+def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_folder: Path, interrupt):
+    shutil.copytree(data_folder, tmp_path / "data")
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, data=str(tmp_path / "data")), quiet=True)
+    shutil.rmtree(tmp_path / "data")
+    source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
+    prepare([str(source)], tmp_path / "data", tokenizer=str(data_folder / "tokenizer"), quiet=True)
+    with pytest.raises(UserError, match="is not the data that .* was started with"):
+        train(tiny_config(tmp_path, data=str(tmp_path / "data")), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words"])
+def test_resuming_with_a_broken_configuration_is_refused(tiny_config, tmp_path: Path, content: str):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml cannot be read"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "player.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tiny_config, tmp_path: Path, interrupt, capfd):
+    settings = dict(steps=12, eval_every_steps=12, objective="cross_entropy")
+    train(tiny_config(tmp_path / "whole", **settings), quiet=True)
+    interrupt(10)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, **settings), quiet=True)
+    older, newest = complete_checkpoints(tmp_path / "run")
+    damage(newest)
+    capfd.readouterr()
+    train(tiny_config(tmp_path, **settings), resume=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [line for line in err.splitlines() if "damaged" in line] == [
+        f"{newest} is damaged (player.safetensors is not what its manifest says); trying the one before it"
+    ]
+    assert older.name == "step-00000004" and newest.name == "step-00000008"
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
+    assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))
+
+
+def test_when_every_checkpoint_is_damaged_the_user_is_told(tiny_config, tmp_path: Path):
+    train(tiny_config(tmp_path), quiet=True)
+    for checkpoint in complete_checkpoints(tmp_path / "run"):
+        damage(checkpoint)
+    before = contents_of(tmp_path / "run")
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+    assert contents_of(tmp_path / "run") == before
+
+
+def write_one_file(folder: Path) -> None:
+    (folder / "player.safetensors").write_bytes(b"weights")
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": {"other": {}}}'])
+def test_a_broken_manifest_is_damage(tmp_path: Path, manifest: str):
+    save_checkpoint(tmp_path, 1, write_one_file, keep=2)
+    save_checkpoint(tmp_path, 2, write_one_file, keep=2)
+    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").write_text(manifest)
+    reports: list[str] = []
+    assert newest_good_checkpoint(tmp_path, reports.append).name == "step-00000001"
+    assert len(reports) == 1
+
+
+def test_a_checkpoint_is_kept_though_a_later_damaged_one_lies_there(tmp_path: Path):
+    """The run fell back behind it; counted among the newest it would push out the only good one."""
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, write_one_file, keep=2)
+    damage(tmp_path / "checkpoints" / "step-00000020")
+    save_checkpoint(tmp_path, 15, write_one_file, keep=1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000015"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, write_one_file, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path):
+    save_checkpoint(tmp_path, 1, write_one_file, keep=1)
+
+    def fail(folder: Path) -> None:
+        write_one_file(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path, 2, fail, keep=1)
+    assert newest_good_checkpoint(tmp_path, print).name == "step-00000001"
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+@pytest.mark.parametrize("log_every_steps", [1, 100])
+def test_a_run_that_is_no_longer_a_number_fails_and_keeps_its_last_good_checkpoint(
+    tiny_config, tmp_path: Path, monkeypatch, what: str, log_every_steps: int
+):
+    real, calls = RewardedPlayer.forward, 0
+
+    def forward(self: RewardedPlayer, *arguments):
+        nonlocal calls
+        calls += self.training
+        loss, metrics = real(self, *arguments)
+        if calls == 3 and self.training:
+            loss = loss * math.nan
+            if what == "loss":
+                metrics["loss"] = metrics["loss"] * math.nan
+        return loss, metrics
+
+    monkeypatch.setattr(RewardedPlayer, "forward", forward)
+    config = tiny_config(tmp_path, checkpoint_every_steps=1, keep_checkpoints=1, log_every_steps=log_every_steps)
+    with pytest.raises(RunFailed, match=f"{what} is nan at step 3; try a smaller optim.learning_rate"):
+        train(config, quiet=True)
+    (checkpoint,) = complete_checkpoints(tmp_path / "run")
+    assert checkpoint.name == "step-00000002"
+    weights = load_file(checkpoint / "player.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert not (tmp_path / "run" / "final").exists()
+
+
+# --- a user's mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_files_is_refused_and_untouched(tiny_config, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("two years of work")
+    before = contents_of(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds files"):
+        train(tiny_config(tmp_path), quiet=True)
+    with pytest.raises(UserError, match="holds files but no config.yaml"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+    assert contents_of(tmp_path / "run") == before
+
+
+def test_an_empty_folder_is_accepted(tiny_config, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    assert train(tiny_config(tmp_path, steps=1), quiet=True)["steps"] == 1
+
+
+def test_out_that_is_a_file_or_lies_in_one_is_refused(tiny_config, tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="out is .*which is a file"):
+        train(tiny_config(tmp_path), quiet=True)
+    with pytest.raises(UserError, match="out is .*cannot be made"):
+        train(TrainConfig(**{**vars(tiny_config(tmp_path)), "out": str(tmp_path / "run" / "inner")}), quiet=True)
+
+
+def test_data_too_short_for_a_window_is_refused(tiny_config, tmp_path: Path, data_folder: Path):
+    data = PreparedData.open(data_folder)
+    assert len(data.valid) < len(data.train)
+    for block in (len(data.valid), len(data.train) + 1):  # validation alone is too short; everything is
+        with pytest.raises(UserError, match=f"block: {block} needs at least {block + 1} tokens"):
+            train(tiny_config(tmp_path, block=block), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"critic": None}, "objective 'avatarl' needs a critic"),
+        ({"critic": "no/such/folder"}, "no/such/folder"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"device": "abacus"}, "device is 'abacus'.*expected auto, cpu or cuda"),
+        ({"avatarl": AvataRLConfig(top_k=1000)}, "top_k is 1000"),
+        ({"avatarl": AvataRLConfig(critic_weight=(0.1, 0.2))}, "critic_weight has 2 entries for 1 critics"),
+        ({"player": PlayerConfig(settings={"widht": 3})}, "'widht'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(tiny_config, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(tmp_path, **overrides), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_critic_that_no_reward_needs_is_not_opened(tiny_config, tmp_path: Path):
+    alone = AvataRLConfig(reality_weight=1.0, critic_weight=0.0)
+    for objective in ("cross_entropy", "avatarl"):
+        config = tiny_config(tmp_path / objective, objective=objective, critic="no/such/folder", avatarl=alone, steps=1)
+        assert train(config, quiet=True)["critic_flops"] == 0
+
+
+def test_the_player_of_a_run_is_a_critic_for_the_next(tiny_config, tmp_path: Path):
+    train(tiny_config(tmp_path / "a", objective="cross_entropy", steps=1), quiet=True)
+    summary = train(tiny_config(tmp_path / "b", critic=[str(tmp_path / "a" / "run")] * 2, steps=1), quiet=True)
+    one = train(tiny_config(tmp_path / "c", critic=str(tmp_path / "a" / "run"), steps=1), quiet=True)
+    assert summary["critic_flops"] == 2 * one["critic_flops"]
+    assert one["player_flops"] == 3 * one["critic_flops"]  # the same shape, forward alone
