@@ -38,7 +38,8 @@ def file_record(path: Path) -> dict[str, int | str]:
 class TokenStream:
     """The shards of one split as one long sequence of token ids, memory-mapped and never held in memory."""
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype) -> None:
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype, split: str = "data") -> None:
+        self.split = split
         self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         self._starts = np.cumsum([0, *map(len, self._shards)])  # (shards + 1,), the last is the length of the stream
 
@@ -88,7 +89,7 @@ class PreparedData:
         streams = {}
         for split in ("train", "valid"):
             shards = sorted(name for name in manifest["files"] if PurePosixPath(name).match(f"{split}-*.bin"))
-            streams[split] = TokenStream([path / name for name in shards], dtype)
+            streams[split] = TokenStream([path / name for name in shards], dtype, split)
             if len(streams[split]) != manifest["tokens"][split]:
                 raise UserError(
                     f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
@@ -154,7 +155,9 @@ class Windows:
         if block < 1:
             raise UserError(f"block: found {block}; a whole number of at least 1 is expected")
         if len(stream) < block + 1:
-            raise UserError(f"block: {block} needs at least {block + 1} tokens, but the data has {len(stream)}")
+            raise UserError(
+                f"block: {block} needs at least {block + 1} tokens, but the {stream.split} split has {len(stream)}"
+            )
         self.stream = stream
         self.block = block
 

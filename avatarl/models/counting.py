@@ -33,7 +33,8 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
 
     Two per weight of every matrix that multiplies, plus causal attention: scores and weighted values cost four per
     channel and earlier token, and a token has (block + 1) / 2 of those on average. Norms, activations and the softmax
-    over the vocabulary are left out, as is usual (Kaplan et al., 2020, appendix B).
+    over the vocabulary are left out, as is usual (Kaplan et al., 2020, appendix B). For dense models: stacked weights
+    (a mixture of experts) are not counted.
     """
     matrices = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     config = model.config.get_text_config()

@@ -44,7 +44,7 @@ def load_model(
         )
     except Exception as error:  # whatever the libraries below make of a file that is not what it should be
         raise UserError(f"{name} cannot be opened as a causal language model: {one_line(error)}") from error
-    check_linear_head(opened, name)
+    check_model(opened, name)
     return opened.to(device).eval()
 
 
@@ -62,14 +62,14 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 @torch.no_grad()
-def check_linear_head(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not its last hidden states times its output embedding.
+def check_model(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that looks ahead, or whose logits are not its last hidden states times its output embedding.
 
     The objectives start from hidden states and the head's weight, so a bias, a scale or a soft cap on the logits would
     be silently lost. Both ways are compared on a few tokens, and once more with large logits, where a cap shows.
 
     Raises:
-        UserError: The two differ.
+        UserError: The two differ, or an earlier hidden state depends on a later token.
     """
     reason = f"{name}: its logits are not hidden states times head weight (a bias, scale or cap on the logits)"
     head = model.get_output_embeddings()
@@ -87,6 +87,12 @@ def check_linear_head(model: PreTrainedModel, name: str) -> None:
         tolerance = 0.05 * expected.abs().max()
         if found.shape != expected.shape or (found - expected).abs().max() > tolerance:
             raise UserError(reason)
+    if longest_sequence(model) != 1:
+        # One that reads ahead (a masked model under a causal name) would be shown the answer.
+        pair = torch.tensor([[0, 0], [0, head_weight(model).shape[0] - 1]], device=model.device)
+        first = last_hidden(model, pair)[:, 0].float()
+        if (first[0] - first[1]).abs().max() > 0.05 * first.abs().max():
+            raise UserError(f"{name}: its hidden states depend on later tokens; expected a causal language model")
     model.train(was_training)
 
 

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from avatarl.errors import UserError, nearest_name
 
-from .loading import check_linear_head, head_weight, longest_sequence, one_line
+from .loading import check_model, head_weight, longest_sequence, one_line
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
             f"player.architecture {config.architecture!r} cannot be built with player.settings {config.settings}: "
             f"{one_line(error)}"
         ) from error
-    check_linear_head(player, f"player.architecture {config.architecture!r}")
+    check_model(player, f"player.architecture {config.architecture!r}")
     _check_size(player, len(tokenizer), block)
     return player
 
@@ -129,6 +129,8 @@ def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, bloc
         "intermediate_size": shape.intermediate_size,
         "num_key_value_heads": wanted["num_attention_heads"],
         "head_dim": wanted["hidden_size"] // wanted["num_attention_heads"],
+        # Dropout is off unless asked for, in every architecture alike.
+        **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     }
     return AutoConfig.for_model(
         config.architecture, **{name: value for name, value in optional.items() if hasattr(template, name)} | wanted

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .losses import RewardedObjective, entropy_gradient, reward_metrics
+from .losses import RewardedObjective, policy_gradient, reward_metrics
 from .protocol import Objective, Policy, Rows, Scores, register
 
 
@@ -105,7 +105,7 @@ class ExpectedReward(RewardedObjective):
         if not with_gradient:
             return Scores(None, metrics)
         scale = (rows.weights / temperature).unsqueeze(1)
-        gradient = tempered.probs * (scale * expected.unsqueeze(1)) + entropy_gradient(tempered, scale * beta)
+        gradient = policy_gradient(tempered, scale * expected.unsqueeze(1), scale * beta)
         return Scores(gradient.scatter_add_(1, actions, -scale * probs * paid), metrics)
 
 
@@ -151,7 +151,7 @@ class Reinforce(RewardedObjective):
             return Scores(None, metrics)
         scale = (rows.weights / temperature).unsqueeze(1)
         credit = scale * credit / drawn.shape[1]
-        gradient = tempered.probs * credit.sum(dim=1, keepdim=True) + entropy_gradient(tempered, scale * beta)
+        gradient = policy_gradient(tempered, credit.sum(dim=1, keepdim=True), scale * beta)
         return Scores(gradient.scatter_add_(1, drawn, -credit), metrics)
 
 

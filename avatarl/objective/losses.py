@@ -54,9 +54,11 @@ class RewardedObjective(Objective):
         return rewards / valid.sum(dim=1, keepdim=True) if self.avatarl.per_action_mean else rewards
 
 
-def entropy_gradient(policy: Policy, scale: Tensor) -> Tensor:
-    """Gradient of −scale · H(π) over the logits that π is the softmax of: scale · π · (log π + H), (N, V)."""
-    return policy.probs * (policy.log_probs + policy.entropy.unsqueeze(1)) * scale
+def policy_gradient(policy: Policy, total: Tensor, bonus: Tensor) -> Tensor:
+    """π · (total + bonus · (log π + H)), (N, V): what a reward-weighted sum of log π and an entropy bonus leave
+    on every logit, but for the rewarded actions' own; ``total`` and ``bonus`` are (N, 1)."""
+    constant = total + bonus * policy.entropy.unsqueeze(1)
+    return torch.addcmul(constant, policy.log_probs, bonus).mul_(policy.probs)
 
 
 def reward_metrics(rows: Rows, actions: Tensor, valid: Tensor, rewards: Tensor, policy: Policy) -> dict[str, Tensor]:
@@ -70,7 +72,8 @@ def reward_metrics(rows: Rows, actions: Tensor, valid: Tensor, rewards: Tensor, 
         "active_actions": valid.sum(dim=1).to(rewards.dtype),
     }
     if rows.critic_logits:
-        favourites = torch.stack([critic.argmax(dim=1) for critic in rows.critic_logits])  # (C, N)
+        top_k = (actions.shape[1] - 1) // (1 + len(rows.critic_logits))
+        favourites = actions[:, 1 + top_k :: top_k].t()  # (C, N), the first of each critic's list
         paid = torch.where(favourites.unsqueeze(2) == actions, rewards, 0.0).amax(dim=2)  # (C, N); duplicates earn 0
         metrics["critic_wins"] = (paid > rewards[:, 0]).to(rewards.dtype).mean(dim=0)
     return metrics
@@ -101,9 +104,7 @@ class AvataRL(RewardedObjective):
         if not with_gradient:
             return Scores(None, metrics)
         scale = (rows.weights / temperature).unsqueeze(1)  # (N, 1)
-        gradient = tempered.probs * (scale * paid.sum(dim=1, keepdim=True))
-        if beta:
-            gradient += entropy_gradient(tempered, scale * beta)
+        gradient = policy_gradient(tempered, scale * paid.sum(dim=1, keepdim=True), scale * beta)
         return Scores(gradient.scatter_add_(1, actions, -scale * paid), metrics)
 
 

@@ -50,8 +50,11 @@ class Optimisers:
 def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: int) -> Optimisers:
     """Optimisers for every parameter of ``player``, each exactly once, with warm-up and decay over ``total_steps``."""
     matrices, embeddings, vectors = split_parameters(player)
+    # Muon takes two-dimensional weights only; stacked ones (experts) are AdamW's.
+    flat = [parameter for parameter in matrices if parameter.dim() == 2] if config.name == "muon" else []
+    others = [parameter for parameter in matrices if all(parameter is not taken for taken in flat)] + embeddings
     adamw_groups = [
-        {"params": embeddings if config.name == "muon" else matrices + embeddings, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(
@@ -64,7 +67,7 @@ def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: 
     if config.name == "muon":
         # With this adjustment an update has AdamW's typical size, so one learning rate serves both.
         muon = torch.optim.Muon(
-            matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            flat, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)
     schedules = [
@@ -94,7 +97,7 @@ def split_parameters(player: PreTrainedModel) -> tuple[list[nn.Parameter], list[
     table_ids = {id(module.weight) for module in (*tables, player.get_output_embeddings())}
     parameters = [parameter for parameter in player.parameters() if parameter.requires_grad]
     embeddings = [parameter for parameter in parameters if id(parameter) in table_ids]
-    matrices = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() == 2]
-    vectors = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() != 2]
+    matrices = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters if id(parameter) not in table_ids and parameter.dim() < 2]
     assert len(parameters) == len(matrices) + len(embeddings) + len(vectors)
     return matrices, embeddings, vectors

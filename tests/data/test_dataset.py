@@ -54,7 +54,7 @@ def test_windows_come_in_the_order_asked_for(stream):
 
 
 def test_a_stream_too_short_for_one_window_is_the_users_to_mend(stream):
-    with pytest.raises(UserError, match="block: 100 needs at least 101 tokens, but the data has 100"):
+    with pytest.raises(UserError, match="block: 100 needs at least 101 tokens, but the data split has 100"):
         Windows(stream, 100)
     with pytest.raises(UserError, match="block: found 0; a whole number of at least 1"):
         Windows(stream, 0)

@@ -17,7 +17,7 @@ from avatarl.models import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from avatarl.models.loading import check_linear_head, head_weight, last_hidden
+from avatarl.models.loading import check_model, head_weight, last_hidden
 from avatarl.models.players import _model_config
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER
@@ -173,13 +173,13 @@ def test_a_head_with_a_bias_is_refused(tokenizer):
     nn.init.zeros_(head.bias)  # as a fresh model's, which training would move
     player.lm_head = head
     with pytest.raises(UserError, match="bias, scale or cap"):
-        check_linear_head(player, "a player")
+        check_model(player, "a player")
 
 
 def test_the_head_check_leaves_the_model_as_it_was(tokenizer):
     player = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1).train()
     before = {name: value.clone() for name, value in player.state_dict().items()}
-    check_linear_head(player, "a player")
+    check_model(player, "a player")
     assert player.training
     assert all(torch.equal(value, before[name]) for name, value in player.state_dict().items())
 
@@ -202,3 +202,19 @@ def test_flops_agree_with_pytorchs_counter(tokenizer, architecture: str):
     expected = block * forward_flops_per_token(player, block)
     assert counter.get_total_flops() - 4 * layers * channels * masked_pairs == expected
     assert training_flops_per_token(player, block) == 3 * forward_flops_per_token(player, block)
+
+
+def test_a_model_that_reads_ahead_is_refused(tokenizer):
+    """Its hidden states are made to know the last token, as those of a bidirectional model do."""
+    player = build_player(PlayerConfig(settings=TINY), tokenizer, block=16, seed=1)
+    embed = player.get_input_embeddings()
+    embed.register_forward_hook(lambda module, inputs, output: output + output[:, -1:])
+    with pytest.raises(UserError, match="depend on later tokens"):
+        check_model(player, "a player")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+def test_dropout_is_off_unless_asked_for(architecture, tokenizer):
+    player = build_player(PlayerConfig(architecture=architecture), tokenizer, block=16, seed=1).train()
+    ids = torch.arange(16).unsqueeze(0)
+    assert torch.equal(last_hidden(player, ids), last_hidden(player, ids))

@@ -42,8 +42,8 @@ def chunked_sums(
         wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
 
     Returns:
-        Metrics summed with ``weights`` (scalars), and the gradients of the loss over the player's states (N, d) and over
-        its head weight (V, d), both in float32 or float64; None where not wanted.
+        Metrics summed with ``weights`` (scalars), and the gradients of the loss over the player's states (N, d) and
+        over its head weight (V, d), both in float32 or float64; None where not wanted.
     """
     num_positions, vocabulary = player.states.shape[0], player.weight.shape[0]
     dtype = compute_dtype(player.states.dtype)
