@@ -169,9 +169,15 @@ def _parser(command: str):
 def _parse(parser, arguments: Sequence[str]) -> dict:
     """Parsed settings with dataclasses built; a mistake names the nearest option."""
     try:
-        return parser.instantiate(parser.parse_args(list(arguments))).as_dict()
+        settings = parser.parse_args(list(arguments))
     except ArgumentError as error:
         raise UserError(_explain(error, parser)) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config is not UTF-8 text ({_one_line(error)}); expected YAML") from error
+    for group in {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}:
+        if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
+            raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
+    return parser.instantiate(settings).as_dict()
 
 
 def _explain(error: ArgumentError, parser) -> str:

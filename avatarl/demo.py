@@ -8,8 +8,10 @@ number of steps, and are evaluated on the same windows. Everything lies under on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .data import PreparedData, prepare
 from .errors import UserError
@@ -30,17 +33,17 @@ PLAYER = TrainConfig(
     objective="avatarl",
     critic="runs/demo/critic",
     player=PlayerConfig(preset="1m"),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=20, final_lr_fraction=0.05),
+    optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_lr_fraction=0.05),
     block=256,
     batch_windows=8,
-    steps=500,
-    eval_every_steps=50,
+    steps=256,
+    eval_every_steps=32,
     eval_windows=16,
-    log_every_steps=5,
-    checkpoint_every_steps=250,
+    log_every_steps=4,
+    checkpoint_every_steps=128,
 )
 # Two layers, and half the player's tokens: a critic that one can afford.
-CRITIC_LAYERS, CRITIC_STEPS = 2, 250
+CRITIC_LAYERS, CRITIC_STEPS = 2, 128
 # A short text is not read more often than this; beyond it both players only get worse.
 MOST_EPOCHS = 8
 SAMPLE_TOKENS, PROMPT_TOKENS = 120, 12
@@ -64,22 +67,25 @@ def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int =
     out, console, started = Path(out), Console(quiet=quiet), time.monotonic()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out is {out}, which already holds files; give another folder with --out")
-    existed = out.exists()
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
         prepare([source], out / "data", quiet=quiet)
         data = PreparedData.open(out / "data")
         configs = demo_configs(out, data, seed)
     except BaseException:
         # A source that cannot be used leaves nothing behind.
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out / "data", ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
 
     runs = {}
     for name, config in configs.items():
         console.rule(f"{name}: {config.objective}")
         summary = train(config, quiet=quiet)
-        scores = evaluate(config.out, config.data, critic=configs["critic"].out if name != "critic" else None)
+        critic = configs["critic"].out if name != "critic" else None
+        scores = evaluate(config.out, config.data, critic=critic, avatarl=config.avatarl)
         runs[name] = {"evaluation": scores, "training": summary}
 
     results = {
@@ -149,25 +155,27 @@ def write_samples(path: Path, data: PreparedData, runs: dict[str, str]) -> None:
     starts = np.flatnonzero(held_out == data.end_of_text_id)[:-1] + 1
     starts = starts[starts + PROMPT_TOKENS < len(held_out)]
     chosen = starts[np.linspace(0, len(starts) - 1, 3).astype(int)] if len(starts) else np.array([0])
-    prompts = ["", *(tokenizer.decode(held_out[start : start + PROMPT_TOKENS]) for start in dict.fromkeys(chosen))]
+    openings = [held_out[start : start + PROMPT_TOKENS].tolist() for start in chosen]
+    openings = [ids[: ids.index(data.end_of_text_id)] if data.end_of_text_id in ids else ids for ids in openings]
+    prompts = dict.fromkeys(["", *map(tokenizer.decode, openings)])
     parts = ["# Samples", "", "Temperature 0.8, the same seed for every model; prompts are from held-out text."]
     for prompt in prompts:
         parts += ["", f"## {'beginning of a document' if not prompt else repr(prompt)}"]
         for name, run in runs.items():
             (text,) = generate(run, prompt, max_new_tokens=SAMPLE_TOKENS)
-            fence = "`" * 6  # longer than any that the text is likely to have
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text
             parts += ["", f"**{name}**", "", f"{fence}text", text, fence]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 COLUMNS = {
-    "cross-entropy (nats)": lambda run: f"{run['evaluation']['cross_entropy']:.3f}",
-    "bits per byte": lambda run: f"{run['evaluation']['bits_per_byte']:.3f}",
+    "nats": lambda run: f"{run['evaluation']['cross_entropy']:.3f}",
+    "bits/byte": lambda run: f"{run['evaluation']['bits_per_byte']:.3f}",
     "top-1": lambda run: f"{run['evaluation']['top1_accuracy']:.1%}",
     "top-16": lambda run: f"{run['evaluation']['top16_accuracy']:.1%}",
-    "calibration error": lambda run: f"{run['evaluation']['expected_calibration_error']:.1%}",
-    "entropy (nats)": lambda run: f"{run['evaluation']['entropy']:.2f}",
-    "training tokens": lambda run: f"{run['training']['tokens']:,}",
+    "ECE": lambda run: f"{run['evaluation']['expected_calibration_error']:.1%}",
+    "entropy": lambda run: f"{run['evaluation']['entropy']:.2f}",
+    "tokens": lambda run: f"{run['training']['tokens']:,}",
     "seconds": lambda run: f"{run['training']['seconds']:.0f}",
 }
 
@@ -187,7 +195,7 @@ def results_table(results: dict) -> str:
 
 def print_results(console: Console, results: dict, out: Path) -> None:
     """The results on the terminal, and where to look."""
-    table = Table(title=f"held-out text of {results['source']}")
+    table = Table(title=Text(f"held-out text of {results['source']}"))  # a path may look like markup
     for number, heading in enumerate(["run", *COLUMNS]):
         table.add_column(heading, justify="left" if number == 0 else "right")
     for name, run in results["runs"].items():
@@ -200,4 +208,5 @@ def print_results(console: Console, results: dict, out: Path) -> None:
         f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {out}/samples.md, curves.png, results.json; "
         f"talk to it with: avatarl generate {out}/avatarl --prompt 'Return the'",
         highlight=False,
+        markup=False,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from .runs import read_metrics
 
@@ -22,18 +22,18 @@ def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapp
         out: The picture to write (PNG, SVG or PDF by its suffix).
         baselines: Horizontal lines in the validation panel: name → nats.
     """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = (
         ("eval", "cross_entropy", "validation cross-entropy (nats per token)"),
         ("train", "loss", "training loss (each objective's own)"),
         ("train", "expected_reward_share", "reward the policy expects, share of the best"),
         ("train", "other_reward_share", "share of reward on other tokens than the text's"),
     )
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")  # not pyplot's, whose backend is the caller's to choose
+    axes = figure.subplots(2, 2)
     for axis, (event, metric, title) in zip(axes.flat, panels, strict=True):
-        for (name, run), colour, style in zip(runs.items(), COLOURS, STYLES, strict=False):
+        for number, (name, run) in enumerate(runs.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            style = STYLES[(number + number // len(COLOURS)) % len(STYLES)]
             lines = [line for line in read_metrics(run, event) if metric in line]
             if lines:
                 tokens, values = [line["tokens"] for line in lines], [line[metric] for line in lines]
@@ -51,4 +51,3 @@ def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapp
         if axis.lines:
             axis.legend(frameon=False)
     figure.savefig(out, dpi=110)
-    pyplot.close(figure)

@@ -14,8 +14,8 @@ from avatarl.data import PreparedData, Windows
 from avatarl.data.tokenizer import token_byte_lengths
 from avatarl.errors import UserError
 from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
-from avatarl.models.loading import head_weight, last_hidden
-from avatarl.objective import AvataRLConfig, linear_avatarl_loss
+from avatarl.models.loading import head_weight, last_hidden, longest_sequence
+from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
 from avatarl.training.device import pick_device
 
@@ -73,9 +73,18 @@ def evaluate(
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
     critics = [load_critic(name, tokenizer, torch.float32, chosen) for name in critic_names]
     config = avatarl or AvataRLConfig.article()
+    if critics:
+        try:
+            AvataRL(config).check_settings(len(tokenizer), len(critics))
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
-    block = block or context_length(player)
+    block = context_length(player) if block is None else block
     require_whole("block", block, minimum=1)
+    for name, opened in zip([model, *critic_names], [player, *critics], strict=True):
+        longest = longest_sequence(opened)
+        if longest is not None and longest < block:
+            raise UserError(f"block is {block}; expected at most {longest}, what {name} was made to read")
     windows = Windows(prepared.train if split == "train" else prepared.valid, block)
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     require_whole("max_windows", count, minimum=1)
@@ -91,8 +100,8 @@ def evaluate(
                 _, metrics = linear_avatarl_loss(
                     hidden,
                     head_weight(player),
-                    [last_hidden(model, inputs) for model in critics],
-                    [head_weight(model) for model in critics],
+                    [last_hidden(opened, inputs) for opened in critics],
+                    [head_weight(opened) for opened in critics],
                     targets,
                     config,
                     vocab_size=len(tokenizer),

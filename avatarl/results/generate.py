@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from avatarl.data.tokenizer import encode_texts, end_of_text_id
 from avatarl.errors import UserError
 from avatarl.models import load_model, load_tokenizer
 from avatarl.objective.config import require_number, require_whole
@@ -48,6 +49,8 @@ def generate(
     require_whole("samples", samples, minimum=1)
     require_whole("max_new_tokens", max_new_tokens, minimum=1)
     require_whole("seed", seed, minimum=0)
+    if seed >= 1 << 63:
+        raise UserError(f"seed is {seed}; expected a whole number below 2^63")
     require_number("temperature", temperature, lambda x: x >= 0, "a number of at least 0")
     if top_k is not None:
         require_whole("top_k", top_k, minimum=1)
@@ -55,7 +58,11 @@ def generate(
         require_number("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
     tokenizer = load_tokenizer(model)
     player = load_model(model, torch.float32, pick_device(device))
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
+    end_id = end_of_text_id(tokenizer)
+    (ids,) = encode_texts(tokenizer, [prompt])
+    if not ids and end_id is None:
+        raise UserError("prompt is empty and the model's tokenizer has no end-of-text token; expected some text")
+    ids = ids or [end_id]
     room = context_length(player) - len(ids)
     if room < 1:
         raise UserError(f"prompt has {len(ids)} tokens; expected fewer than the model's context of {len(ids) + room}")
@@ -70,8 +77,8 @@ def generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=min(max_new_tokens, room),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
             suppress_tokens=_ids_without_token(player.config.get_text_config().vocab_size, len(tokenizer)),
             use_cache=True,
             **sampling,

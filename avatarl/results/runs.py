@@ -18,7 +18,7 @@ def read_metrics(run: str | Path, event: str) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
             if line["event"] == event:

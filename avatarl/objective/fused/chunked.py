@@ -12,7 +12,8 @@ from ..checks import compute_dtype
 from ..protocol import Objective, Rows, weighted_sums
 
 # Elements of one chunk's logits. On a CPU it is small enough for the working set to stay near the cache and large
-# enough for the products to be efficient; chosen by timing 2^20 to 2^25 on two AVX-512 cores (docs/lab-log.md).
+# enough for the products to be efficient; timed from 2^18 to 2^24 on two AVX-512 cores (docs/lab-log.md). The one for
+# CUDA is a guess.
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
 
 

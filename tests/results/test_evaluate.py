@@ -1,0 +1,301 @@
+"""The numbers of an evaluation against plain ones, computed another way from the model's own logits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from avatarl import AvataRLConfig, UserError, avatarl_loss
+from avatarl.data import PreparedData
+from avatarl.data.prepare import prepare
+from avatarl.models import PlayerConfig, build_player
+from avatarl.results import evaluate
+from avatarl.results.evaluate import PositionScores, summarise
+from avatarl.training import train
+
+from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
+
+REWARDS = AvataRLConfig(top_k=4, threshold="none", entropy_coef=0.02)
+
+
+def windows_of(data: PreparedData, split: str = "valid", block: int = BLOCK) -> Tensor:
+    """Every window with the token after it, (windows, block + 1), cut out of the stream by hand."""
+    stream = data.valid if split == "valid" else data.train
+    ids = stream.slice(0, len(stream))
+    count = (len(ids) - 1) // block
+    return torch.from_numpy(np.stack([ids[i * block : i * block + block + 1] for i in range(count)]))
+
+
+def logits_of(folder: Path, inputs: Tensor) -> Tensor:
+    """The logits as any user of transformers has them."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(inputs).logits.double()
+
+
+def without_rounding(result: dict) -> dict:
+    """A result whose numbers compare approximately."""
+    return {
+        name: pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value
+        for name, value in result.items()
+        if name not in ("rewards", "reliability")
+    }
+
+
+# --- against the model's own logits ---------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_those_of_the_models_logits(data_folder: Path, player_folder: Path, tokenizer):
+    data = PreparedData.open(data_folder)
+    windows = windows_of(data)
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    logits = logits_of(player_folder, inputs).flatten(0, 1)
+    probs = logits.softmax(-1)
+    of_target = probs.gather(1, targets.reshape(-1, 1))
+    rank = (probs > of_target).sum(1)
+    text = [tokenizer.decode(i) if i != data.end_of_text_id else "" for i in targets.reshape(-1).tolist()]
+
+    result = evaluate(player_folder, data_folder, device="cpu")
+    cross_entropy = functional.cross_entropy(logits, targets.reshape(-1)).item()
+    assert result["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(cross_entropy), rel=1e-4)
+    assert result["entropy"] == pytest.approx(-(probs * probs.log()).sum(1).mean().item(), rel=1e-5)
+    assert result["top1_accuracy"] == pytest.approx((rank == 0).double().mean().item())
+    assert result["top1_accuracy"] == pytest.approx((logits.argmax(1) == targets.reshape(-1)).double().mean().item())
+    assert result["top16_accuracy"] == pytest.approx((rank < 16).double().mean().item())
+    assert result["top1_accuracy"] < result["top16_accuracy"] < 1
+    assert result["bytes"] == sum(len(piece.encode("utf-8")) for piece in text)
+    bits = cross_entropy * targets.numel() / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / result["bytes"], rel=1e-5)
+    assert sum(row["count"] * row["confidence"] for row in result["reliability"]) / result["tokens"] == pytest.approx(
+        probs.amax(1).mean().item(), rel=1e-5
+    )
+    assert (result["tokens"], result["windows"], result["block"]) == (targets.numel(), len(windows), BLOCK)
+    assert result["split"] == "valid"
+    assert "rewards" not in result
+
+
+def test_more_than_one_batch_of_windows_counts_each_once(data_folder: Path, player_folder: Path):
+    windows = windows_of(PreparedData.open(data_folder), "train")[:19]
+    expected = functional.cross_entropy(
+        logits_of(player_folder, windows[:, :-1]).flatten(0, 1), windows[:, 1:].reshape(-1)
+    )
+    result = evaluate(player_folder, data_folder, split="train", max_windows=19, device="cpu")
+    assert (result["windows"], result["tokens"], result["split"]) == (19, 19 * BLOCK, "train")
+    assert result["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_shorter_block_cuts_other_windows(data_folder: Path, player_folder: Path):
+    windows = windows_of(PreparedData.open(data_folder), block=5)
+    expected = functional.cross_entropy(
+        logits_of(player_folder, windows[:, :-1]).flatten(0, 1), windows[:, 1:].reshape(-1)
+    )
+    result = evaluate(player_folder, data_folder, block=5, device="cpu")
+    assert (result["windows"], result["block"]) == (len(windows), 5)
+    assert result["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert result["cross_entropy"] != evaluate(player_folder, data_folder, device="cpu")["cross_entropy"]
+
+
+def test_more_windows_than_there_are_means_all(data_folder: Path, player_folder: Path):
+    every = evaluate(player_folder, data_folder, device="cpu")
+    assert evaluate(player_folder, data_folder, max_windows=10**6, device="cpu") == every
+
+
+def test_a_run_folder_stands_for_its_best_player(tiny_config, tmp_path: Path, data_folder: Path):
+    config = tiny_config(tmp_path, objective="cross_entropy", steps=6, eval_every_steps=2, eval_windows=None)
+    summary = train(config, quiet=True)
+    of_run = evaluate(config.out, data_folder, device="cpu")
+    assert of_run == evaluate(tmp_path / "run" / "player", data_folder, device="cpu")
+    assert of_run["cross_entropy"] == pytest.approx(summary["best_cross_entropy"], rel=1e-5)
+
+
+def test_rows_of_a_padded_head_take_no_part(tmp_path: Path, data_folder: Path, player_folder: Path, tokenizer):
+    padded = AutoModelForCausalLM.from_pretrained(player_folder)
+    padded.resize_token_embeddings(len(tokenizer) + 9)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[len(tokenizer) :] = 100.0
+    padded.save_pretrained(tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    plain = evaluate(player_folder, data_folder, device="cpu")
+    assert evaluate(tmp_path / "padded", data_folder, device="cpu") == without_rounding(plain) | {
+        "reliability": plain["reliability"]
+    }
+
+
+# --- rewards --------------------------------------------------------------------------------------------------------
+
+
+def expected_rewards(data_folder: Path, player: Path, critics: list[Path], config: AvataRLConfig) -> dict[str, float]:
+    windows = windows_of(PreparedData.open(data_folder))
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    judged = [logits_of(critic, inputs).float() for critic in critics]
+    _, metrics = avatarl_loss(logits_of(player, inputs).float(), judged, targets, config)
+    return {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def second_critic(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A wider critic, that agrees with the first about nothing."""
+    folder = tmp_path_factory.mktemp("second") / "model"
+    critic = build_player(PlayerConfig(settings={**TINY, "hidden_size": 24}), tokenizer, BLOCK, seed=8)
+    with torch.no_grad():
+        critic.get_output_embeddings().weight.mul_(20)
+    critic.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rewards_are_those_of_the_loss_from_logits(data_folder: Path, player_folder: Path, critic_folder: Path):
+    expected = expected_rewards(data_folder, player_folder, [critic_folder], REWARDS)
+    result = evaluate(player_folder, data_folder, critic=str(critic_folder), avatarl=REWARDS, device="cpu")
+    assert result["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert result["rewards"]["loss"] != pytest.approx(result["cross_entropy"], rel=1e-3)
+    alone = evaluate(player_folder, data_folder, device="cpu")
+    assert {name: value for name, value in result.items() if name != "rewards"} == alone
+
+
+def test_rewards_are_the_articles_unless_settings_are_given(
+    data_folder: Path, player_folder: Path, critic_folder: Path
+):
+    expected = expected_rewards(data_folder, player_folder, [critic_folder], AvataRLConfig.article())
+    result = evaluate(player_folder, data_folder, critic=str(critic_folder), device="cpu")
+    assert result["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert result["rewards"] != pytest.approx(
+        expected_rewards(data_folder, player_folder, [critic_folder], REWARDS), rel=1e-2
+    )
+
+
+def test_several_critics_judge_together(
+    data_folder: Path, player_folder: Path, critic_folder: Path, second_critic: Path
+):
+    config = AvataRLConfig(top_k=3, critic_weight=(0.4, 0.1), threshold="none")
+    critics = [critic_folder, second_critic]
+    expected = expected_rewards(data_folder, player_folder, critics, config)
+    names = [str(critic) for critic in critics]
+    result = evaluate(player_folder, data_folder, critic=names, avatarl=config, device="cpu")
+    assert result["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    swapped = evaluate(player_folder, data_folder, critic=names[::-1], avatarl=config, device="cpu")
+    assert swapped["rewards"]["loss"] != pytest.approx(result["rewards"]["loss"], rel=1e-3)
+
+
+# --- calibration, by hand -------------------------------------------------------------------------------------------
+
+
+def scores(confidence: list[float], rank: list[int]) -> PositionScores:
+    count = len(confidence)
+    return PositionScores(torch.ones(count), torch.full((count,), 0.5), torch.tensor(confidence), torch.tensor(rank))
+
+
+def test_a_calibrated_model_has_no_error():
+    """Right in 3 of 4 where it is 75 % sure, and in 1 of 2 where it is 50 % sure."""
+    result = summarise(scores([0.75] * 4 + [0.5] * 2, [0, 0, 0, 7, 0, 1]), num_bytes=6)
+    assert result["expected_calibration_error"] == pytest.approx(0.0, abs=1e-9)
+    assert [row["count"] for row in result["reliability"]] == [2, 4]
+
+
+def test_an_always_wrong_model_errs_by_its_confidence():
+    result = summarise(scores([1.0, 1.0, 0.9, 0.5], [1, 2, 3, 16]), num_bytes=4)
+    assert result["expected_calibration_error"] == pytest.approx((1 + 1 + 0.9 + 0.5) / 4)
+    assert (result["top1_accuracy"], result["top16_accuracy"]) == (0.0, 0.75)
+
+
+def test_the_reliability_table_by_hand():
+    """Bins are fifteenths: 0.06 → 0, 0.07 → 1, 0.5 and 0.52 → 7, 1.0 → the last."""
+    result = summarise(scores([0.06, 0.07, 0.5, 0.52, 1.0], [0, 5, 0, 20, 0]), num_bytes=10)
+    found = [(row["from"], row["to"], row["count"], row["accuracy"]) for row in result["reliability"]]
+    assert found == [(0, 1 / 15, 1, 1.0), (1 / 15, 2 / 15, 1, 0.0), (7 / 15, 8 / 15, 2, 0.5), (14 / 15, 1.0, 1, 1.0)]
+    assert [row["confidence"] for row in result["reliability"]] == pytest.approx([0.06, 0.07, 0.51, 1.0])
+    expected = (1 * abs(1 - 0.06) + 1 * abs(0 - 0.07) + 2 * abs(0.5 - 0.51) + 0) / 5
+    assert result["expected_calibration_error"] == pytest.approx(expected)
+
+
+def test_the_summary_by_hand():
+    positions = PositionScores(
+        torch.tensor([1.0, 3.0]), torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]), torch.tensor([0, 30])
+    )
+    result = summarise(positions, num_bytes=5)
+    assert (result["cross_entropy"], result["entropy"], result["tokens"], result["bytes"]) == (2.0, 0.5, 2, 5)
+    assert result["perplexity"] == pytest.approx(math.e**2)
+    assert result["bits_per_byte"] == pytest.approx(4 / math.log(2) / 5)
+    assert summarise(positions, num_bytes=0)["bits_per_byte"] is None
+    assert summarise(positions._replace(cross_entropy=torch.full((2,), 1e4)), 1)["perplexity"] == math.inf
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer was trained on other words."""
+    folder = tmp_path_factory.mktemp("other")
+    source = write_documents(folder / "other.jsonl", count=30, seed=9)
+    source.write_text(source.read_text().replace("owl", "zebra"))
+    prepare([str(source)], folder / "data", tokenizer="bpe:290", quiet=True)
+    tokenizer = PreparedData.open(folder / "data").load_tokenizer()
+    build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_a_model_or_critic_with_another_vocabulary_is_refused(
+    data_folder: Path, player_folder: Path, other_model: Path
+):
+    with pytest.raises(UserError, match=f"model {other_model} has another vocabulary"):
+        evaluate(other_model, data_folder, device="cpu")
+    with pytest.raises(UserError, match=f"critic {other_model} has another vocabulary"):
+        evaluate(player_folder, data_folder, critic=str(other_model), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "split is 'test'; expected one of 'train', 'valid'"),
+        ({"block": 0}, "block is 0; expected a whole number of at least 1"),
+        ({"block": BLOCK + 1}, f"block is {BLOCK + 1}; expected at most {BLOCK}"),
+        ({"max_windows": 0}, "max_windows is 0; expected a whole number of at least 1"),
+        ({"max_windows": -2}, "max_windows is -2"),
+        ({"device": "abacus"}, "device is 'abacus'"),
+    ],
+)
+def test_values_out_of_range_are_named(data_folder: Path, player_folder: Path, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        evaluate(player_folder, data_folder, **{"device": "cpu", **settings})
+
+
+def test_settings_of_the_rewards_that_do_not_fit_are_refused(
+    data_folder: Path, player_folder: Path, critic_folder: Path
+):
+    with pytest.raises(UserError, match="top_k is 5000; expected at most the vocabulary's"):
+        evaluate(player_folder, data_folder, critic=str(critic_folder), avatarl=AvataRLConfig(top_k=5000))
+    with pytest.raises(UserError, match="critic_weight has 2 entries for 1 critics"):
+        weights = AvataRLConfig(top_k=2, critic_weight=(0.1, 0.2))
+        evaluate(player_folder, data_folder, critic=str(critic_folder), avatarl=weights)
+
+
+def test_a_critic_with_a_shorter_context_is_refused(tmp_path: Path, data_folder: Path, player_folder: Path, tokenizer):
+    build_player(TINY_PLAYER, tokenizer, BLOCK // 2, seed=1).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match=f"block is {BLOCK}; expected at most {BLOCK // 2}, what .*short"):
+        evaluate(player_folder, data_folder, critic=str(tmp_path / "short"), device="cpu")
+
+
+def test_data_that_is_too_short_or_no_data_is_refused(tmp_path: Path, player_folder: Path, data_folder: Path):
+    source = tmp_path / "short.txt"
+    source.write_text("old oak")
+    tokenizer = str(data_folder / "tokenizer")
+    prepare([str(source)], tmp_path / "short", tokenizer=tokenizer, quiet=True)
+    with pytest.raises(UserError, match=f"block: {BLOCK} needs at least {BLOCK + 1} tokens"):
+        evaluate(player_folder, tmp_path / "short", device="cpu")
+    with pytest.raises(UserError, match="manifest.json: no such file"):
+        evaluate(player_folder, tmp_path, device="cpu")
+    shutil.copytree(data_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "valid-00000.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="valid-00000.bin: has 0 bytes"):
+        evaluate(player_folder, tmp_path / "copy", device="cpu")
