@@ -10,10 +10,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/avatarl demo
 
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest
 
 test-slow: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

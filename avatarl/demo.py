@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from rich.text import Text
 from .data import PreparedData, prepare
 from .errors import UserError
 from .models import PlayerConfig
+from .objective.config import require_whole
 from .results import draw_curves, evaluate, generate
 from .training import OptimConfig, TrainConfig, train
 
@@ -65,6 +67,7 @@ def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int =
         UserError: The source cannot be used or is too short, or ``out`` holds files.
     """
     out, console, started = Path(out), Console(quiet=quiet), time.monotonic()
+    require_whole("seed", seed, minimum=0)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out is {out}, which already holds files; give another folder with --out")
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
@@ -176,8 +179,14 @@ COLUMNS = {
     "ECE": lambda run: f"{run['evaluation']['expected_calibration_error']:.1%}",
     "entropy": lambda run: f"{run['evaluation']['entropy']:.2f}",
     "tokens": lambda run: f"{run['training']['tokens']:,}",
-    "seconds": lambda run: f"{run['training']['seconds']:.0f}",
+    "s": lambda run: f"{run['training']['seconds']:.0f}",
 }
+
+
+EXPLANATION = (
+    "nats: cross-entropy per token; ECE: expected calibration error; entropy: of the predictions, nats; "
+    "tokens and s: read and taken in training."
+)
 
 
 def results_table(results: dict) -> str:
@@ -187,7 +196,7 @@ def results_table(results: dict) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     note = (
         f"Held-out text of {results['source']}, "
-        f"{results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. "
+        f"{results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. {EXPLANATION} "
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats."
     )
     return "\n".join([*lines, "", note, ""])
@@ -195,7 +204,9 @@ def results_table(results: dict) -> str:
 
 def print_results(console: Console, results: dict, out: Path) -> None:
     """The results on the terminal, and where to look."""
-    table = Table(title=Text(f"held-out text of {results['source']}"))  # a path may look like markup
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title=Text(f"held-out text of {results['source']}")
+    )  # a path may look like markup
     for number, heading in enumerate(["run", *COLUMNS]):
         table.add_column(heading, justify="left" if number == 0 else "right")
     for name, run in results["runs"].items():
@@ -203,6 +214,7 @@ def print_results(console: Console, results: dict, out: Path) -> None:
     console.print(table)
     paid_elsewhere = results["runs"]["avatarl"]["evaluation"]["rewards"]["other_reward_share"]
     console.print(
+        f"{EXPLANATION}\n"
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats. "
         f"Reward paid to tokens other than the text's: {paid_elsewhere:.1%}.\n"
         f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {out}/samples.md, curves.png, results.json; "

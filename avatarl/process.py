@@ -6,20 +6,23 @@ import ctypes
 import os
 import sys
 
+# How often an OpenMP thread looks for work before it sleeps, some tens of microseconds (libgomp).
+SPIN_COUNT = "10000"
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BUFFER_BYTES = 2**30
 
 
 def set_up_process() -> None:
-    """Make waiting threads sleep and freed buffers stay.
+    """Let waiting threads fall asleep soon, and keep freed buffers.
 
-    By default an OpenMP thread spins while it waits, and beside another busy process every parallel region then waits
-    for the scheduler: a step took up to ten times as long. And by default glibc returns each large buffer to the system
-    when it is freed, so that every step faults its pages in again, about a fifth of the time of a small model's step.
-    What the user has set in the environment stays.
+    By default an OpenMP thread spins for milliseconds while it waits, and beside another busy process every parallel
+    region then waits for the scheduler. Sleeping at once cures that but wakes too slowly for a small model's many short
+    regions. And by default glibc returns each large buffer to the system when it is freed, so that every step faults
+    its pages in again. docs/lab-log.md has the figures. What the user has set in the environment stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         try:
             mallopt = ctypes.CDLL(None).mallopt

@@ -256,7 +256,8 @@ def _progress(quiet: bool) -> Iterator[Report]:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("tokens", total=None, rate="")
 
         def report(doing: str | None = None, tokens: int | None = None, note: str | None = None) -> None:
@@ -266,6 +267,6 @@ def _progress(quiet: bool) -> Iterator[Report]:
                 elapsed = progress.tasks[0].elapsed or 0
                 progress.update(task, completed=tokens, rate=f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
             if note is not None and not quiet:
-                progress.console.print(note)
+                console.print(note, markup=False)
 
         yield report

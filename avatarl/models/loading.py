@@ -19,6 +19,9 @@ def resolve_model(model: str | Path) -> str:
     """
     folder = Path(model)
     if not folder.exists():
+        # A hub id is NAME or OWNER/NAME; where OWNER is a folder here, a mistyped path is the likelier meaning.
+        if len(folder.parts) > 2 or len(folder.parts) == 2 and Path(folder.parts[0]).exists():
+            raise UserError(f"{model}: no such folder; expected a run folder, a model folder or a hub id")
         return str(model)
     if not (folder / "config.json").exists() and (folder / "player" / "config.json").exists():
         folder = folder / "player"

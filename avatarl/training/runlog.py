@@ -46,7 +46,7 @@ class RunLog:
         self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1) if tensorboard else None
         self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a run's name may look like markup
             BarColumn(),
             TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("{task.fields[rate]}"),

@@ -211,14 +211,17 @@ def test_an_existing_folder_is_refused_and_untouched_but_an_empty_one_is_used(st
         prepare([str(stories_file)], stories_file, tokenizer="bpe:300", quiet=True)
 
 
-def test_progress_goes_to_stderr_and_can_be_silenced(stories_file, tmp_path, capfd):
+def test_progress_goes_to_stderr_and_can_be_silenced(stories_file, tmp_path, capfd, monkeypatch):
     prepare([str(stories_file)], tmp_path / "quiet", tokenizer="bpe:9000", quiet=True)
     assert capfd.readouterr() == ("", "")
-    prepare([str(stories_file)], tmp_path / "loud", tokenizer="bpe:9000")
+    prepare([str(stories_file)], tmp_path / "in a file", tokenizer="bpe:9000")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "tokens/s" in err
     assert "fewer than the 9000 asked for" in " ".join(err.split())
+    assert "tokens/s" not in err  # a bar is for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    prepare([str(stories_file)], tmp_path / "on a terminal", tokenizer="bpe:9000")
+    assert "tokens/s" in capfd.readouterr().err
 
 
 @pytest.mark.slow

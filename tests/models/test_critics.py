@@ -11,7 +11,7 @@ import torch
 from avatarl import UserError
 from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player, load_critic
-from avatarl.models.loading import head_weight
+from avatarl.models.loading import head_weight, resolve_model
 from avatarl.objective import AvataRLConfig, make_objective
 from avatarl.training import train
 from avatarl.training.rewarded_player import RewardedPlayer
@@ -129,3 +129,12 @@ def test_a_critic_that_reads_less_than_a_block_is_refused(tmp_path: Path, tiny_c
     with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block, 16"):
         train(tiny_config(tmp_path, critic=str(tmp_path / "short")), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for mistyped in ("runs/player", "runs/demo/avatarl", "/no/such/folder"):
+        with pytest.raises(UserError, match="no such folder"):
+            resolve_model(mistyped)
+    assert resolve_model("owner/name") == "owner/name"
