@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -204,9 +203,8 @@ def results_table(results: dict) -> str:
 
 def print_results(console: Console, results: dict, out: Path) -> None:
     """The results on the terminal, and where to look."""
-    table = Table(
-        box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title=Text(f"held-out text of {results['source']}")
-    )  # a path may look like markup
+    title = Text(f"held-out text of {results['source']}")  # a path may look like markup
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title)
     for number, heading in enumerate(["run", *COLUMNS]):
         table.add_column(heading, justify="left" if number == 0 else "right")
     for name, run in results["runs"].items():

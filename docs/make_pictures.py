@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).parent
-LOOKED_AT, SHOWN_ACTIONS = 40, 9
+LOOKED_AT, SHOWN_ACTIONS = 300, 9
 
 
 def main(demo: Path) -> None:
@@ -35,8 +35,8 @@ def draw_landscape(demo: Path, out: Path) -> None:
         player_logits, critic_logits = player(inputs).logits, critic(inputs).logits
     landscape = reward_landscape(player_logits, critic_logits, targets, AvataRLConfig.article())
     paid = landscape.rewards > 0
-    # Among positions where the critic finds the text's token plausible and several actions are paid.
-    interest = landscape.rewards[:, 1:].sum(1) * (paid.sum(1) >= 3) * paid[:, 0] * (landscape.critic[:, 0] > 0.02)
+    # Among positions where the critic finds the text's token possible and several actions are paid.
+    interest = landscape.rewards[:, 1:].sum(1) * (paid.sum(1) >= 3) * paid[:, 0] * (landscape.critic[:, 0] > 0.001)
     position = int(interest.argmax())
 
     probs = player_logits.flatten(0, 1)[position].softmax(-1)
