@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     player_logits: Tensor  # (N, V)
     critic_logits: Sequence[Tensor]  # C tensors (N, V)
     targets: Tensor  # (N,) int64, a real id everywhere
-    weights: Tensor  # (N,) what a position counts: 1/M, or 0 where ignored
+    weights: Tensor  # (N,) what a position counts in the gradient: in proportion to 1/M, 0 where ignored
     snapshot_logits: Tensor | None = None  # (N, V), the earlier policy that ppo samples from
     uniforms: Tensor | None = None  # (N, S) in [0, 1), the draws of sampled objectives
 
@@ -111,7 +111,7 @@ def make_objective(
 
 
 class Policy(NamedTuple):
-    """π at N positions; log π is finite everywhere (−∞ becomes the lowest number), so that 0 · log 0 = 0."""
+    """π at N positions; log π is finite everywhere (−∞ becomes a very low number), so that 0 · log 0 = 0."""
 
     log_probs: Tensor  # (N, V)
     probs: Tensor  # (N, V)
@@ -121,7 +121,8 @@ class Policy(NamedTuple):
     def of(cls, logits: Tensor, temperature: float = 1.0) -> Policy:
         """The softmax of ``logits / temperature``."""
         log_probs = (logits / temperature if temperature != 1 else logits).log_softmax(dim=-1)
-        log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+        # Low enough to be no probability, and far enough from the lowest number to be multiplied.
+        log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min / 2**20)
         probs = log_probs.exp()
         return cls(log_probs, probs, -torch.linalg.vecdot(probs, log_probs))
 

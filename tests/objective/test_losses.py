@@ -330,3 +330,14 @@ def test_oracle_imports_nothing_of_the_package():
     source = Path(reference.__file__).read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import", "from"))]
     assert imports == ["from __future__ import annotations", "import math"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_tokens_do_no_harm_to_a_large_entropy_bonus(dtype):
+    player, critics, targets = random_inputs(dtype=dtype)
+    for logits in (player.data, *critics):
+        logits[torch.arange(24), (targets + 1) % 29] = -torch.inf
+    config = AvataRLConfig.article(top_k=4, entropy_coef=10.0, temperature=0.1)
+    loss, _ = avatarl_loss(player, critics[0], targets, config, num_valid=1)
+    loss.backward()
+    assert torch.isfinite(player.grad).all()
