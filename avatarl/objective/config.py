@@ -63,9 +63,9 @@ class AvataRLConfig:
         require_whole("top_k", self.top_k, minimum=1)
         require_number("smoothing", self.smoothing, lambda x: 0 <= x < 1, "a number in [0, 1)")
         if self.top_p is not None:
-            require_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or none")
+            require_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or null")
         if self.reward_cap is not None:
-            require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or none")
+            require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or null")
         require_choice("pool", self.pool, ("geometric", "arithmetic"))
         require_choice("threshold", self.threshold, ("mean", "mass", "none"))
         require_choice("per_action_mean", self.per_action_mean, (True, False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,8 @@ def evaluate(
     Returns:
         cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes),
         top1_accuracy and top16_accuracy, expected_calibration_error with its reliability table (bins of equal width
-        over the top token's probability), tokens, bytes, windows, block, split, and with a critic ``rewards``.
+        over the top token's probability), tokens, bytes, windows, block, split, and with a critic ``rewards`` and
+        ``reward_settings``.
 
     Raises:
         UserError: The model, data or critic cannot be used, or do not fit each other.
@@ -113,7 +115,7 @@ def evaluate(
     positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
     target_bytes = int(token_byte_lengths(tokenizer)[torch.cat(target_ids).numpy()].sum())
     result = summarise(positions, target_bytes) | {"windows": count, "block": block, "split": split}
-    return result | ({"rewards": rewards} if critics else {})
+    return result | ({"rewards": rewards, "reward_settings": asdict(config)} if critics else {})
 
 
 def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> PositionScores:

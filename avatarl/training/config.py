@@ -51,7 +51,7 @@ class OptimConfig:
         require_whole("optim.warmup_steps", self.warmup_steps, minimum=0)
         require_number("optim.final_lr_fraction", self.final_lr_fraction, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         if self.clip_norm is not None:
-            require_number("optim.clip_norm", self.clip_norm, lambda x: x > 0, "a number above 0, or none")
+            require_number("optim.clip_norm", self.clip_norm, lambda x: x > 0, "a number above 0, or null")
 
 
 @dataclass(frozen=True)

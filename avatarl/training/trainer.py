@@ -44,7 +44,7 @@ class RunFailed(RuntimeError):
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dict:
-    """Train a player and leave a run folder; architecture and files as docs/architecture.md says.
+    """Train a player and leave a run folder; CONTRIBUTING.md says what lies in it.
 
     Args:
         config: What to train on what, and how.

@@ -58,14 +58,14 @@ def test_settings_cannot_be_changed(config, field):
 # field, refused value, what the message says is accepted
 REFUSED = [
     *[("top_k", value, "a whole number of at least 1") for value in (0, -1, 2.0, "4", None, True)],
-    *[("top_p", value, r"a number in \(0, 1\], or none") for value in (0, 0.0, -0.1, 1.1, math.nan, "0.9", False)],
+    *[("top_p", value, r"a number in \(0, 1\], or null") for value in (0, 0.0, -0.1, 1.1, math.nan, "0.9", False)],
     *[("smoothing", value, r"a number in \[0, 1\)") for value in (-0.1, 1, 1.0, math.nan, None, "0.1")],
     *[("pool", value, "'geometric', 'arithmetic'") for value in ("linear", "", None, 1)],
     *[("reality_weight", value, "a number of at least 0") for value in (-0.1, math.inf, math.nan, None, True)],
     *[("critic_weight", value, "at least 0, or one per critic") for value in (-0.1, math.inf, math.nan, None, "0.3")],
     *[("reward_scale", value, "a number above 0") for value in (0, -1.0, math.inf, math.nan, None)],
     *[("threshold", value, "'mean', 'mass', 'none'") for value in ("median", None, 0.5)],
-    *[("reward_cap", value, "a number above 0, or none") for value in (0, -1.5, math.inf, math.nan, "1.5")],
+    *[("reward_cap", value, "a number above 0, or null") for value in (0, -1.5, math.inf, math.nan, "1.5")],
     *[("entropy_coef", value, "a number of at least 0") for value in (-0.01, math.inf, math.nan, None)],
     *[("temperature", value, "a number above 0") for value in (0, -1.0, math.inf, math.nan, None)],
     *[("per_action_mean", value, "True, False") for value in ("no", None, 2)],

@@ -158,7 +158,8 @@ def test_rewards_are_those_of_the_loss_from_logits(data_folder: Path, player_fol
     assert result["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert result["rewards"]["loss"] != pytest.approx(result["cross_entropy"], rel=1e-3)
     alone = evaluate(player_folder, data_folder, device="cpu")
-    assert {name: value for name, value in result.items() if name != "rewards"} == alone
+    assert {name: value for name, value in result.items() if not name.startswith("reward")} == alone
+    assert result["reward_settings"]["top_k"] == REWARDS.top_k
 
 
 def test_rewards_are_the_articles_unless_settings_are_given(
