@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import compute_dtype
+from .top_k import top_k as largest
+
 
 def active_actions(
     player_logits: Tensor, critic_logits: Sequence[Tensor], targets: Tensor, top_k: int, top_p: float | None = None
@@ -42,10 +45,11 @@ def active_actions(
 
 def _proposals(logits: Tensor, top_k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
     """One model's ``top_k`` tokens in falling order, and which of them ``top_p`` keeps; both (N, K)."""
-    values, tokens = logits.topk(top_k, dim=-1)
+    values, tokens = largest(logits, top_k)
     if top_p is None or top_p == 1:  # a sum that reaches exactly 1 would be an accident of rounding
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    probs = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    dtype = compute_dtype(logits.dtype)
+    probs = (values.to(dtype) - logits.to(dtype).logsumexp(dim=-1, keepdim=True)).exp()
     probability_before = probs.cumsum(dim=-1) - probs
     # The first token stays whatever the rounding of a sum minus its only term.
     probability_before[:, 0].zero_()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .losses import RewardedObjective, policy_gradient, reward_metrics
+from .losses import RewardedObjective, reward_metrics, subtract_at
 from .protocol import Objective, Policy, Rows, Scores, register
 
 
@@ -25,13 +25,13 @@ class CrossEntropy(Objective):
     name = "cross_entropy"
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
-        policy = Policy.of(rows.player_logits)
+        policy = Policy.of(rows.player_logits, 1.0, rows.kernels)
         metrics = policy.metrics(rows.targets)
         metrics = {"loss": metrics["cross_entropy"], **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights.unsqueeze(1)
-        return Scores(_subtract_target(policy.probs * weights, rows.targets, weights), metrics)
+        gradient = policy.gradient_(rows.weights, torch.ones_like(rows.weights))
+        return Scores(_subtract_target(gradient, rows.targets, rows.weights), metrics)
 
 
 @register
@@ -42,14 +42,14 @@ class LabelSmoothing(Objective):
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         smoothing = self.baseline.label_smoothing
-        policy = Policy.of(rows.player_logits)
+        policy, weights = Policy.of(rows.player_logits, 1.0, rows.kernels), rows.weights
         metrics = policy.metrics(rows.targets)
-        loss = (1 - smoothing) * metrics["cross_entropy"] - smoothing * policy.log_probs.mean(dim=1)
+        loss = (1 - smoothing) * metrics["cross_entropy"] - smoothing * policy.log_probs().mean(dim=1)
         metrics = {"loss": loss, **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights.unsqueeze(1)
-        gradient = (policy.probs - smoothing / policy.probs.shape[1]) * weights
+        gradient = policy.gradient_(weights, torch.ones_like(weights))
+        gradient -= (weights * smoothing / gradient.shape[1]).unsqueeze(1)
         return Scores(_subtract_target(gradient, rows.targets, (1 - smoothing) * weights), metrics)
 
 
@@ -65,23 +65,26 @@ class Distillation(Objective):
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         alpha = self.baseline.distillation_alpha
-        policy = Policy.of(rows.player_logits)
+        policy, weights = Policy.of(rows.player_logits, 1.0, rows.kernels), rows.weights
         metrics = policy.metrics(rows.targets)
-        loss, soft_targets = alpha * metrics["cross_entropy"], 0
+        loss, soft_targets = alpha * metrics["cross_entropy"], []
         for logits in rows.critic_logits if self.needs_critic else ():
-            critic, share = Policy.of(logits), (1 - alpha) / len(rows.critic_logits)
-            loss = loss - share * (critic.entropy + torch.linalg.vecdot(critic.probs, policy.log_probs))
-            soft_targets = soft_targets + share * critic.probs
+            critic, share = Policy.of(logits, 1.0, rows.kernels), (1 - alpha) / len(rows.critic_logits)
+            probs = critic.log_probs().exp_()  # (N, V)
+            loss = loss - share * (critic.entropy + torch.linalg.vecdot(probs, policy.log_probs()))
+            soft_targets.append(probs.mul_((share * weights).unsqueeze(1)))
         metrics = {"loss": loss, **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights.unsqueeze(1)
-        return Scores(_subtract_target((policy.probs - soft_targets) * weights, rows.targets, alpha * weights), metrics)
+        gradient = policy.gradient_(weights, torch.ones_like(weights))
+        for soft_target in soft_targets:
+            gradient -= soft_target
+        return Scores(_subtract_target(gradient, rows.targets, alpha * weights), metrics)
 
 
 def _subtract_target(gradient: Tensor, targets: Tensor, amount: Tensor) -> Tensor:
-    """Take ``amount`` (N, 1) from the target's column, in place."""
-    return gradient.scatter_add_(1, targets.unsqueeze(1), -amount)
+    """Take ``amount`` (N,) from the target's column, in place."""
+    return subtract_at(gradient, targets.unsqueeze(1), amount.unsqueeze(1))
 
 
 @register
@@ -93,9 +96,9 @@ class ExpectedReward(RewardedObjective):
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
         actions, valid, rewards = self.judge(rows)
-        policy, tempered = self.policies(rows.player_logits)
+        policy, tempered = self.policies(rows)
         paid = self.loss_rewards(valid, rewards)
-        probs = tempered.probs.gather(1, actions)  # (N, A)
+        probs = tempered.log_probs_at(actions).exp()  # (N, A)
         expected = torch.linalg.vecdot(probs, paid)
         metrics = {
             "loss": -expected - beta * tempered.entropy,
@@ -104,9 +107,9 @@ class ExpectedReward(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        scale = (rows.weights / temperature).unsqueeze(1)
-        gradient = policy_gradient(tempered, scale * expected.unsqueeze(1), scale * beta)
-        return Scores(gradient.scatter_add_(1, actions, -scale * probs * paid), metrics)
+        weights = rows.weights / temperature
+        gradient = tempered.gradient_(weights, expected, beta)
+        return Scores(subtract_at(gradient, actions, weights.unsqueeze(1) * probs * paid), metrics)
 
 
 @register
@@ -133,12 +136,12 @@ class Reinforce(RewardedObjective):
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
         actions, valid, rewards = self.judge(rows)
-        policy, tempered = self.policies(rows.player_logits)
+        policy, tempered = self.policies(rows)
         behaviour = self.behaviour(rows, tempered)
-        drawn = draw_actions(behaviour.probs, rows.uniforms)  # (N, S)
+        drawn = draw_actions(behaviour.log_probs().exp_(), rows.uniforms)  # (N, S)
         drawn_rewards = look_up_rewards(drawn, actions, self.loss_rewards(valid, rewards))
         advantages = drawn_rewards - leave_one_out_mean(drawn_rewards)
-        log_ratio = tempered.log_probs.gather(1, drawn) - behaviour.log_probs.gather(1, drawn)
+        log_ratio = tempered.log_probs_at(drawn) - behaviour.log_probs_at(drawn)
         loss, credit, extra = self.surrogate(log_ratio, advantages)
         metrics = {
             "loss": loss.mean(dim=1) - beta * tempered.entropy,
@@ -149,10 +152,9 @@ class Reinforce(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        scale = (rows.weights / temperature).unsqueeze(1)
-        credit = scale * credit / drawn.shape[1]
-        gradient = policy_gradient(tempered, credit.sum(dim=1, keepdim=True), scale * beta)
-        return Scores(gradient.scatter_add_(1, drawn, -credit), metrics)
+        weights = rows.weights / temperature
+        gradient = tempered.gradient_(weights, credit.mean(dim=1), beta)
+        return Scores(subtract_at(gradient, drawn, weights.unsqueeze(1) * credit / drawn.shape[1]), metrics)
 
 
 @register
@@ -166,7 +168,7 @@ class PPO(Reinforce):
     needs_snapshot = True
 
     def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
-        return Policy.of(rows.snapshot_logits, self.avatarl.temperature)
+        return Policy.of(rows.snapshot_logits, self.avatarl.temperature, rows.kernels)
 
     def surrogate(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         clip = self.baseline.ppo_clip

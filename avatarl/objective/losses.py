@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .config import AvataRLConfig
 from .protocol import Objective, Policy, Rows, Scores, objective_loss, register
-from .rewards import critic_scores, pay, propose, reality_expert
 
 
 class RewardedObjective(Objective):
@@ -37,34 +36,22 @@ class RewardedObjective(Objective):
 
     def judge(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Actions, valid and rewards, (N, A) each."""
-        actions, valid = propose(rows.player_logits, rows.critic_logits, rows.targets, self.avatarl)
-        normalised = self.avatarl.needs_critic_normaliser
-        log_critics = [critic_scores(critic, actions, normalised) for critic in rows.critic_logits]
-        log_reality = reality_expert(valid, self.avatarl.smoothing, rows.player_logits.dtype)
-        _, rewards = pay(log_reality, log_critics, valid, self.avatarl)
-        return actions, valid, rewards
+        return rows.kernels.judge(rows.player_logits, rows.critic_logits, rows.targets, self.avatarl)
 
-    def policies(self, logits: Tensor) -> tuple[Policy, Policy]:
+    def policies(self, rows: Rows) -> tuple[Policy, Policy]:
         """The policy itself, which metrics describe, and the one at the loss's temperature."""
-        policy = Policy.of(logits)
-        return policy, policy if self.avatarl.temperature == 1 else Policy.of(logits, self.avatarl.temperature)
+        policy, temperature = Policy.of(rows.player_logits, 1.0, rows.kernels), self.avatarl.temperature
+        return policy, policy if temperature == 1 else Policy.of(rows.player_logits, temperature, rows.kernels)
 
     def loss_rewards(self, valid: Tensor, rewards: Tensor) -> Tensor:
         """The rewards (N, A) as they enter the loss: divided by n where ``per_action_mean`` says so."""
         return rewards / valid.sum(dim=1, keepdim=True) if self.avatarl.per_action_mean else rewards
 
 
-def policy_gradient(policy: Policy, total: Tensor, bonus: Tensor) -> Tensor:
-    """π · (total + bonus · (log π + H)), (N, V): what a reward-weighted sum of log π and an entropy bonus leave
-    on every logit, but for the rewarded actions' own; ``total`` and ``bonus`` are (N, 1)."""
-    constant = total + bonus * policy.entropy.unsqueeze(1)
-    return torch.addcmul(constant, policy.log_probs, bonus).mul_(policy.probs)
-
-
 def reward_metrics(rows: Rows, actions: Tensor, valid: Tensor, rewards: Tensor, policy: Policy) -> dict[str, Tensor]:
     """What the rewards did at each position (N,); docs/metrics.md says what each number means."""
     total, largest = rewards.sum(dim=1), rewards.amax(dim=1)
-    expected = torch.linalg.vecdot(policy.probs.gather(1, actions), rewards)
+    expected = torch.linalg.vecdot(policy.log_probs_at(actions).exp(), rewards)
     metrics = {
         "expected_reward": expected,
         "expected_reward_share": _share(expected, largest),
@@ -93,9 +80,9 @@ class AvataRL(RewardedObjective):
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
         actions, valid, rewards = self.judge(rows)
-        policy, tempered = self.policies(rows.player_logits)
+        policy, tempered = self.policies(rows)
         paid = self.loss_rewards(valid, rewards)
-        log_likelihood = torch.linalg.vecdot(paid, tempered.log_probs.gather(1, actions))
+        log_likelihood = torch.linalg.vecdot(paid, tempered.log_probs_at(actions))
         metrics = {
             "loss": -log_likelihood - beta * tempered.entropy,
             **policy.metrics(rows.targets),
@@ -103,9 +90,14 @@ class AvataRL(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        scale = (rows.weights / temperature).unsqueeze(1)  # (N, 1)
-        gradient = policy_gradient(tempered, scale * paid.sum(dim=1, keepdim=True), scale * beta)
-        return Scores(gradient.scatter_add_(1, actions, -scale * paid), metrics)
+        weights = rows.weights / temperature
+        gradient = tempered.gradient_(weights, paid.sum(dim=1), beta)
+        return Scores(subtract_at(gradient, actions, weights.unsqueeze(1) * paid), metrics)
+
+
+def subtract_at(gradient: Tensor, tokens: Tensor, amounts: Tensor) -> Tensor:
+    """Take ``amounts`` (N, S) from the columns of ``tokens`` (N, S), in place; a repeated token gives each time."""
+    return gradient.scatter_add_(1, tokens, -amounts.to(gradient.dtype))
 
 
 def avatarl_loss(

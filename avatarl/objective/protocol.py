@@ -20,17 +20,19 @@ from avatarl.errors import UserError, nearest_name
 
 from .checks import as_critics, check_logits, compute_dtype
 from .config import AvataRLConfig, BaselineConfig
+from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, scaled_logits
 
 
 class Rows(NamedTuple):
-    """What an objective is given: N positions, logits over the real vocabulary in the computing dtype."""
+    """What an objective is given: N positions, logits over the real vocabulary in any floating dtype."""
 
-    player_logits: Tensor  # (N, V)
+    player_logits: Tensor  # (N, V); given away: the gradient may be written over them
     critic_logits: Sequence[Tensor]  # C tensors (N, V)
     targets: Tensor  # (N,) int64, a real id everywhere
     weights: Tensor  # (N,) what a position counts in the gradient: in proportion to 1/M, 0 where ignored
     snapshot_logits: Tensor | None = None  # (N, V), the earlier policy that ppo samples from
     uniforms: Tensor | None = None  # (N, S) in [0, 1), the draws of sampled objectives
+    kernels: Kernels = PLAIN
 
 
 class Scores(NamedTuple):
@@ -111,25 +113,44 @@ def make_objective(
 
 
 class Policy(NamedTuple):
-    """π at N positions; log π is finite everywhere (−∞ becomes a very low number), so that 0 · log 0 = 0."""
+    """π, the softmax of logits / temperature at N positions; nothing of size (N, V) is kept beside the logits."""
 
-    log_probs: Tensor  # (N, V)
-    probs: Tensor  # (N, V)
+    logits: Tensor  # (N, V)
+    temperature: float
+    log_normaliser: Tensor  # (N,)
     entropy: Tensor  # (N,) nats
+    kernels: Kernels
 
     @classmethod
-    def of(cls, logits: Tensor, temperature: float = 1.0) -> Policy:
+    def of(cls, logits: Tensor, temperature: float = 1.0, kernels: Kernels = PLAIN) -> Policy:
         """The softmax of ``logits / temperature``."""
-        log_probs = (logits / temperature if temperature != 1 else logits).log_softmax(dim=-1)
-        # Low enough to be no probability, and far enough from the lowest number to be multiplied.
-        log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min / 2**20)
-        probs = log_probs.exp()
-        return cls(log_probs, probs, -torch.linalg.vecdot(probs, log_probs))
+        return cls(logits, temperature, *kernels.statistics(logits, temperature), kernels)
+
+    def log_probs_at(self, tokens: Tensor) -> Tensor:
+        """log π of tokens (N, S); finite, so that 0 · log 0 = 0."""
+        return self._log_probs(self.logits.gather(1, tokens))
+
+    def log_probs(self) -> Tensor:
+        """log π of every token (N, V), finite."""
+        return self._log_probs(self.logits)
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        log_probs = scaled_logits(logits, self.temperature) - self.log_normaliser.unsqueeze(1)
+        return log_probs.clamp_(min=LOWEST_LOG_PROB)
+
+    def gradient_(self, weights: Tensor, total: Tensor, bonus: float = 0.0) -> Tensor:
+        """weights · π · (total + bonus · (log π + H)), (N, V), written over the logits.
+
+        It is what a reward-weighted sum of log π and an entropy bonus leave on every logit, but for the rewarded
+        actions' own. ``weights`` and ``total`` are (N,).
+        """
+        constant = weights * (total + bonus * self.entropy)
+        weighted_bonus = weights * bonus if bonus else None
+        return self.kernels.gradient_(self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus)
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and entropy (N,) in nats."""
-        cross_entropy = -self.log_probs.gather(1, targets.unsqueeze(1)).squeeze(1)
-        return {"cross_entropy": cross_entropy, "entropy": self.entropy}
+        return {"cross_entropy": -self.log_probs_at(targets.unsqueeze(1)).squeeze(1), "entropy": self.entropy}
 
 
 def position_weights(
@@ -190,7 +211,7 @@ def objective_loss(
     wants_gradient = player.requires_grad and torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(player.device.type, enabled=False):  # autocast would take vecdot in half
         rows = Rows(
-            player.to(dtype),
+            player.to(dtype, copy=wants_gradient),  # the caller's logits stay as they are
             [critic.to(dtype) for critic in critics],
             safe_targets,
             weights,

@@ -54,7 +54,7 @@ def reward_landscape(
     with torch.no_grad():
         player, critics = player.to(dtype), [critic.to(dtype) for critic in critics]
         actions, valid = propose(player, critics, targets, config)
-        log_critics = [critic_scores(critic, actions, normalised=True) for critic in critics]
+        log_critics = [critic_scores(critic, actions, True, dtype) for critic in critics]
         log_reality = reality_expert(valid, config.smoothing, dtype)
         consensus, rewards = pay(log_reality, log_critics, valid, config)
         critic_probs = [log_critic.exp().masked_fill(~valid, 0) for log_critic in log_critics]
@@ -77,10 +77,25 @@ def propose(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: 
     return active_actions(player, critics, targets, config.top_k, config.top_p)
 
 
-def critic_scores(logits: Tensor, actions: Tensor, normalised: bool) -> Tensor:
-    """log p_C of the actions (N, A); without ``normalised``, only up to a constant per position."""
-    scores = logits.gather(1, actions)
-    return scores - logits.logsumexp(dim=-1, keepdim=True) if normalised else scores
+def judge(
+    player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss needs of the landscape: actions, valid and rewards (N, A) each.
+
+    ``player`` and ``critics`` are logits (N, V) in any floating dtype. No softmax of the critic is taken where the
+    rewards do not depend on it.
+    """
+    dtype = compute_dtype(player.dtype)
+    actions, valid = propose(player, critics, targets, config)
+    log_critics = [critic_scores(critic, actions, config.needs_critic_normaliser, dtype) for critic in critics]
+    _, rewards = pay(reality_expert(valid, config.smoothing, dtype), log_critics, valid, config)
+    return actions, valid, rewards
+
+
+def critic_scores(logits: Tensor, actions: Tensor, normalised: bool, dtype: torch.dtype) -> Tensor:
+    """log p_C of the actions (N, A) in ``dtype``; without ``normalised``, only up to a constant per position."""
+    scores = logits.gather(1, actions).to(dtype)
+    return scores - logits.to(dtype).logsumexp(dim=-1, keepdim=True) if normalised else scores
 
 
 def reality_expert(valid: Tensor, smoothing: float, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
+from ..kernels import PLAIN, Kernels
 from ..protocol import Objective, Rows, weighted_sums
 
 # Elements of one chunk's logits. On a CPU it is small enough for the working set to stay near the cache and large
@@ -33,6 +34,7 @@ def chunked_sums(
     weights: Tensor,
     uniforms: Tensor | None,
     wants_gradients: tuple[bool, bool],
+    kernels: Kernels = PLAIN,
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """Score all positions chunk by chunk, without autograd.
 
@@ -41,6 +43,7 @@ def chunked_sums(
         weights: (N,) what each position counts.
         uniforms: (N, S) in [0, 1), or None.
         wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
+        kernels: What reads the logits.
 
     Returns:
         Metrics summed with ``weights`` (scalars), and the gradients of the loss over the player's states (N, d) and
@@ -58,18 +61,23 @@ def chunked_sums(
     largest = weights.amax() if num_positions else weights.sum()
     relative = weights / largest.clamp(min=torch.finfo(dtype).tiny)
     rows = chunk_rows(num_positions, vocabulary, player.states.device)
+    # Written anew by every chunk: fresh memory would cost as much as computing what goes into it.
+    buffers = [_LogitsBuffer(head, rows) for head in (player, *critics, *([snapshot] if snapshot else []))]
+    partial = None if grad_weight is None or player.weight.dtype == dtype else torch.empty_like(player.weight)
     totals: dict[str, Tensor] = {}
     with torch.autocast(player.states.device.type, enabled=False):
         for start in range(0, num_positions, rows) if num_positions else (0,):
             chunk = slice(start, start + rows)
+            player_logits, *others = (buffer.fill(chunk) for buffer in buffers)
             scores = objective.score(
                 Rows(
-                    _logits(player, chunk, dtype),
-                    [_logits(critic, chunk, dtype) for critic in critics],
+                    player_logits,
+                    others[: len(critics)],
                     targets[chunk],
                     relative[chunk],
-                    None if snapshot is None else _logits(snapshot, chunk, dtype),
+                    others[-1] if snapshot else None,
                     None if uniforms is None else uniforms[chunk],
+                    kernels,
                 ),
                 with_gradient=wants_states or wants_weight,
             )
@@ -77,11 +85,10 @@ def chunked_sums(
                 totals[name] = totals[name] + value if name in totals else value
             if scores.gradient is None:
                 continue
-            gradient = scores.gradient.to(player.weight.dtype)  # (rows, V)
             if wants_states:
-                grad_states[chunk] = gradient @ player.weight
+                _product_into(grad_states[chunk], scores.gradient, player.weight)
             if wants_weight:
-                _add_product(grad_weight, gradient.t(), player.states[chunk])
+                _add_product(grad_weight, scores.gradient.t(), player.states[chunk], partial)
     for gradient in (grad_states, grad_weight):
         if gradient is not None:
             gradient.mul_(largest)
@@ -104,13 +111,28 @@ def _in_product_dtype(head: Head) -> Head:
     return Head(head.states.to(dtype), head.weight.to(dtype))
 
 
-def _logits(head: Head, chunk: slice, dtype: torch.dtype) -> Tensor:
-    return (head.states[chunk] @ head.weight.t()).to(dtype)
+class _LogitsBuffer:
+    """One model's logits of the chunk at hand, in the products' dtype."""
+
+    def __init__(self, head: Head, rows: int):
+        self._head, self._memory = head, head.states.new_empty(rows, head.weight.shape[0])
+
+    def fill(self, chunk: slice) -> Tensor:
+        states, weight = self._head.states[chunk], self._head.weight
+        return torch.mm(states, weight.t(), out=self._memory[: states.shape[0]])
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in the dtype of ``total`` whatever the products' dtype."""
-    if left.dtype == total.dtype:
+def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, whatever the dtype of ``out``."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, partial: Tensor | None) -> None:
+    """total += left @ right, accumulated in the dtype of ``total``; ``partial`` is memory for one product in another."""
+    if partial is None:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total += torch.mm(left, right, out=partial)

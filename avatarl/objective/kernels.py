@@ -1,0 +1,75 @@
+"""The work that reads every logit of a position: top-K, the softmax's statistics and the policy's gradient.
+
+All else an objective does concerns a few actions per position. These few functions therefore decide what an objective
+costs, and are what other implementations replace (:mod:`avatarl.objective.fused`). This is the plain one, in eager
+PyTorch.
+
+Shapes: N positions, V vocabulary. Logits come in any floating dtype; all computing is in float32 or float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+from .config import AvataRLConfig
+from .rewards import judge
+
+# log π is never below this: exp makes it an exact 0 in every dtype, and 0 · log π stays 0.
+LOWEST_LOG_PROB = -(2.0**64)
+
+
+class Kernels:
+    """Plain PyTorch. Subclasses compute the same things in other ways."""
+
+    def judge(
+        self, player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Active actions, which of them are valid, and their rewards, (N, A) each; see :func:`judge`."""
+        return judge(player, critics, targets, config)
+
+    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The softmax of logits (N, V) / temperature: its log normaliser and its entropy in nats, (N,) each."""
+        return softmax_statistics(logits, temperature)
+
+    def gradient_(
+        self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+    ) -> Tensor:
+        """π · (constant + bonus · log π), (N, V), in the dtype of ``logits``, which may be overwritten.
+
+        ``constant`` and ``bonus`` are (N,); no ``bonus`` means 0.
+        """
+        return policy_gradient_(logits, temperature, log_normaliser, constant, bonus).to(logits.dtype)
+
+
+def softmax_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scaled = scaled_logits(logits, temperature)
+    largest = scaled.amax(dim=1, keepdim=True)
+    shifted = (scaled - largest).clamp_(min=LOWEST_LOG_PROB)  # −∞ too: what is impossible adds nothing
+    weights = shifted.exp()
+    total = weights.sum(dim=1)
+    log_total = total.log()
+    return largest.squeeze(1) + log_total, log_total - weights.mul_(shifted).sum(dim=1) / total
+
+
+def policy_gradient_(
+    logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+) -> Tensor:
+    scaled = scaled_logits(logits, temperature)
+    log_probs = scaled.sub_(log_normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
+    if bonus is None:
+        return log_probs.exp_().mul_(constant.unsqueeze(1))
+    probs = log_probs.exp()
+    return log_probs.mul_(bonus.unsqueeze(1)).add_(constant.unsqueeze(1)).mul_(probs)
+
+
+def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in the computing dtype; ``logits`` themselves where nothing changes."""
+    logits = logits.to(compute_dtype(logits.dtype))
+    return logits if temperature == 1 else logits / temperature
+
+
+PLAIN = Kernels()
