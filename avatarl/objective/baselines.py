@@ -122,6 +122,9 @@ class Reinforce(RewardedObjective):
     name = "reinforce"
     is_sampled = True
 
+    def metric_names(self, num_critics: int) -> tuple[str, ...]:
+        return (*super().metric_names(num_critics), "sampled_reward")
+
     def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
         """The policy that actions are drawn from."""
         return tempered
@@ -166,6 +169,9 @@ class PPO(Reinforce):
 
     name = "ppo"
     needs_snapshot = True
+
+    def metric_names(self, num_critics: int) -> tuple[str, ...]:
+        return (*super().metric_names(num_critics), "clip_share")
 
     def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
         return Policy.of(rows.snapshot_logits, self.avatarl.temperature, rows.kernels)

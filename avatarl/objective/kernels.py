@@ -20,6 +20,8 @@ from .rewards import judge
 
 # log π is never below this: exp makes it an exact 0 in every dtype, and 0 · log π stays 0.
 LOWEST_LOG_PROB = -(2.0**64)
+# Logits that are read several times are read in parts of so many on a CPU; timed from 2^16 to 2^22 (docs/lab-log.md).
+CACHED_ELEMENTS = 2**20
 
 
 class Kernels:
@@ -33,19 +35,33 @@ class Kernels:
 
     def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The softmax of logits (N, V) / temperature: its log normaliser and its entropy in nats, (N,) each."""
-        return softmax_statistics(logits, temperature)
+        parts = [softmax_statistics(rows, temperature) for rows in _rows_in_cache(logits, logits)]
+        log_normalisers, entropies = zip(*parts, strict=True)
+        return torch.cat(log_normalisers), torch.cat(entropies)
 
     def gradient_(
         self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
     ) -> Tensor:
-        """π · (constant + bonus · log π), (N, V), in the dtype of ``logits``, which may be overwritten.
+        """Write π · (constant + bonus · log π) over ``logits`` (N, V) and return them.
 
         ``constant`` and ``bonus`` are (N,); no ``bonus`` means 0.
         """
-        return policy_gradient_(logits, temperature, log_normaliser, constant, bonus).to(logits.dtype)
+        columns = [_rows_in_cache(logits, column) for column in (logits, log_normaliser, constant)]
+        bonuses = [None] * len(columns[0]) if bonus is None else _rows_in_cache(logits, bonus)
+        for rows, normaliser, rows_constant, rows_bonus in zip(*columns, bonuses, strict=True):
+            rows.copy_(policy_gradient(rows, temperature, normaliser, rows_constant, rows_bonus))
+        return logits
+
+
+def _rows_in_cache(logits: Tensor, column: Tensor) -> Sequence[Tensor]:
+    """``column`` (N, …) in parts, such that the same rows of ``logits`` and what is computed of them stay in cache."""
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return (column,)
+    return column.split(max(1, CACHED_ELEMENTS // logits.shape[1]))
 
 
 def softmax_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """See :meth:`Kernels.statistics`."""
     scaled = scaled_logits(logits, temperature)
     largest = scaled.amax(dim=1, keepdim=True)
     shifted = (scaled - largest).clamp_(min=LOWEST_LOG_PROB)  # −∞ too: what is impossible adds nothing
@@ -55,9 +71,10 @@ def softmax_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tens
     return largest.squeeze(1) + log_total, log_total - weights.mul_(shifted).sum(dim=1) / total
 
 
-def policy_gradient_(
+def policy_gradient(
     logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
 ) -> Tensor:
+    """See :meth:`Kernels.gradient_`; ``logits`` may be overwritten, and the result is in the computing dtype."""
     scaled = scaled_logits(logits, temperature)
     log_probs = scaled.sub_(log_normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
     if bonus is None:

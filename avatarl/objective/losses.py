@@ -34,6 +34,10 @@ class RewardedObjective(Objective):
         if self.avatarl.top_k > vocabulary:
             raise ValueError(f"top_k is {self.avatarl.top_k}; expected at most the vocabulary's {vocabulary} tokens")
 
+    def metric_names(self, num_critics: int) -> tuple[str, ...]:
+        rewards = ("expected_reward", "expected_reward_share", "other_reward_share", "active_actions")
+        return (*super().metric_names(num_critics), *rewards, *(("critic_wins",) if num_critics else ()))
+
     def judge(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Actions, valid and rewards, (N, A) each."""
         return rows.kernels.judge(rows.player_logits, rows.critic_logits, rows.targets, self.avatarl)

@@ -9,6 +9,8 @@ Shapes: N positions, V vocabulary, S sampled actions.
 
 from __future__ import annotations
 
+import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -21,6 +23,8 @@ from avatarl.errors import UserError, nearest_name
 from .checks import as_critics, check_logits, compute_dtype
 from .config import AvataRLConfig, BaselineConfig
 from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, scaled_logits
+
+_ARTICLE, _BASELINE = AvataRLConfig.article(), BaselineConfig()
 
 
 class Rows(NamedTuple):
@@ -50,8 +54,13 @@ class Objective(ABC):
     is_sampled: ClassVar[bool] = False
 
     def __init__(self, avatarl: AvataRLConfig | None = None, baseline: BaselineConfig | None = None):
-        self.avatarl = avatarl or AvataRLConfig.article()
-        self.baseline = baseline or BaselineConfig()
+        self.avatarl = avatarl or _ARTICLE
+        self.baseline = baseline or _BASELINE
+
+    @property
+    def spec(self) -> tuple[str, str, str]:
+        """The objective as text: its name and its settings. A compiled graph can carry it as constants."""
+        return self.name, self.avatarl.as_json, self.baseline.as_json
 
     @property
     def needs_critic(self) -> bool:
@@ -62,6 +71,10 @@ class Objective(ABC):
     def num_draws(self) -> int:
         """S, how many uniform draws a position needs."""
         return self.baseline.samples if self.is_sampled else 0
+
+    def metric_names(self, num_critics: int) -> tuple[str, ...]:
+        """The keys of the metrics that :meth:`score` answers with, in their order."""
+        return ("loss", "cross_entropy", "entropy")
 
     @abstractmethod
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
@@ -110,6 +123,12 @@ def make_objective(
         known = ", ".join(sorted(OBJECTIVES))
         raise UserError(f"objective is {name!r}; expected one of {known}{nearest_name(name, OBJECTIVES)}")
     return OBJECTIVES[name](avatarl, baseline)
+
+
+@functools.cache
+def objective_from_spec(name: str, avatarl: str, baseline: str) -> Objective:
+    """The objective whose ``spec`` this is."""
+    return make_objective(name, AvataRLConfig(**json.loads(avatarl)), BaselineConfig(**json.loads(baseline)))
 
 
 class Policy(NamedTuple):

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..kernels import PLAIN, Kernels
 from ..protocol import Objective, Rows, weighted_sums
+from .implementations import kernels
 
-# Elements of one chunk's logits. On a CPU it is small enough for the working set to stay near the cache and large
-# enough for the products to be efficient; timed from 2^18 to 2^24 on two AVX-512 cores (docs/lab-log.md). The one for
-# CUDA is a guess.
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+# A chunk's rows: enough for the products to be efficient, few enough to hold two models' logits of them at once. Timed
+# on two AVX-512 cores, from 32 to 2,048 rows at vocabularies of 4,096 and 50,257 (docs/lab-log.md); those for CUDA are
+# a guess. Elements of one model's logits bound the memory.
+CHUNK_ROWS = {"cpu": 2**10, "cuda": 2**14}
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 
 
 class Head(NamedTuple):
@@ -34,7 +35,7 @@ def chunked_sums(
     weights: Tensor,
     uniforms: Tensor | None,
     wants_gradients: tuple[bool, bool],
-    kernels: Kernels = PLAIN,
+    impl: str = "chunked",
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """Score all positions chunk by chunk, without autograd.
 
@@ -43,7 +44,7 @@ def chunked_sums(
         weights: (N,) what each position counts.
         uniforms: (N, S) in [0, 1), or None.
         wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
-        kernels: What reads the logits.
+        impl: What reads the logits; see :mod:`.implementations`.
 
     Returns:
         Metrics summed with ``weights`` (scalars), and the gradients of the loss over the player's states (N, d) and
@@ -77,7 +78,7 @@ def chunked_sums(
                     relative[chunk],
                     others[-1] if snapshot else None,
                     None if uniforms is None else uniforms[chunk],
-                    kernels,
+                    kernels(impl),
                 ),
                 with_gradient=wants_states or wants_weight,
             )
@@ -97,7 +98,8 @@ def chunked_sums(
 
 def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int:
     """How many positions one chunk holds: chunks of equal size, none empty."""
-    most = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+    kind = device.type if device.type in CHUNK_ROWS else "cuda"
+    most = max(1, min(CHUNK_ROWS[kind], CHUNK_ELEMENTS[kind] // vocabulary))
     num_chunks = max(1, -(-num_positions // most))
     return max(1, -(-num_positions // num_chunks))
 

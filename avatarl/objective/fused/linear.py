@@ -12,8 +12,8 @@ from ..config import AvataRLConfig
 from ..losses import AvataRL
 from ..protocol import Objective, attach_gradients, position_weights
 from .chunked import Head, chunked_sums
-
-IMPLEMENTATIONS = ("auto", "chunked")
+from .implementations import choose
+from .operator import one_operator
 
 
 def linear_avatarl_loss(
@@ -41,7 +41,8 @@ def linear_avatarl_loss(
         critic_head_weight: (V, d_c) floating, or a list, or None. No gradient flows to the critic.
         targets: (…) integer token ids.
         config, ignore_index, vocab_size, num_valid: see :func:`avatarl.avatarl_loss`.
-        impl: ``chunked``, or ``auto`` for the best one on this device.
+        impl: ``chunked``, ``compiled``, ``triton``, or ``auto`` for the one known to be good on this kind of device
+            (:mod:`avatarl.objective.fused.implementations`).
 
     Returns:
         loss and metrics as :func:`avatarl.avatarl_loss`; gradients flow to ``hidden`` and ``head_weight``. Under
@@ -84,8 +85,7 @@ def linear_objective_loss(
     ``snapshot`` (hidden states and head weight of an earlier player) and ``uniforms`` (N, S) in [0, 1) are for the
     objectives that sample.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    chosen = choose(impl, hidden.device.type)
     critic_hiddens, critic_weights = as_critics(critic_hidden), as_critics(critic_head_weight)
     if len(critic_hiddens) != len(critic_weights):
         raise ValueError(f"{len(critic_hiddens)} critic_hidden but {len(critic_weights)} critic_head_weight given")
@@ -106,9 +106,10 @@ def linear_objective_loss(
     objective.check_inputs(earlier is not None, uniforms, flat_targets.numel())
     weights, safe_targets = position_weights(flat_targets, ignore_index, num_valid, compute_dtype(hidden.dtype))
     wants = (hidden.requires_grad and torch.is_grad_enabled(), head_weight.requires_grad and torch.is_grad_enabled())
+    sums = one_operator if torch.compiler.is_compiling() else chunked_sums
     with torch.no_grad():
-        metrics, grad_hidden, grad_weight = chunked_sums(
-            objective, player, critics, earlier, safe_targets, weights, uniforms, wants
+        metrics, grad_hidden, grad_weight = sums(
+            objective, player, critics, earlier, safe_targets, weights, uniforms, wants, chosen
         )
     loss = attach_gradients(
         metrics["loss"],
