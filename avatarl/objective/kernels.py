@@ -27,6 +27,9 @@ CACHED_ELEMENTS = 2**20
 class Kernels:
     """Plain PyTorch. Subclasses compute the same things in other ways."""
 
+    def check_device(self, device_type: str) -> None:
+        """Raise a ValueError where these kernels do not run on such a device."""
+
     def judge(
         self, player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
     ) -> tuple[Tensor, Tensor, Tensor]:

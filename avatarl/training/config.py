@@ -13,6 +13,7 @@ from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig
 from avatarl.objective.config import require_choice, require_number, require_whole
+from avatarl.objective.fused.implementations import IMPLEMENTATIONS
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class TrainConfig:
         seed: Decides initial weights, data order, dropout and sampled actions.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where the device multiplies it natively.
         device: ``cpu``, ``cuda``, or ``auto``.
-        compile: Whether to compile player and objective with ``torch.compile`` (a minute at the start).
+        compile: Whether to compile player, critics and loss with ``torch.compile`` (a minute at the start).
+        loss_impl: What computes the loss: ``chunked`` (plain PyTorch), ``compiled``, ``triton`` (CUDA), or ``auto``:
+            ``compiled`` when ``compile`` is on, otherwise what was timed on that kind of device.
         eval_every_steps: Steps between two evaluations; there is always one at the end.
         eval_windows: Windows of the validation split to evaluate on, spread evenly, always the same (None: all).
         log_every_steps: Steps between two lines of metrics, which are averages over them.
@@ -102,6 +105,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
     compile: bool = False
+    loss_impl: Literal["auto", "chunked", "compiled", "triton"] = "auto"
     eval_every_steps: int = 500
     eval_windows: int | None = 64
     log_every_steps: int = 10
@@ -134,6 +138,7 @@ class TrainConfig:
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}; expected a whole number below 2^63")
         require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        require_choice("loss_impl", self.loss_impl, IMPLEMENTATIONS)
         if self.eval_windows is not None:
             require_whole("eval_windows", self.eval_windows, minimum=1)
         if (self.steps is None) == (self.epochs is None):

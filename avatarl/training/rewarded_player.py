@@ -20,12 +20,18 @@ class RewardedPlayer(nn.Module):
     """
 
     def __init__(
-        self, player: PreTrainedModel, objective: Objective, critics: Sequence[PreTrainedModel], vocab_size: int
+        self,
+        player: PreTrainedModel,
+        objective: Objective,
+        critics: Sequence[PreTrainedModel],
+        vocab_size: int,
+        loss_impl: str = "auto",
     ):
         super().__init__()
         self.player = player
         self.objective = objective
         self.vocab_size = vocab_size
+        self.loss_impl = loss_impl
         self._critics = tuple(critics) if objective.needs_critic else ()
         self._snapshot: tuple[PreTrainedModel, ...] = ()
 
@@ -55,6 +61,7 @@ class RewardedPlayer(nn.Module):
             num_valid=num_valid,
             snapshot=snapshot[0] if snapshot else None,
             uniforms=uniforms,
+            impl=self.loss_impl,
         )
 
     @property

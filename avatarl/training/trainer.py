@@ -26,6 +26,7 @@ from avatarl.models import build_player, count_parameters, load_critic, training
 from avatarl.models.counting import forward_flops_per_token
 from avatarl.models.loading import longest_sequence
 from avatarl.objective import make_objective
+from avatarl.objective.fused.implementations import check_implementation
 
 from .checkpoint import newest_good_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -81,13 +82,15 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
         longest = longest_sequence(critic)
         if longest is not None and longest < config.block:
             raise UserError(f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}")
+    loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
     try:
         objective.check_settings(len(tokenizer), len(critics))
+        check_implementation(loss_impl, device.type)
     except ValueError as error:
         raise UserError(str(error)) from error
 
     player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
-    model = RewardedPlayer(player, objective, critics, vocab_size=len(tokenizer))
+    model = RewardedPlayer(player, objective, critics, vocab_size=len(tokenizer), loss_impl=loss_impl)
     step_model = torch.compile(model) if config.compile else model
     optimisers = build_optimisers(player, config.optim, total_steps)
     torch.manual_seed(config.seed)  # from here on dropout is the only user of the global generator

@@ -139,11 +139,12 @@ def both_paths(name, config, device="cpu", dtype=torch.float32, positions=8, voc
     return run
 
 
+@pytest.mark.parametrize("vocabulary", [19, 2051])  # the largest of many logits are found by blocks
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_the_host_never_waits(name, config, monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 3 * 19)
-    run = both_paths(name, CONFIGS[config])
+def test_the_host_never_waits(name, config, vocabulary, monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 3 * vocabulary)
+    run = both_paths(name, CONFIGS[config], vocabulary=vocabulary)
     with Waits() as waits:
         run()
     assert waits.seen == []
@@ -166,12 +167,13 @@ def test_waiting_would_be_noticed(wait):
     assert waits.seen
 
 
+@pytest.mark.parametrize("vocabulary", [19, 2051])
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_nothing_depends_on_data(name):
+def test_nothing_depends_on_data(name, vocabulary):
     """Fake tensors have shapes and no values: whatever asked for a value would raise."""
     with FakeTensorMode():
-        gradients = both_paths(name, CONFIGS["article"])()
-        assert [tuple(gradient.shape) for gradient in gradients] == [(8, 19), (19, 5)]
+        gradients = both_paths(name, CONFIGS["article"], vocabulary=vocabulary)()
+        assert [tuple(gradient.shape) for gradient in gradients] == [(8, vocabulary), (vocabulary, 5)]
         with pytest.raises(DataDependentOutputException):
             gradients[0].sum().item()
 

@@ -133,7 +133,7 @@ def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, partial: Tensor | None) -> None:
-    """total += left @ right, accumulated in the dtype of ``total``; ``partial`` is memory for one product in another."""
+    """total += left @ right, summed in the dtype of ``total``; ``partial`` holds a product in another dtype."""
     if partial is None:
         total.addmm_(left, right)
     else:

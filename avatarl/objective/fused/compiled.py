@@ -33,4 +33,3 @@ def _write_gradient(
     logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
 ) -> None:
     logits.copy_(policy_gradient(logits, temperature, log_normaliser, constant, bonus))
-

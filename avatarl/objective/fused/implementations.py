@@ -21,8 +21,8 @@ import torch
 from ..kernels import PLAIN, Kernels
 
 IMPLEMENTATIONS = ("auto", "chunked", "compiled", "triton")
-# benchmarks/README.md has the figures. ``compiled`` is faster on a CPU, but a first call that takes seconds and asks for
-# a compiler is for the user to choose.
+# benchmarks/README.md has the figures. ``compiled`` is faster on a CPU, but a first call that takes seconds and asks
+# for a compiler is for the user to choose.
 AUTO = {"cpu": "chunked"}
 UNTIMED = "chunked"
 
@@ -48,6 +48,15 @@ def choose(impl: str, device_type: str) -> str:
 def _say_choice(device_type: str) -> None:
     known = "" if device_type in AUTO else "; nothing was timed there"
     _log.info("linear loss on %s: %s%s", device_type, AUTO.get(device_type, UNTIMED), known)
+
+
+def check_implementation(impl: str, device_type: str) -> None:
+    """Find out early whether ``impl`` can run on this kind of device.
+
+    Raises:
+        ValueError: There is none of that name, it needs a library that is not installed, or another device.
+    """
+    kernels(choose(impl, device_type)).check_device(device_type)
 
 
 @functools.cache

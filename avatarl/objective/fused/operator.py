@@ -1,7 +1,7 @@
 """The chunked sums as one operator of a compiled graph.
 
-``torch.compile`` would unroll the loop over chunks and trace the objective once for each. As an operator the loss is one
-node of the graph around it, without a break, and runs inside as it does without a compiler.
+``torch.compile`` would unroll the loop over chunks and trace the objective once for each. As an operator the loss is
+one node of the graph around it, without a break, and runs inside as it does without a compiler.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""The loss inside DDP, FSDP2 and gradient checkpointing: the gradients of one plain process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from avatarl.objective import make_objective
+from avatarl.training.rewarded_player import RewardedPlayer
+
+VOCABULARY, BLOCK, WINDOWS, PROCESSES = 40, 8, 4, 2
+
+
+def small_llama(seed: int, width: int, tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY + 3,  # padded
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=BLOCK,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def rewarded_player(objective: str, tied: bool) -> RewardedPlayer:
+    critic = small_llama(1, 16, tied=True).eval().requires_grad_(False)
+    return RewardedPlayer(small_llama(0, 32, tied), make_objective(objective), [critic], VOCABULARY)
+
+
+def windows() -> tuple[Tensor, Tensor]:
+    """Inputs and targets (WINDOWS, BLOCK); some targets are ignored, not the same number in each half."""
+    tokens = torch.randint(VOCABULARY, (WINDOWS, BLOCK + 1), generator=torch.Generator().manual_seed(2))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, :5] = -100
+    return inputs, targets
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """By parameter name; sharded ones gathered."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        found[name.removeprefix("module.")] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found
+
+
+def plain_gradients(objective: str, tied: bool) -> dict[str, Tensor]:
+    model = rewarded_player(objective, tied)
+    inputs, targets = windows()
+    loss, _ = model(inputs, targets, num_valid=(targets != -100).sum())
+    loss.backward()
+    return gradients_of(model)
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def one_process_of_two(rank: int, rendezvous: str, cases: list[tuple[str, str, bool]]) -> None:
+    """Each process has half of the windows and must find the gradients of them all."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    inputs, targets = (part.chunk(PROCESSES)[rank] for part in windows())
+    num_valid = (targets != -100).sum()
+    dist.all_reduce(num_valid)
+    for wrapper, objective, tied in cases:
+        model = rewarded_player(objective, tied)
+        if wrapper == "ddp":
+            wrapped = DistributedDataParallel(model)
+        else:
+            mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+            for layer in model.player.base_model.layers:
+                fully_shard(layer, mesh=mesh)
+            wrapped = fully_shard(model, mesh=mesh)
+        loss, _ = wrapped(inputs, targets, num_valid=num_valid / PROCESSES)  # wrappers take the mean over processes
+        loss.backward()
+        assert_same_gradients(gradients_of(wrapped), plain_gradients(objective, tied))
+    dist.destroy_process_group()
+
+
+def test_ddp_and_fsdp2_find_the_gradients_of_one_process(tmp_path: Path):
+    cases = [
+        ("ddp", "avatarl", True),
+        ("ddp", "avatarl", False),
+        ("fsdp2", "avatarl", True),
+        ("fsdp2", "avatarl", False),
+        ("fsdp2", "cross_entropy", True),
+    ]
+    mp.spawn(one_process_of_two, (str(tmp_path / "rendezvous"), cases), nprocs=PROCESSES)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_checkpointing_changes_nothing(tied: bool):
+    model = rewarded_player("avatarl", tied)
+    model.player.gradient_checkpointing_enable()
+    model.train()
+    inputs, targets = windows()
+    loss, _ = model(inputs, targets, num_valid=(targets != -100).sum())
+    loss.backward()
+    assert_same_gradients(gradients_of(model), plain_gradients("avatarl", tied))
