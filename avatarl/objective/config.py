@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +76,6 @@ class AvataRLConfig:
         for weight in self._weights_as_given():
             require_number("critic_weight", weight, lambda x: x >= 0, "a number of at least 0, or one per critic")
         self._check_weights_together()
-        _keep_as_json(self)
 
     def _weights_as_given(self) -> tuple[float, ...]:
         return self.critic_weight if isinstance(self.critic_weight, tuple) else (self.critic_weight,)
@@ -144,12 +141,6 @@ class BaselineConfig:
         require_whole("samples", self.samples, minimum=1)
         require_number("ppo_clip", self.ppo_clip, lambda x: 0 < x < 1, "a number in (0, 1)")
         require_whole("ppo_refresh_every", self.ppo_refresh_every, minimum=1)
-        _keep_as_json(self)
-
-
-def _keep_as_json(config: AvataRLConfig | BaselineConfig) -> None:
-    """Settings as text, ``as_json``, made once: torch.compile cannot trace the making."""
-    object.__setattr__(config, "as_json", json.dumps(dataclasses.asdict(config)))
 
 
 def require_number(field: str, value: float, accepts: Callable[[float], bool], what: str) -> None:

@@ -9,6 +9,7 @@ Shapes: N positions, V vocabulary, S sampled actions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from abc import ABC, abstractmethod
@@ -60,7 +61,7 @@ class Objective(ABC):
     @property
     def spec(self) -> tuple[str, str, str]:
         """The objective as text: its name and its settings. A compiled graph can carry it as constants."""
-        return self.name, self.avatarl.as_json, self.baseline.as_json
+        return self.name, _as_json(self.avatarl), _as_json(self.baseline)
 
     @property
     def needs_critic(self) -> bool:
@@ -100,6 +101,11 @@ class Objective(ABC):
         if self.num_draws and (uniforms is None or uniforms.shape != (positions, self.num_draws)):
             found = None if uniforms is None else tuple(uniforms.shape)
             raise ValueError(f"uniforms {found} do not fit; {self.name!r} needs {(positions, self.num_draws)}")
+
+
+@torch.compiler.assume_constant_result  # and not traced
+def _as_json(settings: AvataRLConfig | BaselineConfig) -> str:
+    return json.dumps(dataclasses.asdict(settings))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}

@@ -72,7 +72,7 @@ def kernels(chosen: str) -> Kernels:
         return CompiledKernels()
     if chosen == "triton":
         try:
-            from .triton import TritonKernels
+            from .triton_kernels import TritonKernels
         except ModuleNotFoundError as error:
             raise ValueError(f"impl='triton' needs {error.name}, which is not installed") from error
         return TritonKernels()
