@@ -83,6 +83,21 @@ def test_one_node_of_a_graph(name, monkeypatch):
     assert not any("topk" in str(target) or "softmax" in str(target) for target in called)
 
 
+def test_autocast_around_a_compiled_graph():
+    """A compiled graph runs with autocast off; the products must be in bfloat16 all the same."""
+    hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=torch.float32)
+
+    def loss(hidden, weight):
+        return linear_avatarl_loss(hidden, weight, critic_hidden, critic_weight, targets, CONFIG)[0]
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = loss(hidden, weight), torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    assert torch.equal(found, expected) and found != loss(hidden, weight)
+    for one, other in zip(gradients(found, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.float32
+
+
 def test_the_operator_keeps_its_word():
     """Fake shapes and dtypes, no aliasing, nothing mutated: PyTorch's own check of an operator."""
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ from .implementations import kernels
 # on two AVX-512 cores, from 32 to 2,048 rows at vocabularies of 4,096 and 50,257 (docs/lab-log.md); those for CUDA are
 # a guess. Elements of one model's logits bound the memory.
 CHUNK_ROWS = {"cpu": 2**10, "cuda": 2**14}
-CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**26}
 
 
 class Head(NamedTuple):
@@ -55,8 +55,6 @@ def chunked_sums(
     wants_states, wants_weight = wants_gradients
     grad_states = torch.empty_like(player.states, dtype=dtype) if wants_states else None
     grad_weight = torch.zeros_like(player.weight, dtype=dtype) if wants_weight else None
-    player, critics = _in_product_dtype(player), [_in_product_dtype(critic) for critic in critics]
-    snapshot = None if snapshot is None else _in_product_dtype(snapshot)
 
     # The products see weights of up to 1 and the gradients are scaled at the end: 1/M would underflow in float16.
     largest = weights.amax() if num_positions else weights.sum()
@@ -102,15 +100,6 @@ def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int
     most = max(1, min(CHUNK_ROWS[kind], CHUNK_ELEMENTS[kind] // vocabulary))
     num_chunks = max(1, -(-num_positions // most))
     return max(1, -(-num_positions // num_chunks))
-
-
-def _in_product_dtype(head: Head) -> Head:
-    """Cast once what every chunk's product would cast again: to autocast's dtype where it is on (float64 stays)."""
-    device_type = head.states.device.type
-    if not torch.is_autocast_enabled(device_type) or torch.float64 in (head.states.dtype, head.weight.dtype):
-        return head
-    dtype = torch.get_autocast_dtype(device_type)
-    return Head(head.states.to(dtype), head.weight.to(dtype))
 
 
 class _LogitsBuffer:

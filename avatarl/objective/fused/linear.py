@@ -108,6 +108,8 @@ def linear_objective_loss(
     wants = (hidden.requires_grad and torch.is_grad_enabled(), head_weight.requires_grad and torch.is_grad_enabled())
     sums = one_operator if torch.compiler.is_compiling() else chunked_sums
     with torch.no_grad():
+        player, critics = _in_product_dtype(player), [_in_product_dtype(critic) for critic in critics]
+        earlier = None if earlier is None else _in_product_dtype(earlier)
         metrics, grad_hidden, grad_weight = sums(
             objective, player, critics, earlier, safe_targets, weights, uniforms, wants, chosen
         )
@@ -141,6 +143,15 @@ def _head(states_name: str, states: Tensor, weight_name: str, weight: Tensor, ta
     if states.dtype != weight.dtype and not autocasts:
         raise ValueError(f"{states_name} is {states.dtype} and {weight_name} {weight.dtype}; expected one dtype")
     return Head(states.reshape(-1, states.shape[-1]), weight[:vocabulary])
+
+
+def _in_product_dtype(head: Head) -> Head:
+    """Cast once what every chunk's product would cast again: to autocast's dtype where it is on (float64 stays)."""
+    device_type = head.states.device.type
+    if not torch.is_autocast_enabled(device_type) or torch.float64 in (head.states.dtype, head.weight.dtype):
+        return head
+    dtype = torch.get_autocast_dtype(device_type)
+    return Head(head.states.to(dtype), head.weight.to(dtype))
 
 
 def _padded_rows(gradient: Tensor, rows: int) -> Tensor:
