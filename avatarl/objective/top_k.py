@@ -50,5 +50,5 @@ def blocks_to_search(vocabulary: int, k: int) -> int | None:
 
     It is near √(k · V), where the maxima are about as many as the tokens of k blocks.
     """
-    num_blocks = max(k, 2 ** math.ceil(math.log2(vocabulary * k) / 2))
+    num_blocks = 2 ** math.ceil(math.log2(vocabulary * k) / 2)
     return None if vocabulary < SMALL_VOCABULARY or 4 * num_blocks > vocabulary else num_blocks

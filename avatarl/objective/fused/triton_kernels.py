@@ -1,0 +1,302 @@
+"""The kernels by hand, in Triton: every reading of the logits is one pass, and so is all that follows from top-K.
+
+They have run under Triton's interpreter only so far (TRITON_INTERPRET=1, set before Triton is imported), and were
+compiled for a GPU without being run on one. No block size was ever timed.
+
+Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns. One program has one row,
+or one tile of one. Computing is in float32. A row's logits must lie side by side; rows may be any distance apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..config import AvataRLConfig
+from ..kernels import LOWEST_LOG_PROB, Kernels
+from ..top_k import blocks_to_search, top_k, top_k_in_blocks
+
+STATISTICS_TILE = 2048  # logits that one step of the softmax's statistics reads; it keeps three numbers for each
+GRADIENT_TILE = 4096  # logits that one program turns into gradients
+ELEMENTS_PER_WARP = 256  # 16 bytes of half precision per thread
+
+LOWEST = tl.constexpr(LOWEST_LOG_PROB)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+class TritonKernels(Kernels):
+    """What :class:`Kernels` computes, in Triton; float64 logits, and ``top_p`` below 1, are left to the plain ones."""
+
+    def check_device(self, device_type: str) -> None:
+        """Raise a ValueError for a device that Triton has no code for."""
+        if device_type != "cuda" and isinstance(_read_rows, triton.JITFunction):
+            raise ValueError("impl='triton' needs a CUDA device, or TRITON_INTERPRET=1")
+
+    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log normaliser and entropy, (N,) float32 each, of logits (N, V) in half or single precision."""
+        self.check_device(logits.device.type)
+        if logits.dtype == torch.float64:
+            return super().statistics(logits, temperature)
+        return read_rows(logits, STATISTICS_TILE, temperature)[:2]
+
+    def judge(
+        self, player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions int64, valid bool and rewards float32, (N, A) each, as :func:`avatarl.objective.rewards.judge`.
+
+        Each model's logits are read once, and at the active actions.
+        """
+        self.check_device(player.device.type)
+        cuts = config.top_p is not None and config.top_p < 1
+        if cuts or torch.float64 in (logits.dtype for logits in (player, *critics)):
+            return super().judge(player, critics, targets, config)
+        lists = [targets.unsqueeze(1), propose(player, config.top_k, False)[0]]
+        experts = []
+        for logits, weight in zip(critics, config.critic_weights(len(critics)), strict=True):
+            normalised = weight > 0 and config.needs_critic_normaliser
+            tokens, log_normaliser = propose(logits, config.top_k, normalised)
+            lists.append(tokens)
+            if weight > 0:  # never 0 · −∞
+                experts.append((logits, log_normaliser, weight))
+        actions = torch.cat(lists, dim=1)
+        return actions, *pay(actions, experts, config)
+
+    def gradient_(
+        self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+    ) -> Tensor:
+        """Write π · (constant + bonus · log π) over ``logits`` (N, V), in their dtype; the rest is (N,)."""
+        self.check_device(logits.device.type)
+        if logits.dtype == torch.float64:
+            return super().gradient_(logits, temperature, log_normaliser, constant, bonus)
+        num_positions, vocabulary = logits.shape
+        tile = min(GRADIENT_TILE, triton.next_power_of_2(vocabulary))
+        with torch.cuda.device_of(logits):
+            _write_gradient[(num_positions, triton.cdiv(vocabulary, tile))](
+                logits,
+                row_stride(logits),
+                vocabulary,
+                temperature,
+                log_normaliser.contiguous(),
+                constant.contiguous(),
+                None if bonus is None else bonus.contiguous(),
+                TILE=tile,
+                num_warps=num_warps(tile),
+            )
+        return logits
+
+
+def propose(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor | None]:
+    """The ``k`` largest logits' token ids (N, k) in falling order, and the log normaliser (N,) where asked for."""
+    num_blocks = blocks_to_search(logits.shape[1], k)
+    if num_blocks is None:
+        log_normaliser = read_rows(logits, STATISTICS_TILE)[0] if normalised else None
+        return top_k(logits, k)[1], log_normaliser
+    log_normaliser, _, maxima = read_rows(logits, num_blocks, statistics=normalised, maxima=True)
+    return top_k_in_blocks(logits, maxima, k)[1], log_normaliser
+
+
+def read_rows(
+    logits: Tensor, tile: int, temperature: float = 1.0, statistics: bool = True, maxima: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Log normaliser and entropy (N,), and the maxima (N, tile) of ``tile`` blocks; None for what is not wanted."""
+    num_positions, vocabulary = logits.shape
+    log_normaliser = logits.new_empty(num_positions, dtype=torch.float32) if statistics else None
+    entropy = torch.empty_like(log_normaliser) if statistics else None
+    largest = logits.new_empty(num_positions, tile) if maxima else None
+    with torch.cuda.device_of(logits):
+        _read_rows[(num_positions,)](
+            logits,
+            row_stride(logits),
+            vocabulary,
+            temperature,
+            log_normaliser,
+            entropy,
+            largest,
+            TILE=tile,
+            num_warps=num_warps(tile),
+        )
+    return log_normaliser, entropy, largest
+
+
+def pay(
+    actions: Tensor, experts: Sequence[tuple[Tensor, Tensor | None, float]], config: AvataRLConfig
+) -> tuple[Tensor, Tensor]:
+    """Valid bool and rewards float32 of actions (N, A), from critics' logits, log normalisers and weights above 0."""
+    num_positions, width = actions.shape
+    logits, log_normalisers, weights = zip(*experts, strict=True) if experts else ((), (), ())
+    valid = torch.empty_like(actions, dtype=torch.bool)
+    rewards = torch.empty_like(actions, dtype=torch.float32)
+    with torch.cuda.device_of(actions):
+        _pay[(num_positions,)](
+            actions,
+            valid,
+            rewards,
+            logits,
+            tuple(row_stride(critic) for critic in logits),
+            log_normalisers if config.needs_critic_normaliser else None,
+            weights,
+            config.reality_weight or None,
+            math.log1p(-config.smoothing),
+            config.smoothing,
+            config.reward_scale,
+            math.inf if config.reward_cap is None else config.reward_cap,
+            NUM_CRITICS=len(experts),
+            POOL=config.pool,
+            THRESHOLD=config.threshold,
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=1,
+        )
+    return valid, rewards
+
+
+def row_stride(logits: Tensor) -> int:
+    """How far apart the rows of logits (N, V) are."""
+    assert logits.shape[1] == 1 or logits.stride(1) == 1, logits.stride()
+    return logits.stride(0)
+
+
+def num_warps(tile: int) -> int:
+    """Warps of one program; a power of two, as ``tile`` is."""
+    return max(1, min(8, tile // ELEMENTS_PER_WARP))
+
+
+@triton.jit
+def _read_rows(logits, row_stride, vocabulary, temperature, log_normaliser, entropy, maxima, TILE: tl.constexpr):
+    """Lane b sees the tokens b, b + TILE, b + 2·TILE, … and keeps their maximum and two sums, over z / temperature:
+
+    total = Σ exp(z − maximum), moment = Σ exp(z − maximum) · (z − maximum).
+    """
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
+    logits += row * row_stride
+    largest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.full((TILE,), 0.0, tl.float32)
+    moment = tl.full((TILE,), 0.0, tl.float32)
+    whole = vocabulary // TILE * TILE
+    scale = 1 / temperature
+    for start in range(0, whole, TILE):
+        z = tl.load(logits + start + lanes).to(tl.float32)
+        if log_normaliser is not None:
+            total, moment = _add_to_softmax(z, largest, total, moment, scale)
+        largest = tl.maximum(largest, z, propagate_nan=NAN)
+    if maxima is not None:  # of whole layers of blocks
+        tl.store(maxima + row * TILE + lanes, largest.to(maxima.dtype.element_ty))
+    if log_normaliser is not None:
+        z = tl.load(logits + whole + lanes, mask=whole + lanes < vocabulary, other=float("-inf")).to(tl.float32)
+        total, moment = _add_to_softmax(z, largest, total, moment, scale)
+        largest = tl.maximum(largest, z, propagate_nan=NAN)
+        highest = tl.max(largest, axis=0)
+        shift = tl.maximum((largest - highest) * scale, LOWEST, propagate_nan=NAN)
+        moment = tl.sum((moment + shift * total) * tl.exp(shift), axis=0)
+        total = tl.sum(total * tl.exp(shift), axis=0)
+        tl.store(log_normaliser + row, highest * scale + tl.log(total))
+        tl.store(entropy + row, tl.log(total) - moment / total)
+
+
+@triton.jit
+def _add_to_softmax(z, largest, total, moment, scale):
+    """Total and moment with one more logit in each lane, relative to the larger of ``z`` and ``largest``.
+
+    The one exponential rescales the sums where ``z`` is larger, and is the new weight elsewhere. Two times −∞ counts
+    as equal: such a lane's sums mean nothing until a finite logit multiplies them by exp(LOWEST) = 0.
+    """
+    shift = tl.where(z == largest, 0.0, -tl.abs(z - largest) * scale)
+    shift = tl.maximum(shift, LOWEST, propagate_nan=NAN)
+    weight = tl.exp(shift)
+    rises = z > largest
+    moment = tl.where(rises, (moment + shift * total) * weight, moment + shift * weight)
+    total = tl.where(rises, total * weight + 1, total + weight)
+    return total, moment
+
+
+@triton.jit
+def _write_gradient(logits, row_stride, vocabulary, temperature, log_normaliser, constant, bonus, TILE: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    logits += row * row_stride
+    inside = columns < vocabulary
+    z = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    log_prob = z * (1 / temperature) - tl.load(log_normaliser + row)
+    log_prob = tl.maximum(log_prob, LOWEST, propagate_nan=NAN)
+    factor = tl.load(constant + row)
+    if bonus is not None:
+        factor += tl.load(bonus + row) * log_prob
+    tl.store(logits + columns, (tl.exp(log_prob) * factor).to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pay(
+    actions,
+    valid,
+    rewards,
+    critics,
+    row_strides,
+    log_normalisers,
+    weights,
+    reality_weight,
+    log_target,
+    smoothing,
+    reward_scale,
+    reward_cap,
+    NUM_CRITICS: tl.constexpr,
+    POOL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """:mod:`avatarl.objective.rewards`, line by line, on the columns of one row."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    is_target = columns == 0
+    tokens = tl.load(actions + row * WIDTH + columns, mask=columns < WIDTH, other=-1)
+    active = columns < WIDTH
+    for earlier in range(WIDTH):
+        repeats = (columns > earlier) & (tokens == tl.load(actions + row * WIDTH + earlier))
+        active = active & (repeats == 0)
+    num_active = tl.sum(active.to(tl.float32), axis=0)
+
+    blend = tl.full((BLOCK,), 0.0, tl.float32)
+    if reality_weight is not None:
+        log_others = tl.log(smoothing / tl.maximum(num_active - 1, 1.0))
+        # Alone, the target should have 1 and not 1 − ε; but then its consensus is 1 in any case.
+        blend = _blend(blend, reality_weight, tl.where(is_target, log_target, log_others), POOL)
+    for i in tl.static_range(NUM_CRITICS):
+        log_probs = tl.load(critics[i] + row * row_strides[i] + tokens, mask=active, other=0.0).to(tl.float32)
+        if log_normalisers is not None:
+            log_probs -= tl.load(log_normalisers[i] + row)
+        blend = _blend(blend, weights[i], log_probs, POOL)
+
+    if POOL == "geometric":
+        blend = tl.where(active, blend, float("-inf"))
+        vetoed = tl.sum((blend != float("-inf")).to(tl.int32), axis=0) == 0
+        blend = tl.where(is_target & vetoed, 0.0, blend)
+        highest = tl.max(blend, axis=0)
+        log_mass = highest + tl.log(tl.sum(tl.exp(blend - highest), axis=0))
+        consensus = tl.exp(blend - log_mass)
+    else:
+        others = tl.where(active & (columns > 0), blend, 0.0)
+        target = tl.maximum(1 - tl.sum(others, axis=0), 0.0, propagate_nan=NAN)
+        consensus = tl.where(is_target, target, others)
+
+    kept = active
+    if THRESHOLD != "none":
+        bar = (tl.exp(log_mass) if THRESHOLD == "mass" else 1.0) / num_active
+        kept = tl.where(num_active == 1, active, active & (consensus > bar))
+    paid = tl.where(kept, reward_scale * consensus, 0.0)
+    largest = tl.max(paid, axis=0)
+    paid = tl.where(largest > reward_cap, paid * (reward_cap / largest), paid)
+    tl.store(valid + row * WIDTH + columns, active, mask=columns < WIDTH)
+    tl.store(rewards + row * WIDTH + columns, paid, mask=columns < WIDTH)
+
+
+@triton.jit
+def _blend(blend, weight, log_probs, POOL: tl.constexpr):
+    """The blend (a sum of logs, or of probabilities) with one more expert."""
+    if POOL == "geometric":
+        blend += weight * log_probs
+    else:
+        blend += weight * tl.exp(log_probs)
+    return blend
