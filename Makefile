@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow bench lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/avatarl demo
@@ -14,6 +14,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/loss.py
+	$(VENV)/bin/python benchmarks/step.py
+	$(VENV)/bin/python benchmarks/estimators.py
+	$(VENV)/bin/python benchmarks/tables.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

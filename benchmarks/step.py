@@ -1,0 +1,292 @@
+"""A whole optimiser step: AvataRL, cross-entropy with the same player, and what its parts cost.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --player 124m --critic 30m --vocab 50257 --block 1024 --batch 16 --compile     # a GPU
+
+benchmarks/README.md says what is measured, and how. The step is the trainer's: the same batches, precision, clipping
+and optimisers, around random tokens and random weights.
+"""
+
+# ruff: noqa: E402 - torch waits for set_up_process()
+
+from __future__ import annotations
+
+from avatarl.process import set_up_process
+
+set_up_process()
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timing import DEVICE, RESULTS, Ready, measure, record
+from torch import Tensor
+
+from avatarl.data.dataset import DTYPES, TokenStream, WindowOrder, Windows
+from avatarl.models import PRESETS, PlayerConfig, build_player, forward_flops_per_token, training_flops_per_token
+from avatarl.models.loading import head_weight, last_hidden
+from avatarl.objective import linear_objective_loss, make_objective
+from avatarl.objective.fused.implementations import IMPLEMENTATIONS
+from avatarl.training.config import OptimConfig
+from avatarl.training.device import pick_precision
+from avatarl.training.optim import build_optimisers
+from avatarl.training.rewarded_player import RewardedPlayer
+
+AVATARL, CROSS_ENTROPY, FLOOR = "avatarl", "cross_entropy", "cross_entropy and critic's logits"
+OF_LOGITS = "F.cross_entropy of logits"
+PART, MATMUL = "part: ", "large product"
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+NUM_WINDOWS = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, on what, how."""
+
+    player: str
+    critic: str
+    vocabulary: int
+    block: int
+    batch_windows: int
+    optimiser: str
+    dtype: str
+    compile: bool
+    impl: str
+    device: str
+
+
+class Vocabulary:
+    """As much of a tokenizer as building a model takes."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
+class Training:
+    """Models, optimisers and data of a case, shared by everything that is timed: no one's weights matter."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        is_bf16 = case.dtype == "bfloat16"
+        self._autocast = torch.autocast(case.device, torch.bfloat16) if is_bf16 else nullcontext()
+        self.compiled: Callable = torch.compile if case.compile else lambda module: module
+        self.impl = "compiled" if case.impl == "auto" and case.compile else case.impl
+        vocabulary = Vocabulary(case.vocabulary)
+        self.player = build_player(PlayerConfig(case.player), vocabulary, case.block, seed=1).to(case.device).train()
+        critic = build_player(PlayerConfig(case.critic), vocabulary, case.block, seed=2)
+        self.critic = critic.to(case.device, torch.bfloat16 if is_bf16 else None).eval().requires_grad_(False)
+        self.optimisers = build_optimisers(self.player, OptimConfig(case.optimiser), total_steps=10**6)
+        self._windows, self._order = random_windows(case), WindowOrder(NUM_WINDOWS, seed=1)
+        self._position = 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), each time others."""
+        inputs, targets = self._windows.batch(self._order.indices(self._position, self.case.batch_windows))
+        self._position += self.case.batch_windows
+        return tuple(x.to(self.case.device, non_blocking=True) for x in (inputs, targets))
+
+    def update(self) -> None:
+        """What follows the backward pass."""
+        torch.nn.utils.clip_grad_norm_(self.player.parameters(), 1.0)
+        self.optimisers.step()
+
+    def model(self, objective: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Tokens and targets in, loss out, as in training."""
+        critics = [self.critic]
+        model = RewardedPlayer(self.player, make_objective(objective), critics, self.case.vocabulary, self.impl)
+        model, num_valid = self.compiled(model), self.case.block * self.case.batch_windows
+        return lambda inputs, targets: model(inputs, targets, num_valid)[0]
+
+    def step(self, model: Callable[[Tensor, Tensor], Tensor], beside: Callable[[Tensor], object] | None = None):
+        """A function that does one optimiser step, and something else with its inputs."""
+
+        def run() -> None:
+            inputs, targets = self.batch()
+            with self._autocast:
+                loss = model(inputs, targets)
+            loss.backward()
+            self.update()
+            if beside is not None:
+                with torch.no_grad(), self._autocast:
+                    beside(inputs)
+
+        return run
+
+    # --- whole steps -----------------------------------------------------------------------------------------------
+
+    def avatarl(self) -> Callable[[], object]:
+        return self.step(self.model("avatarl"))
+
+    def cross_entropy(self) -> Callable[[], object]:
+        return self.step(self.model("cross_entropy"))
+
+    def cross_entropy_and_critic(self) -> Callable[[], object]:
+        critic = self.compiled(lambda inputs: self.critic(inputs, use_cache=False).logits)
+        return self.step(self.model("cross_entropy"), critic)
+
+    def cross_entropy_of_logits(self) -> Callable[[], object]:
+        def model(inputs: Tensor, targets: Tensor) -> Tensor:
+            logits = self.player(inputs, use_cache=False).logits
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        return self.step(self.compiled(model))
+
+    # --- parts of AvataRL's step -------------------------------------------------------------------------------------
+
+    def player_part(self) -> Callable[[], object]:
+        inputs, _ = self.batch()
+        hidden_states = self.compiled(lambda inputs: last_hidden(self.player, inputs))
+        gradient = torch.randn(*inputs.shape, self.player.config.hidden_size, device=inputs.device)
+
+        def run() -> None:
+            with self._autocast:
+                hidden = hidden_states(inputs)
+            hidden.backward(gradient.to(hidden.dtype))
+            self.player.zero_grad(set_to_none=True)
+
+        return run
+
+    def critic_part(self) -> Callable[[], object]:
+        inputs, _ = self.batch()
+        hidden_states = self.compiled(lambda inputs: last_hidden(self.critic, inputs))
+
+        def run() -> None:
+            with torch.no_grad(), self._autocast:
+                hidden_states(inputs)
+
+        return run
+
+    def loss_part(self) -> Callable[[], object]:
+        inputs, targets = self.batch()
+        with torch.no_grad(), self._autocast:
+            hidden, critic_hidden = last_hidden(self.player, inputs), last_hidden(self.critic, inputs)
+        hidden.requires_grad_()
+        heads = head_weight(self.player), head_weight(self.critic)
+        objective = make_objective("avatarl")
+
+        def run() -> None:
+            with self._autocast:
+                loss, _ = linear_objective_loss(
+                    objective, hidden, heads[0], critic_hidden, heads[1], targets, impl=self.impl
+                )
+            torch.autograd.grad(loss, (hidden, heads[0]))
+
+        return run
+
+    def optimiser_part(self) -> Callable[[], object]:
+        gradients = [torch.randn_like(parameter) for parameter in self.player.parameters()]
+
+        def run() -> None:
+            for parameter, gradient in zip(self.player.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            self.update()
+
+        return run
+
+    def large_product(self) -> Callable[[], object]:
+        size = MATMUL_SIZE[self.case.device]
+        factor = torch.randn(size, size, device=self.case.device).to(getattr(torch, self.case.dtype))
+        return lambda: factor @ factor
+
+
+WHOLE = {
+    AVATARL: Training.avatarl,
+    CROSS_ENTROPY: Training.cross_entropy,
+    FLOOR: Training.cross_entropy_and_critic,
+    OF_LOGITS: Training.cross_entropy_of_logits,
+}
+PARTS = {
+    PART + "data": lambda training: training.batch,
+    PART + "player": Training.player_part,
+    PART + "critic": Training.critic_part,
+    PART + "loss": Training.loss_part,
+    PART + "optimiser": Training.optimiser_part,
+}
+EVERYTHING = {**WHOLE, **PARTS, MATMUL: Training.large_product}
+
+make_training = functools.lru_cache(maxsize=1)(Training)
+
+
+def build(name: str, case: Case) -> Ready:
+    """Something of a training step, ready to run; its first run makes the optimiser's state."""
+    call = EVERYTHING[name](make_training(case))
+    return Ready(call, warm_up=call)
+
+
+def random_windows(case: Case) -> Windows:
+    """Random tokens, on disk as prepared ones are."""
+    tokens = np.random.default_rng(0).integers(case.vocabulary, size=NUM_WINDOWS * case.block + 1)
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        file.write(tokens.astype(DTYPES["uint32"]).tobytes())
+    stream = TokenStream([Path(file.name)], DTYPES["uint32"])
+    Path(file.name).unlink()  # the mapping keeps it
+    return Windows(stream, case.block)
+
+
+def operations(name: str, case: Case) -> tuple[float | None, float | None]:
+    """Floating-point operations of what has a count, in units of 10⁹: all, and those of the critic among them."""
+    if name == MATMUL:
+        return 2 * MATMUL_SIZE[case.device] ** 3 / 1e9, 0.0
+    if name not in WHOLE:
+        return None, None
+    training, gigatokens = make_training(case), case.block * case.batch_windows / 1e9
+    player = gigatokens * training_flops_per_token(training.player, case.block)
+    uses_critic = name in (AVATARL, FLOOR)
+    critic = gigatokens * forward_flops_per_token(training.critic, case.block) if uses_critic else 0.0
+    return player + critic, critic
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--player", default="5m", choices=PRESETS)
+    parser.add_argument("--critic", default="1m", choices=PRESETS)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--block", type=int, default=256, help="tokens in a window")
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--optimiser", default="adamw", choices=("adamw", "muon"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="as the trainer's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of models and loss, as the trainer's")
+    parser.add_argument("--impl", default="auto", choices=IMPLEMENTATIONS, help="what computes the loss")
+    parser.add_argument("--seconds", type=float, default=180, help="about how long it takes")
+    parser.add_argument("--device", default=DEVICE, choices=("cpu", "cuda"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV file")
+    asked = parser.parse_args(arguments)
+
+    precision = pick_precision(asked.precision, torch.device(asked.device))
+    case = Case(
+        asked.player,
+        asked.critic,
+        asked.vocab,
+        asked.block,
+        asked.batch,
+        asked.optimiser,
+        "bfloat16" if precision == "bf16" else "float32",
+        asked.compile,
+        asked.impl,
+        asked.device,
+    )
+    for _, measured in measure(build, list(EVERYTHING), [case], asked.device, asked.seconds, memory_of=WHOLE):
+        record(
+            asked.results / "step.csv",
+            case,
+            measured,
+            gflop=lambda name: operations(name, case)[0],
+            critic_gflop=lambda name: operations(name, case)[1],
+        )
+
+
+if __name__ == "__main__":
+    main()
