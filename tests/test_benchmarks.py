@@ -46,8 +46,9 @@ def test_what_is_not_installed_is_noted_and_the_others_are_timed():
     [(_, measured)] = timing.measure(loss.build, names, [TINY_LOSS], "cpu", seconds=0.1)
     if not timing.version_of("liger-kernel"):
         assert measured["Liger JSD"] == timing.Measured(note="liger-kernel is not installed")
-    assert len(measured["avatarl chunked"].seconds) >= 1
-    assert measured["avatarl chunked"].columns()["median_ms"] > 0
+    for name in names[1:]:
+        assert len(measured[name].seconds) >= 1
+        assert measured[name].columns()["median_ms"] > 0
 
 
 def test_calls_take_turns():

@@ -266,11 +266,15 @@ class _KnownGradients(torch.autograd.Function):
     def forward(ctx, loss: Tensor, *inputs_and_gradients: Tensor) -> Tensor:
         half = len(inputs_and_gradients) // 2
         ctx.save_for_backward(*inputs_and_gradients[half:])
+        ctx.dtypes = [x.dtype for x in inputs_and_gradients[:half]]
         return loss.clone()
 
     @staticmethod
     def backward(ctx, incoming: Tensor):
         gradients = ctx.saved_tensors
-        # In the loss's dtype: a gradient scaler's factor may be beyond float16. Autograd casts the product back.
-        scaled = (gradient.to(incoming.dtype) * incoming for gradient in gradients)
+        # Multiplied in the loss's dtype, since a gradient scaler's factor may be beyond float16, and rounded once.
+        scaled = (
+            torch.mul(gradient, incoming, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
         return None, *scaled, *(None for _ in gradients)
