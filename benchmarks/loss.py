@@ -50,8 +50,8 @@ class Case:
 
     @property
     def small(self) -> Case:
-        """The same kind of thing, done at once."""
-        return dataclasses.replace(self, positions=8, vocabulary=2048, width=16, critic_width=16)
+        """The same kind of thing, done at once; of the same vocabulary, for which kernels may be compiled anew."""
+        return dataclasses.replace(self, positions=8, width=16, critic_width=16)
 
 
 BAR = {
