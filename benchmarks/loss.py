@@ -102,15 +102,15 @@ def plain_avatarl(
     """The AvataRL loss with the article's settings, written down as PyTorch has it, for autograd to differentiate."""
     logits = hidden @ head.t()  # (N, V)
     with torch.no_grad():
-        critic_log_probs = (critic_hidden @ critic_head.t()).float().log_softmax(dim=1)  # (N, V)
-        proposals = [scores.topk(config.top_k, dim=1).indices for scores in (logits, critic_log_probs)]
+        critic_logits = critic_hidden @ critic_head.t()  # (N, V); their softmax would cancel in the consensus
+        proposals = [scores.topk(config.top_k, dim=1).indices for scores in (logits, critic_logits)]
         actions = torch.cat([targets.unsqueeze(1), *proposals], dim=1)  # (N, A)
         repeated = (actions.unsqueeze(2) == actions.unsqueeze(1)).tril(-1).any(dim=2)  # (N, A)
         num_active = (~repeated).sum(dim=1, keepdim=True)
 
         reality = (config.smoothing / (num_active - 1)).repeat(1, actions.shape[1])
         reality[:, 0] = 1 - config.smoothing
-        blend = config.reality_weight * reality.log() + config.critic_weight * critic_log_probs.gather(1, actions)
+        blend = config.reality_weight * reality.log() + config.critic_weight * critic_logits.gather(1, actions).float()
         consensus = blend.masked_fill(repeated, -torch.inf).softmax(dim=1)
         rewards = torch.where(consensus > 1 / num_active, config.reward_scale * consensus, 0.0)
         rewards *= (config.reward_cap / rewards.amax(dim=1, keepdim=True)).clamp(max=1)
@@ -162,7 +162,7 @@ def cut_cross_entropy(inputs: Inputs, config: AvataRLConfig) -> Tensor:
 
 @torch.no_grad()
 def bare_products(inputs: Inputs, config: AvataRLConfig) -> tuple[Tensor, Tensor]:
-    """The matrix products that no version of ours can do without, on one buffer of rows: a floor."""
+    """The matrix products that no version of ours can do without, in the inputs' dtype."""
     hidden, head, critic_hidden, critic_head, _ = inputs
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     for rows in torch.arange(len(hidden), device="cpu").split(1024 if hidden.device.type == "cpu" else 4096):

@@ -54,6 +54,8 @@ def milliseconds(row: Row) -> str:
     """Median and percentiles, or why there are none."""
     if not row["median_ms"]:
         return row["note"]
+    if int(row["n"]) < 5:  # too few for percentiles
+        return number(float(row["median_ms"]))
     return f"{number(float(row['median_ms']))} ({number(float(row['p20_ms']))}–{number(float(row['p80_ms']))})"
 
 

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import functools
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -152,8 +153,10 @@ def resident_peaks(build: Build, name: str, cases: Sequence) -> list[float | Non
     """Peak resident memory (MiB) of one call in each case above what was held before it; None where none was read.
 
     In a process of the alternative's own: what others left in the allocator would hide part of it. The process is
-    spawned, since a forked one would inherit this one's threads in no state to be used.
+    spawned, since a forked one would inherit this one's threads in no state to be used. Its allocator maps every large
+    buffer by itself, as it would not in training: resident memory is then what is in use, not what the heap has kept.
     """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # read when a process starts
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
             return process.submit(peaks_here, build, name, cases).result()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .losses import RewardedObjective, reward_metrics, subtract_at
+from .losses import RewardedObjective, reward_metrics
 from .protocol import Objective, Policy, Rows, Scores, register
 
 
@@ -30,8 +30,8 @@ class CrossEntropy(Objective):
         metrics = {"loss": metrics["cross_entropy"], **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        gradient = policy.gradient_(rows.weights, torch.ones_like(rows.weights))
-        return Scores(_subtract_target(gradient, rows.targets, rows.weights), metrics)
+        one = torch.ones_like(rows.weights)
+        return Scores(policy.gradient_(rows.weights, one, rows.targets.unsqueeze(1), one.unsqueeze(1)), metrics)
 
 
 @register
@@ -44,12 +44,12 @@ class LabelSmoothing(Objective):
         smoothing = self.baseline.label_smoothing
         policy, weights = Policy.of(rows.player_logits, 1.0, rows.kernels), rows.weights
         metrics = policy.metrics(rows.targets)
-        loss = (1 - smoothing) * metrics["cross_entropy"] - smoothing * policy.log_probs().mean(dim=1)
+        log_probs = policy.log_probs()
+        loss = (1 - smoothing) * metrics["cross_entropy"] - smoothing * log_probs.mean(dim=1)
         metrics = {"loss": loss, **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        gradient = policy.gradient_(weights, torch.ones_like(weights))
-        gradient -= (weights * smoothing / gradient.shape[1]).unsqueeze(1)
+        gradient = (log_probs.exp_() - smoothing / log_probs.shape[1]) * weights.unsqueeze(1)
         return Scores(_subtract_target(gradient, rows.targets, (1 - smoothing) * weights), metrics)
 
 
@@ -67,24 +67,23 @@ class Distillation(Objective):
         alpha = self.baseline.distillation_alpha
         policy, weights = Policy.of(rows.player_logits, 1.0, rows.kernels), rows.weights
         metrics = policy.metrics(rows.targets)
-        loss, soft_targets = alpha * metrics["cross_entropy"], []
+        log_probs = policy.log_probs()
+        loss, soft_targets = alpha * metrics["cross_entropy"], torch.zeros_like(log_probs)
         for logits in rows.critic_logits if self.needs_critic else ():
             critic, share = Policy.of(logits, 1.0, rows.kernels), (1 - alpha) / len(rows.critic_logits)
-            probs = critic.log_probs().exp_()  # (N, V)
-            loss = loss - share * (critic.entropy + torch.linalg.vecdot(probs, policy.log_probs()))
-            soft_targets.append(probs.mul_((share * weights).unsqueeze(1)))
+            probs = critic.log_probs().exp_().to(log_probs.dtype)  # (N, V)
+            loss = loss - share * (critic.entropy.to(loss.dtype) + torch.linalg.vecdot(probs, log_probs))
+            soft_targets.add_(probs, alpha=share)
         metrics = {"loss": loss, **metrics}
         if not with_gradient:
             return Scores(None, metrics)
-        gradient = policy.gradient_(weights, torch.ones_like(weights))
-        for soft_target in soft_targets:
-            gradient -= soft_target
+        gradient = log_probs.exp_().sub_(soft_targets).mul_(weights.unsqueeze(1))
         return Scores(_subtract_target(gradient, rows.targets, alpha * weights), metrics)
 
 
 def _subtract_target(gradient: Tensor, targets: Tensor, amount: Tensor) -> Tensor:
     """Take ``amount`` (N,) from the target's column, in place."""
-    return subtract_at(gradient, targets.unsqueeze(1), amount.unsqueeze(1))
+    return gradient.scatter_add_(1, targets.unsqueeze(1), -amount.unsqueeze(1))
 
 
 @register
@@ -107,9 +106,8 @@ class ExpectedReward(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights / temperature
-        gradient = tempered.gradient_(weights, expected, beta)
-        return Scores(subtract_at(gradient, actions, weights.unsqueeze(1) * probs * paid), metrics)
+        gradient = tempered.gradient_(rows.weights / temperature, expected, actions, probs * paid, beta)
+        return Scores(gradient, metrics)
 
 
 @register
@@ -155,9 +153,9 @@ class Reinforce(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights / temperature
-        gradient = tempered.gradient_(weights, credit.mean(dim=1), beta)
-        return Scores(subtract_at(gradient, drawn, weights.unsqueeze(1) * credit / drawn.shape[1]), metrics)
+        credit = credit / drawn.shape[1]
+        gradient = tempered.gradient_(rows.weights / temperature, credit.sum(dim=1), drawn, credit, beta)
+        return Scores(gradient, metrics)
 
 
 @register

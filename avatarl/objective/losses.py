@@ -94,14 +94,8 @@ class AvataRL(RewardedObjective):
         }
         if not with_gradient:
             return Scores(None, metrics)
-        weights = rows.weights / temperature
-        gradient = tempered.gradient_(weights, paid.sum(dim=1), beta)
-        return Scores(subtract_at(gradient, actions, weights.unsqueeze(1) * paid), metrics)
-
-
-def subtract_at(gradient: Tensor, tokens: Tensor, amounts: Tensor) -> Tensor:
-    """Take ``amounts`` (N, S) from the columns of ``tokens`` (N, S), in place; a repeated token gives each time."""
-    return gradient.scatter_add_(1, tokens, -amounts.to(gradient.dtype))
+        gradient = tempered.gradient_(rows.weights / temperature, paid.sum(dim=1), actions, paid, beta)
+        return Scores(gradient, metrics)
 
 
 def avatarl_loss(

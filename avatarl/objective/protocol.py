@@ -103,7 +103,7 @@ class Objective(ABC):
             raise ValueError(f"uniforms {found} do not fit; {self.name!r} needs {(positions, self.num_draws)}")
 
 
-@torch.compiler.assume_constant_result  # and not traced
+@torch.compiler.assume_constant_result  # and not traced; a graph is then bound to this very object
 def _as_json(settings: AvataRLConfig | BaselineConfig) -> str:
     return json.dumps(dataclasses.asdict(settings))
 
@@ -163,15 +163,25 @@ class Policy(NamedTuple):
         log_probs = scaled_logits(logits, self.temperature) - self.log_normaliser.unsqueeze(1)
         return log_probs.clamp_(min=LOWEST_LOG_PROB)
 
-    def gradient_(self, weights: Tensor, total: Tensor, bonus: float = 0.0) -> Tensor:
-        """weights · π · (total + bonus · (log π + H)), (N, V), written over the logits.
+    def gradient_(self, weights: Tensor, total: Tensor, tokens: Tensor, amounts: Tensor, bonus: float = 0.0) -> Tensor:
+        """weights · [π · (total + bonus · (log π + H)) − amounts at tokens], (N, V), written over the logits.
 
-        It is what a reward-weighted sum of log π and an entropy bonus leave on every logit, but for the rewarded
-        actions' own. ``weights`` and ``total`` are (N,).
+        It is the gradient of a weighted sum of −log π(token) and an entropy bonus. ``weights`` and ``total`` are (N,),
+        ``tokens`` and ``amounts`` (N, S); a repeated token takes the sum of its amounts.
         """
         constant = weights * (total + bonus * self.entropy)
         weighted_bonus = weights * bonus if bonus else None
-        return self.kernels.gradient_(self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus)
+        amounts = weights.unsqueeze(1) * amounts
+        arguments = (self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus)
+        if self.logits.dtype == amounts.dtype:
+            return self.kernels.gradient_(*arguments).scatter_add_(1, tokens, -amounts)
+        # In half precision the difference must be taken before it is rounded: where π is near 1 it is all that is left.
+        log_probs = self.log_probs_at(tokens)
+        slopes = constant.unsqueeze(1) + (weighted_bonus.unsqueeze(1) * log_probs if bonus else 0)
+        same = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (N, S, S)
+        taken = torch.where(same, amounts.unsqueeze(1), 0.0).sum(dim=2)
+        differences = (log_probs.exp() * slopes - taken).to(self.logits.dtype)
+        return self.kernels.gradient_(*arguments).scatter_(1, tokens, differences)
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and entropy (N,) in nats."""
@@ -273,8 +283,11 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx, incoming: Tensor):
         gradients = ctx.saved_tensors
         # Multiplied in the loss's dtype, since a gradient scaler's factor may be beyond float16, and rounded once.
-        scaled = (
-            torch.mul(gradient, incoming, out=torch.empty_like(gradient, dtype=dtype))
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
+        if torch.is_grad_enabled():  # create_graph: over the incoming gradient alone
+            scaled = ((gradient * incoming).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        else:
+            scaled = (
+                torch.mul(gradient, incoming, out=torch.empty_like(gradient, dtype=dtype))
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            )
         return None, *scaled, *(None for _ in gradients)

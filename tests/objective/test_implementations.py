@@ -10,7 +10,6 @@ from avatarl import AvataRLConfig, linear_avatarl_loss
 from avatarl.objective import OBJECTIVES, BaselineConfig, linear_objective_loss, make_objective
 from avatarl.objective.checks import compute_dtype
 from avatarl.objective.fused import chunked, implementations
-from avatarl.objective.fused.operator import one_operator  # noqa: F401  (registers the operator)
 from avatarl.objective.protocol import Rows
 
 from .test_linear import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
@@ -101,6 +100,7 @@ def test_autocast_around_a_compiled_graph():
 def test_the_operator_keeps_its_word():
     """Fake shapes and dtypes, no aliasing, nothing mutated: PyTorch's own check of an operator."""
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=torch.bfloat16)
+    hidden = hidden.detach().t().contiguous().t()  # strides that a gradient must not take over
     for wants in ((True, True), (False, True), (False, False)):
         arguments = (
             *make_objective("avatarl", CONFIG).spec,
@@ -122,7 +122,9 @@ def test_the_operator_keeps_its_word():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels(dtype, monkeypatch):
     """As good as the plain ones, judged against float64; chunks of two sizes, a padded vocabulary, a temperature."""
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 8 * VOCABULARY)  # 8, 8, 7
+    monkeypatch.setitem(chunked.CHUNK_ROWS, "cpu", 8)  # 8, 8, 7
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=dtype)
     targets = targets.clamp(max=VOCABULARY - 3)
     targets[3] = -100
@@ -136,6 +138,7 @@ def test_compiled_kernels(dtype, monkeypatch):
         assert found.dtype == compute_dtype(dtype)
         epsilon = torch.finfo(dtype).eps
         assert found.item() == pytest.approx(exact.item(), rel=4 * epsilon)
+        assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
         exact = gradients(exact, *wide)
         plain, found = (gradients(loss, hidden, weight) for loss in (plain, found))
         for one, other in zip(errors(found, exact), errors(plain, exact), strict=True):

@@ -251,6 +251,43 @@ def test_precision_is_that_of_the_materialised_path(dtype, monkeypatch):
         assert one <= 4 * epsilon
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"reinforce", "ppo"}))
+def test_a_confident_player_in_half_precision(name, dtype):
+    """At π(target) ≈ 0.99 the gradient is a small difference of large numbers: it must be taken before rounding."""
+    hidden, weight, critic_hidden, critic_weight, _ = random_heads(positions=60, dtype=torch.float64)
+    hidden, weight = (hidden * 5).to(dtype).detach(), weight.to(dtype).detach()
+    targets = (hidden.double() @ weight.double().t()).argmax(dim=1)
+    assert (hidden.double() @ weight.double().t()).softmax(dim=1).amax(dim=1).median() > 0.95
+    critic_hidden, critic_weight = [hidden], [weight]  # it agrees with the player
+    objective = make_objective(name, AvataRLConfig.article(top_k=4), BaselineConfig(distillation_alpha=0.5))
+    rest = (critic_hidden, critic_weight, targets)
+    narrow, wide = [[x.to(t).requires_grad_() for x in (hidden, weight)] for t in (dtype, torch.float64)]
+    wide_rest = ([hidden.double()], [weight.double()], targets)
+    exact = gradients(linear_objective_loss(objective, *wide, *wide_rest)[0], *wide)
+    found = gradients(linear_objective_loss(objective, *narrow, *rest)[0], *narrow)
+    plain_logits = narrow[0] @ narrow[1].t()
+    plain = gradients(objective_loss(objective, plain_logits, [plain_logits.detach()], targets)[0], *narrow)
+    for one, other in zip(errors(found, exact), errors(plain, exact), strict=True):
+        assert one <= 1.2 * other + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["avatarl", "distillation", "expected_reward"])
+@pytest.mark.parametrize("critic_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_player_and_critic_of_different_dtypes(name, dtype, critic_dtype):
+    hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=torch.float64)
+    expected, _ = linear_objective_loss(
+        make_objective(name, CONFIG), hidden, weight, critic_hidden, critic_weight, targets
+    )
+    hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+    critics = ([x.to(critic_dtype) for x in critic_hidden], [x.to(critic_dtype) for x in critic_weight])
+    found, _ = linear_objective_loss(make_objective(name, CONFIG), hidden, weight, *critics, targets)
+    found.backward()
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
 def test_head_gradient_is_summed_in_float32(monkeypatch):
     """Many chunks in bfloat16: each addition would round, were the sum held in bfloat16."""
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(positions=150, dtype=torch.bfloat16)

@@ -53,8 +53,9 @@ def chunked_sums(
     num_positions, vocabulary = player.states.shape[0], player.weight.shape[0]
     dtype = compute_dtype(player.states.dtype)
     wants_states, wants_weight = wants_gradients
-    grad_states = torch.empty_like(player.states, dtype=dtype) if wants_states else None
-    grad_weight = torch.zeros_like(player.weight, dtype=dtype) if wants_weight else None
+    # Contiguous whatever the inputs are: the operator of a compiled graph promises so.
+    grad_states = player.states.new_empty(player.states.shape, dtype=dtype) if wants_states else None
+    grad_weight = player.weight.new_zeros(player.weight.shape, dtype=dtype) if wants_weight else None
 
     # The products see weights of up to 1 and the gradients are scaled at the end: 1/M would underflow in float16.
     largest = weights.amax() if num_positions else weights.sum()
@@ -84,10 +85,11 @@ def chunked_sums(
                 totals[name] = totals[name] + value if name in totals else value
             if scores.gradient is None:
                 continue
+            gradient = scores.gradient.to(player.weight.dtype)  # (rows, V)
             if wants_states:
-                _product_into(grad_states[chunk], scores.gradient, player.weight)
+                _product_into(grad_states[chunk], gradient, player.weight)
             if wants_weight:
-                _add_product(grad_weight, scores.gradient.t(), player.states[chunk], partial)
+                _add_product(grad_weight, gradient.t(), player.states[chunk], partial)
     for gradient in (grad_states, grad_weight):
         if gradient is not None:
             gradient.mul_(largest)

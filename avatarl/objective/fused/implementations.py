@@ -21,8 +21,8 @@ import torch
 from ..kernels import PLAIN, Kernels
 
 IMPLEMENTATIONS = ("auto", "chunked", "compiled", "triton")
-# benchmarks/README.md has the figures. ``compiled`` is faster on a CPU, but a first call that takes seconds and asks
-# for a compiler is for the user to choose.
+# benchmarks/README.md has the figures. ``compiled`` makes fewer passes on a CPU, but a first call that takes seconds
+# and asks for a compiler is for the user to choose.
 AUTO = {"cpu": "chunked"}
 UNTIMED = "chunked"
 

@@ -55,11 +55,11 @@ class TritonKernels(Kernels):
         cuts = config.top_p is not None and config.top_p < 1
         if cuts or torch.float64 in (logits.dtype for logits in (player, *critics)):
             return super().judge(player, critics, targets, config)
-        lists = [targets.unsqueeze(1), propose(player, config.top_k, False)[0]]
+        lists = [targets.unsqueeze(1), proposals(player, config.top_k, False)[0]]
         experts = []
         for logits, weight in zip(critics, config.critic_weights(len(critics)), strict=True):
             normalised = weight > 0 and config.needs_critic_normaliser
-            tokens, log_normaliser = propose(logits, config.top_k, normalised)
+            tokens, log_normaliser = proposals(logits, config.top_k, normalised)
             lists.append(tokens)
             if weight > 0:  # never 0 · −∞
                 experts.append((logits, log_normaliser, weight))
@@ -90,7 +90,7 @@ class TritonKernels(Kernels):
         return logits
 
 
-def propose(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor | None]:
+def proposals(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor | None]:
     """The ``k`` largest logits' token ids (N, k) in falling order, and the log normaliser (N,) where asked for."""
     num_blocks = blocks_to_search(logits.shape[1], k)
     if num_blocks is None:
