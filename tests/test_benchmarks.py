@@ -63,8 +63,8 @@ def test_calls_take_turns():
 def test_memory_is_that_of_one_call(process: str):
     peaks = timing.peaks_here if process == "this" else timing.resident_peaks
     small, large = peaks(fill, "fill", [16, 80])
-    assert 16 <= small < 32
-    assert 80 <= large < 96
+    assert 15 < small < 32  # pages let go meanwhile count against it
+    assert 79 < large < 96
 
 
 def fill(name: str, mebibytes: int) -> timing.Ready:
