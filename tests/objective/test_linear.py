@@ -106,7 +106,7 @@ def test_ragged_sizes(positions, monkeypatch):
 )
 def test_chunks_cover_all_positions_in_even_parts(positions, most, sizes, monkeypatch):
     small_chunks(monkeypatch, most * VOCABULARY)
-    rows = chunked.chunk_rows(positions, VOCABULARY, torch.float32, torch.device("cpu"))
+    rows = chunked.chunk_rows(positions, VOCABULARY, torch.device("cpu"))
     assert [len(part) for part in torch.arange(positions).split(rows)] == sizes
 
 

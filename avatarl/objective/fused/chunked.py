@@ -14,7 +14,7 @@ from .implementations import kernels
 
 # A chunk's rows: enough for the products to be efficient, few enough to hold two models' logits of them at once. Timed
 # on two AVX-512 cores, from 32 to 2,048 rows at vocabularies of 4,096 and 50,257 (docs/lab-log.md); those for CUDA are
-# a guess. The elements of one model's logits in single precision bound the memory; in half there may be twice as many.
+# a guess. The elements of one model's logits bound the memory.
 CHUNK_ROWS = {"cpu": 2**10, "cuda": 2**14}
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**25}
 
@@ -60,7 +60,7 @@ def chunked_sums(
     # The products see weights of up to 1 and the gradients are scaled at the end: 1/M would underflow in float16.
     largest = weights.amax() if num_positions else weights.sum()
     relative = weights / largest.clamp(min=torch.finfo(dtype).tiny)
-    rows = chunk_rows(num_positions, vocabulary, player.states.dtype, player.states.device)
+    rows = chunk_rows(num_positions, vocabulary, player.states.device)
     # Written anew by every chunk: fresh memory would cost as much as computing what goes into it.
     buffers = [_LogitsBuffer(head, rows) for head in (player, *critics, *([snapshot] if snapshot else []))]
     partial = None if grad_weight is None or player.weight.dtype == dtype else torch.empty_like(player.weight)
@@ -96,11 +96,10 @@ def chunked_sums(
     return totals, grad_states, grad_weight
 
 
-def chunk_rows(num_positions: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int:
     """How many positions one chunk holds: chunks of equal size, none empty."""
     kind = device.type if device.type in CHUNK_ROWS else "cuda"
-    elements = CHUNK_ELEMENTS[kind] * (2 if dtype.itemsize == 2 else 1)
-    most = max(1, min(CHUNK_ROWS[kind], elements // vocabulary))
+    most = max(1, min(CHUNK_ROWS[kind], CHUNK_ELEMENTS[kind] // vocabulary))
     num_chunks = max(1, -(-num_positions // most))
     return max(1, -(-num_positions // num_chunks))
 
