@@ -7,12 +7,13 @@ the traceback. Every import of weight waits until its command is known, so that 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from .errors import UserError, nearest_name
+from .errors import RunStopped, UserError, nearest_name
 from .process import set_up_process
 from .version import __version__
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return _end("interrupted", INTERRUPTED, debug)
+    except RunStopped as stop:
+        return _end(_one_line(stop), 128 + stop.signum, debug)
     except (UserError, ArgumentError) as error:
         return _end(_one_line(error), USER_MISTAKE, debug)
     except Exception as error:
@@ -91,12 +94,14 @@ def train_command(arguments: Sequence[str]) -> None:
     parser = _parser("train")
     parser.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); later options replace its settings")
     parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint")
+    parser.add_argument("--allow_changes", action="store_true", help="resume under other settings, data or critics")
     parser.add_class_arguments(TrainConfig)
     settings = _parse(parser, arguments)
     settings.pop("config")
-    resume = settings.pop("resume")
-    summary = train(TrainConfig(**settings), resume=resume)
-    print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
+    resume, allow_changes = settings.pop("resume"), settings.pop("allow_changes")
+    summary = train(TrainConfig(**settings), resume, allow_changes)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:

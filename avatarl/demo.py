@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from .data import PreparedData, prepare
 from .errors import UserError
+from .inert import backticks_around, markdown_code, one_line, visible
 from .models import PlayerConfig
 from .objective.config import require_whole
 from .results import draw_curves, evaluate, generate
@@ -162,11 +162,11 @@ def write_samples(path: Path, data: PreparedData, runs: dict[str, str]) -> None:
     prompts = dict.fromkeys(["", *map(tokenizer.decode, openings)])
     parts = ["# Samples", "", "Temperature 0.8, the same seed for every model; prompts are from held-out text."]
     for prompt in prompts:
-        parts += ["", f"## {'beginning of a document' if not prompt else repr(prompt)}"]
+        parts += ["", f"## {markdown_code(repr(prompt)) if prompt else 'beginning of a document'}"]
         for name, run in runs.items():
             (text,) = generate(run, prompt, max_new_tokens=SAMPLE_TOKENS)
-            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text
-            parts += ["", f"**{name}**", "", f"{fence}text", text, fence]
+            fence = backticks_around(text, fewest=3)
+            parts += ["", f"**{name}**", "", f"{fence}text", visible(text), fence]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -194,7 +194,7 @@ def results_table(results: dict) -> str:
     rows = [[name, *(column(run) for column in COLUMNS.values())] for name, run in results["runs"].items()]
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     note = (
-        f"Held-out text of {results['source']}, "
+        f"Held-out text of {markdown_code(results['source'])}, "
         f"{results['runs']['avatarl']['evaluation']['tokens']:,} tokens, one seed. {EXPLANATION} "
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats."
     )
@@ -203,20 +203,21 @@ def results_table(results: dict) -> str:
 
 def print_results(console: Console, results: dict, out: Path) -> None:
     """The results on the terminal, and where to look."""
-    title = Text(f"held-out text of {results['source']}")  # a path may look like markup
+    title = Text(one_line(f"held-out text of {results['source']}"))  # a path may look like markup
     table = Table(box=None, padding=(0, 2, 0, 0), title=title)
     for number, heading in enumerate(["run", *COLUMNS]):
         table.add_column(heading, justify="left" if number == 0 else "right")
     for name, run in results["runs"].items():
         table.add_row(name, *(column(run) for column in COLUMNS.values()))
     console.print(table)
+    shown = one_line(str(out))
     paid_elsewhere = results["runs"]["avatarl"]["evaluation"]["rewards"]["other_reward_share"]
     console.print(
         f"{EXPLANATION}\n"
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats. "
         f"Reward paid to tokens other than the text's: {paid_elsewhere:.1%}.\n"
-        f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {out}/samples.md, curves.png, results.json; "
-        f"talk to it with: avatarl generate {out}/avatarl --prompt 'Return the'",
+        f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {shown}/samples.md, curves.png, results.json; "
+        f"talk to it with: avatarl generate {shown}/avatarl --prompt 'Return the'",
         highlight=False,
         markup=False,
     )

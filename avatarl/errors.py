@@ -1,17 +1,35 @@
-"""The one kind of error that is the user's to mend."""
+"""How a command can end before its end: by a user's mistake, a run that fails, a run that is asked to stop."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+from .inert import one_line
+
 
 class UserError(ValueError):
     """A setting, file or folder that cannot be used, said in one line.
 
-    The message names the setting or file, what was found and what would be accepted. The command line prints
-    it without a traceback and exits with status 2; in Python it is an ordinary ``ValueError``.
+    The message names the setting or file, what was found and what would be accepted; it is made inert, since what was
+    found may be hostile. The command line prints it without a traceback and exits with status 2; in Python it is an
+    ordinary ``ValueError``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class RunFailed(RuntimeError):
+    """The run itself went wrong, not the user's settings; the command line exits with status 1."""
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and has saved what it had; the command line exits with 128 plus the signal."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

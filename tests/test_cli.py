@@ -17,7 +17,7 @@ import avatarl.training
 from avatarl import UserError, __version__
 from avatarl.cli import COMMANDS, main
 from avatarl.results import evaluate, generate
-from avatarl.training.trainer import RunFailed
+from avatarl.errors import RunFailed
 
 from .conftest import BLOCK, TINY, write_documents
 

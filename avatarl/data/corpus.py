@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 import zlib
@@ -21,6 +22,7 @@ from typing import IO, NamedTuple
 
 from avatarl.data.python_docs import python_documents
 from avatarl.errors import UserError, nearest_name
+from avatarl.outside import refusing
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -28,6 +30,7 @@ ACCEPTED = f"{', '.join(SUFFIXES)}, each also with .gz"
 
 PIECE_CHARACTERS = 1 << 16
 LONGEST_PIECE_CHARACTERS = 1 << 20
+LONGEST_JSON_LINE = 1 << 28  # a record is held in memory, and a small gzip file can hold an endless one
 
 # Places where a document can be cut without changing its tokens: before a single space and after a single line
 # feed, with something visible on both sides. The pre-tokenizers of GPT-2, GPT-4, Llama 3 and Qwen all end a word
@@ -78,7 +81,7 @@ def _source_pieces(source: str, text_field: str) -> Iterator[Piece]:
 def _files(source: str) -> list[Path]:
     """The readable files that a path names, sorted; hidden ones inside a folder are left out."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         if _kind(path) is None:
             raise UserError(f"source {source!r}: unknown suffix {path.suffix!r}; accepted are {ACCEPTED}")
         return [path]
@@ -92,6 +95,9 @@ def _files(source: str) -> list[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     readable = sorted(file for file in found if _kind(file))
+    for file in readable:
+        if not file.is_file():  # a pipe would be waited for
+            raise UserError(f"source {source!r}: {file} is not a regular file that exists")
     if not readable:
         raise UserError(f"source {source!r}: the folder has no readable file; accepted are {ACCEPTED}")
     return readable
@@ -210,8 +216,10 @@ def _not_utf8(path: Path, offset: int) -> UserError:
 
 
 def _jsonl_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_JSON_LINE + 1), b""), start=1):
         where = f"{path}:{number}"
+        if len(line) > LONGEST_JSON_LINE:
+            raise UserError(f"{where}: the line is longer than {LONGEST_JSON_LINE:,} bytes; one record is expected")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
@@ -228,7 +236,6 @@ def _jsonl_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator
 
 
 def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
     import pyarrow.parquet
 
     with tempfile.TemporaryFile() as unpacked:
@@ -236,30 +243,22 @@ def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterat
             # Parquet is read from its end, which a gzip stream cannot do without being unpacked again and again.
             shutil.copyfileobj(stream, unpacked)
             stream = unpacked
-        try:
+        with refusing(f"{path}: not a readable Parquet file (", ")"):  # it raises many kinds besides its own
             table = pyarrow.parquet.ParquetFile(stream)
             _require_field(table.schema_arrow.names, text_field, str(path))
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for record in batch.to_pylist():
                     yield from _text_of(record, text_field, str(path))
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
 
 
 def _hub_documents(source: str, text_field: str) -> Iterator[str]:
     import datasets
 
     name, _, config = source.removeprefix("hub:").partition("@")
-    try:
-        rows = iter(datasets.load_dataset(name, config or None, split="train", streaming=True))
-        first = next(rows, None)
-    except Exception as error:  # the library raises many kinds, and all of them mean that it cannot be opened
-        raise UserError(
-            f"source {source!r}: the datasets library cannot open its train split ({_first_line(error)}); expected is "
-            "hub:DATASET_ID, hub:DATASET_ID@CONFIG or hub:FOLDER"
-        ) from error
-    for record in itertools.chain([first] if first else [], rows):
-        yield from _text_of(record, text_field, f"source {source!r}")
+    expected = "expected is hub:DATASET_ID, hub:DATASET_ID@CONFIG or hub:FOLDER"
+    with refusing(f"source {source!r}: the datasets library cannot open its train split (", f"); {expected}"):
+        for record in datasets.load_dataset(name, config or None, split="train", streaming=True):
+            yield from _text_of(record, text_field, f"source {source!r}")
 
 
 def _text_of(record: dict, text_field: str, where: str) -> Iterator[str]:
@@ -283,9 +282,5 @@ def _text_of(record: dict, text_field: str, where: str) -> Iterator[str]:
 def _require_field(found: Iterable[str], text_field: str, where: str) -> None:
     names = list(found)
     if text_field not in names:
-        fields = ", ".join(map(repr, names)) or "none"
+        fields = reprlib.repr(names)[1:-1] or "none"
         raise UserError(f"{where}: no field {text_field!r}; found {fields}{nearest_name(text_field, names)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from avatarl.errors import UserError
+from avatarl.outside import parse_json, read_regular_file, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
+LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -45,6 +48,10 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def largest_id(self) -> int:
+        """The largest token id; -1 of an empty stream."""
+        return max((int(shard.max()) for shard in self._shards), default=-1)
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop), int64 (stop - start,); IndexError where the stream does not have them."""
@@ -78,6 +85,9 @@ class PreparedData:
     def open(cls, path: str | Path) -> PreparedData:
         """Open the folder that ``prepare`` wrote, after comparing every file with the manifest's size and SHA-256.
 
+        Whoever writes a manifest can write matching sums as well; so nothing in it is believed unchecked, and neither
+        are the token ids.
+
         Raises:
             UserError: the folder was not written by ``prepare``, or a file is missing or not as it was written.
         """
@@ -89,11 +99,22 @@ class PreparedData:
         streams = {}
         for split in ("train", "valid"):
             shards = sorted(name for name in manifest["files"] if PurePosixPath(name).match(f"{split}-*.bin"))
+            for name in shards:
+                size = manifest["files"][name]["bytes"]
+                if size == 0 or size % dtype.itemsize:
+                    raise UserError(
+                        f"{path / name}: has {size} bytes; whole token ids of {dtype.itemsize} bytes are expected"
+                    )
             streams[split] = TokenStream([path / name for name in shards], dtype, split)
             if len(streams[split]) != manifest["tokens"][split]:
                 raise UserError(
                     f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
                     f"{manifest['tokens'][split]}; prepare the data anew"
+                )
+            if streams[split].largest_id() >= manifest["vocab_size"]:
+                raise UserError(
+                    f"{path}: the {split} split holds token id {streams[split].largest_id()}, but the manifest says "
+                    f"ids are below {manifest['vocab_size']}; prepare the data anew"
                 )
         return cls(
             path=path,
@@ -106,37 +127,78 @@ class PreparedData:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the data was made with, from the folder's own copy."""
-        from transformers import AutoTokenizer
+        from avatarl.data.tokenizer import open_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.path / TOKENIZER_FOLDER, trust_remote_code=False)
+        folder = self.path / TOKENIZER_FOLDER
+        with refusing(f"{folder}: not a tokenizer that can be opened (", "); prepare the data anew"):
+            tokenizer = open_tokenizer(folder)
+        entries = len(tokenizer), 1 + max(tokenizer.get_vocab().values())
+        if entries != (self.vocab_size, self.vocab_size):
+            raise UserError(
+                f"{folder}: has {entries[0]} entries and ids below {entries[1]}, but the manifest says "
+                f"{self.vocab_size}; prepare the data anew"
+            )
+        return tokenizer
 
 
 def _read_manifest(folder: Path) -> tuple[bytes, dict]:
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_regular_file(path, LARGEST_MANIFEST_BYTES)
+        manifest = parse_json(content)
+        version = manifest["format_version"]
     except OSError as error:
         raise UserError(f"{path}: no such file; a folder made by `avatarl prepare` is expected") from error
-    try:
-        manifest = json.loads(content)
-        version = manifest["format_version"]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not the manifest of a prepared folder; prepare the data anew") from error
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: format_version is {reprlib.repr(version)}; this version of avatarl reads {FORMAT_VERSION}"
+        )
     missing = {"files", "tokens", "vocab_size", "end_of_text_id", "dtype"} - manifest.keys()
     if missing:
         raise UserError(f"{path}: {', '.join(sorted(missing))} missing; prepare the data anew")
-    if manifest["dtype"] not in DTYPES:
-        raise UserError(f"{path}: dtype is {manifest['dtype']!r}; accepted are {', '.join(DTYPES)}")
+    _check_kinds(path, manifest)
     return content, manifest
+
+
+def _check_kinds(path: Path, manifest: dict) -> None:
+    """Refuse a manifest whose entries are not of the kinds that ``prepare`` writes."""
+
+    def require(holds: bool, name: str, found: Any, accepted: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: {name} is {reprlib.repr(found)}; accepted {accepted}; prepare the data anew")
+
+    dtype, vocab_size, end_id = manifest["dtype"], manifest["vocab_size"], manifest["end_of_text_id"]
+    tokens, files = manifest["tokens"], manifest["files"]
+    require(isinstance(dtype, str) and dtype in DTYPES, "dtype", dtype, f"are {', '.join(DTYPES)}")
+    most = 1 << 8 * DTYPES[dtype].itemsize
+    require(_is_whole(vocab_size) and 1 <= vocab_size <= most, "vocab_size", vocab_size, f"is 1 to {most}")
+    require(
+        end_id is None or _is_whole(end_id) and end_id < vocab_size,
+        "end_of_text_id",
+        end_id,
+        f"is null or a token id below {vocab_size}",
+    )
+    require(isinstance(tokens, dict), "tokens", tokens, "is the number of tokens by split")
+    for split in ("train", "valid"):
+        require(_is_whole(tokens.get(split)), f"tokens.{split}", tokens.get(split), "is a whole number")
+    require(isinstance(files, dict), "files", files, "is size and SHA-256 by file")
+    for name, record in files.items():
+        kinds = {key: type(value) for key, value in record.items()} if isinstance(record, dict) else None
+        require(kinds == {"bytes": int, "sha256": str}, f"files.{name}", record, "are bytes and sha256")
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a JSON value is a whole number of at least 0; ``true`` is none, though Python counts it as one."""
+    return type(value) is int and value >= 0
 
 
 def _verify(folder: Path, name: str, expected: dict) -> None:
     path = folder / name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside of its folder; prepare the data anew")
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike `Path.is_file`, it takes any name; a pipe is none, and is not waited for
         raise UserError(f"{path}: missing, though the manifest names it; prepare the data anew")
     found_bytes = path.stat().st_size
     if found_bytes != expected["bytes"]:

@@ -13,12 +13,18 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from avatarl.errors import UserError
+from avatarl.outside import check_library_folder, refusing
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 256 + 1  # every byte, and the end of a text
+LARGEST_BPE = 1 << 20  # the trainer makes room for all of them at once
+MOST_UNUSED_IDS = 1 << 20
 
 # Training keeps every distinct word in memory; this much text is plenty for merges and keeps that bounded.
 BPE_TRAINING_CHARACTERS = 200_000_000
+
+# Letters, digits, punctuation, white space, and characters of two to four bytes.
+PROBE = "The quick brown fox, 1234!\n\tÄ漢🙂"
 
 ACCEPTED = "accepted are bpe:N, gpt2, a tokenizer folder and a tokenizer's id on the Hugging Face Hub"
 
@@ -58,6 +64,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     A special token spelled out in a text is text: it is encoded letter by letter, so that no document can forge an
     end. Set ``TOKENIZERS_PARALLELISM=false`` to stay on one core.
     """
+    with refusing("tokenizer: cannot encode the text (", ")"):
+        return _encode(tokenizer, texts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -111,10 +122,11 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _bpe_size(spec: str) -> int:
     size = spec.removeprefix("bpe:")
-    if not (size.isascii() and size.isdigit()) or int(size) < SMALLEST_BPE:
+    # Python refuses to read a number of thousands of digits.
+    if not (size.isascii() and size.isdigit() and len(size) < 20 and SMALLEST_BPE <= int(size) <= LARGEST_BPE):
         raise UserError(
             f"tokenizer {spec!r}: N of bpe:N must be a whole number of at least {SMALLEST_BPE} "
-            f"(256 bytes and {END_OF_TEXT})"
+            f"(256 bytes and {END_OF_TEXT}) and at most {LARGEST_BPE}"
         )
     return int(size)
 
@@ -166,9 +178,43 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 # --- opening --------------------------------------------------------------------------------------------------------
 
 
+def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Open a tokenizer folder or a Hub id, and have it encode and decode a few words before it is believed.
+
+    Raises:
+        Exception: of many kinds, Rust's panics among them; callers use :func:`avatarl.outside.refusing`.
+    """
+    if Path(name).is_dir():
+        check_library_folder(Path(name))
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    _try_out(tokenizer, str(name))
+    return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that opens, but does not turn text into its own entries and back."""
+    ids = set(tokenizer.get_vocab().values())
+    _check_ids(ids, name)
+    (encoded,) = _encode(tokenizer, [PROBE])
+    if not set(encoded) <= ids:
+        raise UserError(f"{name}: the tokenizer gives ids that it has no entries for")
+    tokenizer.decode(encoded)
+    if end_of_text_id(tokenizer) not in {None, *ids}:
+        raise UserError(f"{name}: the end-of-text token is not an entry of the tokenizer")
+
+
+def _check_ids(ids: Iterable[int], name: str) -> None:
+    """Refuse ids so large that the library, which writes a tokenizer out id by id, would fill the memory and abort."""
+    count, largest = len(set(ids)), max(ids, default=0)
+    if not count:
+        raise UserError(f"{name}: the tokenizer has no entries")
+    if largest >= count + MOST_UNUSED_IDS:
+        raise UserError(f"{name}: the tokenizer has {count} entries, but an id of {largest}")
+
+
 def _open_gpt2() -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained("openai-community/gpt2", trust_remote_code=False)
+        return open_tokenizer("openai-community/gpt2")
     except Exception as error:
         raise UserError(
             "tokenizer 'gpt2': openai-community/gpt2 cannot be had from the Hugging Face Hub or its local cache; give "
@@ -178,23 +224,19 @@ def _open_gpt2() -> PreTrainedTokenizerBase:
 
 def _open_openai_folder(folder: Path) -> PreTrainedTokenizerBase:
     """GPT-2's tokenizer under the file names that OpenAI published it with."""
-    try:
+    before = f"tokenizer {str(folder)!r}: encoder.json and vocab.bpe do not make a tokenizer ("
+    with refusing(before, "); expected are GPT-2's entries and merges"):
         backend = _byte_level(BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-    except Exception as error:
-        raise UserError(
-            f"tokenizer {str(folder)!r}: encoder.json and vocab.bpe do not make a tokenizer ({error}); expected are "
-            "GPT-2's entries and merges"
-        ) from error
-    if backend.token_to_id(END_OF_TEXT) is None:
-        raise UserError(f"tokenizer {str(folder)!r}: encoder.json has no {END_OF_TEXT!r}; GPT-2's has one")
-    return _wrapped(backend)
+        if backend.token_to_id(END_OF_TEXT) is None:
+            raise UserError(f"tokenizer {str(folder)!r}: encoder.json has no {END_OF_TEXT!r}; GPT-2's has one")
+        _check_ids(backend.get_vocab().values(), str(folder))
+        tokenizer = _wrapped(backend)
+        _try_out(tokenizer, str(folder))
+    return tokenizer
 
 
 def _open(spec: str) -> PreTrainedTokenizerBase:
     if not spec or (spec.startswith((".", "/", "~")) and not Path(spec).is_dir()):
         raise UserError(f"tokenizer {spec!r}: no such folder; {ACCEPTED}")
-    try:
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds, and all of them mean that it cannot be opened
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"tokenizer {spec!r}: cannot be opened ({reason}); {ACCEPTED}") from error
+    with refusing(f"tokenizer {spec!r}: cannot be opened (", f"); {ACCEPTED}"):
+        return open_tokenizer(spec)

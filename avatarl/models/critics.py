@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,6 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avatarl.errors import UserError
 
 from .loading import head_weight, load_model, load_tokenizer
+from .players import PlayerConfig, build_player
+
+RANDOM_CRITIC = re.compile(r"random:([^:]*):(\d+)")
+RANDOM_CRITIC_CONTEXT = 1 << 17  # positions are rotations, so this costs nothing
 
 
 def load_critic(
@@ -20,14 +25,27 @@ def load_critic(
 ) -> PreTrainedModel:
     """Open a critic: a run folder, a model folder or a hub id; frozen, in eval mode.
 
+    ``random:PRESET:SEED`` is one of random weights. It knows nothing, as a control, and needs no file.
+
     Raises:
         UserError: Its vocabulary is not ``tokenizer``'s, or it cannot be opened.
     """
+    if str(critic).startswith("random:"):
+        return _random_critic(str(critic), tokenizer).to(device=device, dtype=dtype)
     check_same_vocabulary(tokenizer, load_tokenizer(critic), str(critic))
     model = load_model(critic, dtype, device).requires_grad_(False)
     if head_weight(model).shape[0] < len(tokenizer):
         raise UserError(f"critic {critic} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
     return model
+
+
+def _random_critic(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    match = RANDOM_CRITIC.fullmatch(name)
+    if match is None:
+        raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
+    preset, seed = match[1], int(match[2])
+    model = build_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
+    return model.eval().requires_grad_(False)
 
 
 def check_same_vocabulary(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import safe_open
+from torch.nn.modules import module as torch_module
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from avatarl.data.tokenizer import open_tokenizer
 from avatarl.errors import UserError
+from avatarl.outside import LARGEST_CONFIG_BYTES, check_library_folder, parse_json, read_regular_file, refusing
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def resolve_model(model: str | Path) -> str:
@@ -29,6 +38,9 @@ def resolve_model(model: str | Path) -> str:
         raise UserError(f"{model} is neither a run folder (with player/) nor a model folder (with config.json)")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no .safetensors file; expected a model saved with save_pretrained")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter (adapter_config.json); expected a model with it merged in")
+    check_library_folder(folder)
     return str(folder)
 
 
@@ -38,16 +50,22 @@ def load_model(
     """Open a causal language model in eval mode.
 
     Raises:
-        UserError: It cannot be found or opened, has no safetensors, or its logits are not ``hidden @ head.T``.
+        UserError: It cannot be found or opened, has no safetensors, its weights are not those that its configuration
+            asks for, or its logits are not ``hidden @ head.T``.
     """
     name = resolve_model(model)
-    try:
-        opened = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, use_cache=False
-        )
-    except Exception as error:  # whatever the libraries below make of a file that is not what it should be
-        raise UserError(f"{name} cannot be opened as a causal language model: {one_line(error)}") from error
-    check_model(opened, name)
+    with refusing(f"{name} cannot be opened as a causal language model: "):
+        with _no_larger_than_its_weights(Path(name)):
+            opened, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                use_cache=False,
+                output_loading_info=True,
+            )
+        _check_weights(opened, report)
+        check_model(opened, name)
     return opened.to(device).eval()
 
 
@@ -58,10 +76,91 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         UserError: There is none.
     """
     name = resolve_model(model)
+    with refusing(f"{name} has no tokenizer that can be opened: "):
+        return open_tokenizer(name)
+
+
+@contextmanager
+def _no_larger_than_its_weights(folder: Path) -> Iterator[None]:
+    """Stop the building of a model as soon as it is larger than the folder's weight files.
+
+    The sizes in a configuration are only numbers: a short file can ask for a terabyte, and the library would make
+    random weights for all that is not in the files.
+    """
+    if not folder.is_dir():  # a hub id, whose files are not known before the library fetches them
+        yield
+        return
+    shapes = [shape for path in _weight_files(folder) for shape in _tensor_shapes(path)]
+    # Tied weights are built twice; some architectures cut up or join what the files hold, or keep masks in buffers.
+    most_elements = 2 * sum(map(math.prod, shapes)) + (1 << 28)
+    most_tensors = 16 * len(shapes) + 64
+    built_elements = built_tensors = 0
+
+    def count(_module, _name, tensor) -> None:
+        nonlocal built_elements, built_tensors
+        if tensor is not None and tensor.is_meta:  # once loaded, a tensor takes its place anew
+            built_elements += tensor.numel()
+            built_tensors += 1
+        if built_elements > most_elements or built_tensors > most_tensors:
+            raise UserError(f"{folder}: config.json asks for a larger model than the weight files hold")
+
+    hooks = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ]
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"{name} has no tokenizer that can be opened: {one_line(error)}") from error
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: one, or those that its index names, all of them in the folder."""
+    index_path = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).is_file() or not index_path.is_file():
+        return [folder / WEIGHTS]
+    names = set(parse_json(read_regular_file(index_path, LARGEST_CONFIG_BYTES))["weight_map"].values())
+    for name in names:
+        # Another suffix would be unpickled.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index_path}: names {name!r}; expected .safetensors files in the same folder")
+    return [folder / name for name in sorted(names)]
+
+
+def _tensor_shapes(path: Path) -> list[list[int]]:
+    with safe_open(path, framework="pt") as file:
+        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118: it is no dictionary
+
+
+def _check_weights(model: PreTrainedModel, report: dict) -> None:
+    """Refuse weights that are not the model's: what is missing would be random, what is left over is lost.
+
+    Left-over buffers, such as the masks in old files, are harmless; weights tell that layers are missing.
+    """
+    left_over = [name for name in report["unexpected_keys"] if name.endswith("weight")]
+    for found, names in {
+        "are missing": report["missing_keys"],
+        "have other sizes": [name for name, *_ in report["mismatched_keys"]],
+        "belong to no layer of config.json": left_over,
+    }.items():
+        if names:
+            raise UserError(f"{model.name_or_path}: {len(names)} tensors {found}, such as {min(names)}")
+    for name, parameter in model.named_parameters():
+        # The smallest and the largest are found without a copy, and either is NaN where any number is.
+        if parameter.numel() and not all(extreme.isfinite() for extreme in parameter.aminmax()):
+            raise UserError(f"{model.name_or_path}: {name} holds numbers that are not finite")
+    longest = longest_sequence(model)
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise UserError(f"{model.name_or_path}: max_position_embeddings is {longest!r}; a whole number is expected")
+
+
+def check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a model that cannot read or write every token of ``tokenizer``."""
+    for what, embedding in ("input", model.get_input_embeddings()), ("output", model.get_output_embeddings()):
+        rows = embedding.weight.shape[0]
+        if rows < len(tokenizer):
+            raise UserError(f"{name} has {rows} {what} rows for {len(tokenizer)} tokens")
 
 
 @torch.no_grad()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from avatarl.errors import UserError, nearest_name
@@ -72,11 +74,47 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
         UserError: The architecture does not know a setting or cannot be built with it, or its logits are not
             ``hidden @ head.T``.
     """
-    try:
+    with _explaining(config), torch.random.fork_rng(devices=[]):
         model_config = _model_config(config, tokenizer, block)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
-            player = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
+        player = model_from_config(model_config)
+    check_model(player, f"player.architecture {config.architecture!r}")
+    _check_size(player, len(tokenizer), block)
+    return player
+
+
+def player_shape(config: PlayerConfig, vocab_size: int, block: int) -> PreTrainedConfig:
+    """The architecture's configuration that :func:`build_player` takes for a vocabulary of ``vocab_size`` tokens.
+
+    Raises:
+        UserError: The architecture does not know a setting or refuses its value.
+    """
+    with _explaining(config):
+        return _model_config(config, _Vocabulary(vocab_size), block)
+
+
+def model_from_config(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of that shape with random weights."""
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+class _Vocabulary:
+    """What a model's configuration asks of a tokenizer, where only its size is known."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
+@contextmanager
+def _explaining(config: PlayerConfig) -> Iterator[None]:
+    """Whatever an architecture says of settings that it does not take becomes a :class:`UserError`."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # each architecture checks its configuration in its own way
@@ -84,9 +122,6 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
             f"player.architecture {config.architecture!r} cannot be built with player.settings {config.settings}: "
             f"{one_line(error)}"
         ) from error
-    check_model(player, f"player.architecture {config.architecture!r}")
-    _check_size(player, len(tokenizer), block)
-    return player
 
 
 def _check_size(player: PreTrainedModel, vocabulary: int, block: int) -> None:

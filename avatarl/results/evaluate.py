@@ -15,7 +15,7 @@ from avatarl.data import PreparedData, Windows
 from avatarl.data.tokenizer import token_byte_lengths
 from avatarl.errors import UserError
 from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
-from avatarl.models.loading import head_weight, last_hidden, longest_sequence
+from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
 from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
 from avatarl.training.device import pick_device
@@ -72,6 +72,7 @@ def evaluate(
     check_same_vocabulary(tokenizer, load_tokenizer(model), str(model), role="model")
     chosen = pick_device(device)
     player = load_model(model, torch.float32, chosen)
+    check_rows(player, tokenizer, str(model))
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
     critics = [load_critic(name, tokenizer, torch.float32, chosen) for name in critic_names]
     config = avatarl or AvataRLConfig.article()

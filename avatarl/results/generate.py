@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from avatarl.data.tokenizer import encode_texts, end_of_text_id
 from avatarl.errors import UserError
 from avatarl.models import load_model, load_tokenizer
+from avatarl.models.loading import check_rows
 from avatarl.objective.config import require_number, require_whole
 from avatarl.training.device import pick_device
 
@@ -58,6 +60,9 @@ def generate(
         require_number("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
     tokenizer = load_tokenizer(model)
     player = load_model(model, torch.float32, pick_device(device))
+    check_rows(player, tokenizer, str(model))
+    # Beams, penalties and forced tokens that the folder's generation_config.json may ask for are none of ours.
+    player.generation_config = GenerationConfig()
     end_id = end_of_text_id(tokenizer)
     (ids,) = encode_texts(tokenizer, [prompt])
     if not ids and end_id is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 from avatarl.errors import UserError
+from avatarl.outside import parse_json
+
+LONGEST_LINE = 1 << 20
 
 
 def read_metrics(run: str | Path, event: str) -> list[dict]:
@@ -15,14 +18,15 @@ def read_metrics(run: str | Path, event: str) -> list[dict]:
         UserError: There is no such file, or a line is not what a run writes.
     """
     path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
     lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            if line["event"] == event:
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}, is not a line of metrics") from None
+    with path.open("rb") as file:
+        for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+            try:
+                line = parse_json(text)
+                if line["event"] == event:
+                    lines.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}, is not a line of metrics") from None
     return lines

@@ -1,6 +1,6 @@
 """One readable loop for every objective, on native PyTorch."""
 
-from .config import OptimConfig, TrainConfig
+from .config import GuardConfig, OptimConfig, TrainConfig
 from .trainer import train
 
-__all__ = ["OptimConfig", "TrainConfig", "train"]
+__all__ = ["GuardConfig", "OptimConfig", "TrainConfig", "train"]

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or absent: written beside, renamed, and complete only with their manifest.
+"""Checkpoints that are whole or absent: written beside, flushed, renamed; the manifest is written last.
 
 checkpoints/step-00000500/
-  player.safetensors   snapshot.safetensors (ppo)   optimiser.pt   state.json   manifest.json (written last)
+  player.safetensors   optimiser.safetensors   snapshot.safetensors (ppo)   state.json   manifest.json
+  (divided players: player-00001-of-00008.safetensors …, one of each kind for every process)
 """
 
 from __future__ import annotations
@@ -9,98 +10,261 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from avatarl.errors import UserError
 
-MANIFEST = "manifest.json"
+from .durable import flush, remove_folder, replace_folder
+from .processes import Processes
+from .state import Held, save_part
+
+MANIFEST, STATE, CHECKPOINTS = "manifest.json", "state.json", "checkpoints"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` optimiser steps lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
+class Checkpoints:
+    """The checkpoints of one run, and the writing of new ones, by all of its processes."""
+
+    def __init__(
+        self,
+        run: Path,
+        identity: Mapping[str, Any],
+        processes: Processes,
+        keep_last: int,
+        keep_every: int | None = None,
+        in_background: bool = False,
+    ):
+        """
+        Args:
+            run: The run folder.
+            identity: What the run is: goes into each manifest.
+            processes: Those of the run; each of them has to make this object and to call :meth:`save`.
+            keep_last: How many of the newest to keep.
+            keep_every: Also keep those of steps divisible by this.
+            in_background: Write from a copy while training goes on.
+        """
+        self._folder = run / CHECKPOINTS
+        self._identity, self._processes = identity, processes
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._writer = _BackgroundWriter() if in_background else None
+        # What processes say to each other while they write must not mix with what the loop says meanwhile.
+        self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict, must_wait: bool = False) -> bool:
+        """Write the checkpoint after ``step`` optimiser steps and remove those no longer to be kept.
+
+        Checkpoints of later steps go too: the run fell back behind them because they are damaged.
+
+        Args:
+            step: The number of steps.
+            tensors: By file and name. Each process writes what it holds, or the main one alone where that is all.
+            state: What fits into JSON.
+            must_wait: In the background, whether to wait for the one before and for this one too.
+
+        Returns:
+            False where one is still being written in the background, and this one was left out for it.
+
+        Raises:
+            OSError, SafetensorError: It cannot be written; those before are untouched. In the background, the error of
+                the one before.
+        """
+        if self._writer is None:
+            self._write(step, tensors, state)
+            return True
+        must_wait = must_wait or bool(self._keep_every and step % self._keep_every == 0)
+        if not must_wait and self._processes.any(self._writer.is_busy):
+            return False
+        self._writer.wait()
+        copies = {part: {name: held.copy() for name, held in named.items()} for part, named in tensors.items()}
+        copied_state = json.loads(json.dumps(state))
+        self._writer.start(lambda: self._write(step, copies, copied_state))
+        if must_wait:
+            self._writer.wait()
+        return True
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises the error it ended with."""
+        if self._writer:
+            self._writer.wait()
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict) -> None:
+        is_divided = any(held.rows.shape != held.shape for named in tensors.values() for held in named.values())
+        if not self._processes.is_main:
+            partial = Path(self._from_main(None))
+            self._gather(self._write_tensors(partial, tensors, is_divided) if is_divided else {})
+            self._from_main(None)  # nobody goes on before it is there
+            return
+
+        def fill(partial: Path) -> None:
+            self._from_main(str(partial))
+            files = self._write_tensors(partial, tensors, is_divided)
+            (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files[STATE] = describe(partial / STATE)
+            for others in self._gather(files)[1:]:
+                files |= others
+            (partial / MANIFEST).write_text(manifest_text(step, files, self._identity), encoding="utf-8")
+
+        self._folder.mkdir(exist_ok=True)
+        replace_folder(step_folder(self._folder, step), fill)
+        self._forget(step)
+        self._from_main(True)
+
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Mapping[str, Held]], is_divided: bool) -> dict:
+        rank, count = self._processes.rank, self._processes.count
+        records = {}
+        for part, named in tensors.items():
+            name = f"{part}-{rank + 1:05d}-of-{count:05d}.safetensors" if is_divided else f"{part}.safetensors"
+            save_part(folder / name, named)
+            flush(folder / name)
+            records[name] = describe(folder / name)
+        return records
+
+    def _forget(self, newest: int) -> None:
+        """Remove what is not to be kept now that the checkpoint of step ``newest`` is there."""
+        steps = steps_found(self._folder)
+        kept = [step for step in steps if step <= newest][-self._keep_last :]
+        for step in steps:
+            is_kept_for_good = self._keep_every and step % self._keep_every == 0 and step <= newest
+            if step not in kept and not is_kept_for_good:
+                remove_folder(step_folder(self._folder, step))
+
+    def _from_main(self, value: Any) -> Any:
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group, device=torch.device("cpu"))
+        return values[0]
+
+    def _gather(self, value: dict) -> list[dict]:
+        if self._group is None:
+            return [value]
+        values = [None] * self._processes.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
-def save_checkpoint(run: Path, step: int, write_files: Callable[[Path], None], keep: int) -> None:
-    """Write a checkpoint with ``write_files(folder)``, make it appear at once, and keep only the newest ``keep``.
+class _BackgroundWriter:
+    """One piece of writing at a time, on another thread; its error is raised where the run next asks."""
 
-    Checkpoints of later steps go too: the run fell back behind them because they are damaged.
-    """
-    final = checkpoint_path(run, step)
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_files(partial)
-    for path in sorted(partial.iterdir()):
-        _flush(path)
-    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": _describe(partial)}, indent=1))
-    _flush(partial / MANIFEST)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _flush(final.parent)
-    complete = complete_checkpoints(run)
-    kept = [path for path in complete if path <= final][-keep:]
-    for path in complete:
-        if path not in kept:
-            shutil.rmtree(path)
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, write: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:  # to be raised on the thread that trains
+                self._error = error
+
+        # A daemon: a process that ends does not wait for it, and leaves an unfinished checkpoint, which is none.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
 
 
-def complete_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders that have a manifest, oldest first."""
-    return sorted(path.parent for path in run.glob(f"checkpoints/step-*/{MANIFEST}"))
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def newest_good_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; None when none was ever completed.
+    """The newest checkpoint that is as its manifest says; None when none was ever completed.
 
     Raises:
         UserError: There are checkpoints and all of them are damaged.
     """
-    found = complete_checkpoints(run)
-    for folder in reversed(found):
-        damage = _damage(folder)
+    folder = run / CHECKPOINTS
+    steps = steps_found(folder)
+    for step in reversed(steps):
+        checkpoint = step_folder(folder, step)
+        damage = damage_of(checkpoint)
         if damage is None:
-            return folder
-        report(f"{folder} is damaged ({damage}); trying the one before it")
-    if found:
-        raise UserError(f"{run}/checkpoints: all {len(found)} checkpoints are damaged; move them away to start again")
+            return checkpoint
+        report(f"{checkpoint} is damaged ({damage}); trying the one before it")
+    if steps:
+        raise UserError(f"{folder}: all {len(steps)} checkpoints are damaged; move them away to start again")
     return None
 
 
-def _describe(folder: Path) -> dict[str, dict]:
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+def steps_found(folder: Path) -> list[int]:
+    """The steps of what lies under a checkpoint's name, whole or damaged, in order."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name)))
 
 
-def _damage(folder: Path) -> str | None:
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` optimiser steps lies."""
+    return folder / f"step-{step:08d}"
+
+
+def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        listed = dict(json.loads((folder / MANIFEST).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
-    found = _describe(folder)
-    for name, record in listed.items():
-        if name not in found:
+        manifest = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} is not as it was written"
+    if checkpoint.name != f"step-{manifest['step']:08d}":
+        return f"it is the one of step {manifest['step']}"
+    for name, record in manifest["files"].items():
+        path = checkpoint / Path(name).name
+        if not path.exists():
             return f"{name} is missing"
-        if found[name] != record:
+        if not path.is_file() or path.stat().st_size != record["bytes"] or describe(path) != record:
             return f"{name} is not what its manifest says"
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_manifest(checkpoint: Path) -> dict:
+    """A checkpoint's step, files and identity.
 
-
-def _flush(path: Path) -> None:
-    """Ask the system to bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not, to the byte, what :func:`manifest_text` writes.
+    """
+    path = checkpoint / MANIFEST
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    content = path.read_bytes()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        manifest = json.loads(content)
+        text = manifest_text(manifest["step"], manifest["files"], manifest["identity"])
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a manifest") from error
+    if text.encode() != content:
+        raise ValueError(f"{path} is not as it was written")
+    return manifest
+
+
+def manifest_text(step: int, files: Mapping[str, dict], identity: Mapping[str, Any]) -> str:
+    """The manifest: what it lists, and a digest of that, so that damage to itself is seen too."""
+    content = {"step": step, "identity": identity, "files": dict(sorted(files.items()))}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=1) + "\n"
+
+
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -56,6 +56,28 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are not taken, and when the run gives up. A loss or gradient that is no number never is taken.
+
+    Args:
+        stop_after: So many refused updates in a row stop the run.
+        spike_score: Refuse an update whose loss lies so many robust standard deviations above the median of the last
+            accepted ones (None: never).
+        spike_window: How many of these there are.
+    """
+
+    stop_after: int = 5
+    spike_score: float | None = None
+    spike_window: int = 100
+
+    def __post_init__(self):
+        require_whole("guard.stop_after", self.stop_after, minimum=1)
+        require_whole("guard.spike_window", self.spike_window, minimum=2)
+        if self.spike_score is not None:
+            require_number("guard.spike_score", self.spike_score, lambda x: x > 0, "a number above 0, or null")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -64,14 +86,17 @@ class TrainConfig:
         out: The run folder to make.
         objective: What is minimised: avatarl, cross_entropy, label_smoothing, distillation, expected_reward, reinforce
             or ppo.
-        critic: A critic, or several: run folders, model folders or hub ids.
+        critic: A critic, or several: run folders, model folders, hub ids, or ``random:PRESET:SEED``, one that knows
+            nothing.
         avatarl: Settings of the rewards and the AvataRL loss.
         baseline: Settings of the other objectives.
         player: Which model to train.
         optim: Optimiser and learning rate.
+        guard: Updates that are not taken.
         block: Tokens in a window.
-        batch_windows: Windows in one forward pass.
-        accumulate_steps: Forward passes in one optimiser step.
+        batch_windows: The most windows in one forward pass of a process.
+        accumulate_steps: Forward passes in one optimiser step on one process. Several processes share the step's
+            ``batch_windows · accumulate_steps`` windows.
         steps: Optimiser steps. Give this or ``epochs``.
         epochs: Passes over the training windows. Give this or ``steps``.
         seed: Decides initial weights, data order, dropout and sampled actions.
@@ -80,11 +105,17 @@ class TrainConfig:
         compile: Whether to compile player, critics and loss with ``torch.compile`` (a minute at the start).
         loss_impl: What computes the loss: ``chunked`` (plain PyTorch), ``compiled``, ``triton`` (CUDA), or ``auto``:
             ``compiled`` when ``compile`` is on, otherwise what was timed on that kind of device.
+        parallel: How several processes hold the player: ``ddp``, each the whole of it, or ``fsdp``, each a part of
+            its weights, gradients and optimiser state (FSDP2).
+        shard_critics: With ``fsdp``, whether critics are divided too.
         eval_every_steps: Steps between two evaluations; there is always one at the end.
         eval_windows: Windows of the validation split to evaluate on, spread evenly, always the same (None: all).
         log_every_steps: Steps between two lines of metrics, which are averages over them.
         checkpoint_every_steps: Steps between two checkpoints; there is always one at the end.
-        keep_checkpoints: How many of the newest checkpoints to keep.
+        checkpoint_in_background: Whether to write checkpoints beside training, from a copy. While one is being
+            written, further ones are left out.
+        keep_last: How many of the newest checkpoints to keep.
+        keep_every: Also keep those of steps divisible by this (None: no others).
         tensorboard: Whether to write TensorBoard events beside metrics.jsonl.
     """
 
@@ -96,6 +127,7 @@ class TrainConfig:
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     player: PlayerConfig = field(default_factory=PlayerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     block: int = 256
     batch_windows: int = 16
     accumulate_steps: int = 1
@@ -106,11 +138,15 @@ class TrainConfig:
     device: str = "auto"
     compile: bool = False
     loss_impl: Literal["auto", "chunked", "compiled", "triton"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    shard_critics: bool = False
     eval_every_steps: int = 500
     eval_windows: int | None = 64
     log_every_steps: int = 10
     checkpoint_every_steps: int = 500
-    keep_checkpoints: int = 2
+    checkpoint_in_background: bool = False
+    keep_last: int = 2
+    keep_every: int | None = None
     tensorboard: bool = True
 
     def __post_init__(self):
@@ -131,7 +167,7 @@ class TrainConfig:
             "eval_every_steps",
             "log_every_steps",
             "checkpoint_every_steps",
-            "keep_checkpoints",
+            "keep_last",
         ):
             require_whole(name, getattr(self, name), minimum=1)
         require_whole("seed", self.seed, minimum=0)
@@ -139,8 +175,10 @@ class TrainConfig:
             raise UserError(f"seed is {self.seed}; expected a whole number below 2^63")
         require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
         require_choice("loss_impl", self.loss_impl, IMPLEMENTATIONS)
-        if self.eval_windows is not None:
-            require_whole("eval_windows", self.eval_windows, minimum=1)
+        require_choice("parallel", self.parallel, ("ddp", "fsdp"))
+        for name in ("eval_windows", "keep_every"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), minimum=1)
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"steps is {self.steps} and epochs is {self.epochs}; expected exactly one of them")
         if self.steps is not None:
@@ -169,6 +207,6 @@ class TrainConfig:
         plain["avatarl"]["critic_weight"] = list(weight) if isinstance(weight, tuple) else weight
         return plain
 
-    def save(self, path: Path) -> None:
-        """Write every setting as YAML; ``avatarl train --config`` reads it back."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+    def as_yaml(self) -> str:
+        """Every setting; ``avatarl train --config`` reads it back."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)

@@ -7,16 +7,20 @@ import torch
 from avatarl.errors import UserError
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
+
+    Of several CUDA devices each process of a machine has its own, that of its ``local_rank``.
 
     Raises:
         UserError: There is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

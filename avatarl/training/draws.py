@@ -27,3 +27,12 @@ def uniform_draws(
         for window in windows
     ]
     return torch.from_numpy(np.concatenate(drawn))
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Set torch's generators for one optimiser step of one process.
+
+    Nothing in training draws from them but dropout, which so depends on nothing that was drawn before.
+    """
+    (state,) = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state >> np.uint64(1)))

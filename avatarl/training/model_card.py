@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from avatarl.inert import markdown_code
 from avatarl.models import count_parameters
 
 from .config import TrainConfig
+from .durable import replace_folder
 
 CARD = """---
 library_name: transformers
@@ -44,6 +46,7 @@ The cross-entropy is that of its own validation windows and tokenizer; it says n
 def write_model_folder(
     folder: Path,
     player: PreTrainedModel,
+    weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     critics: Sequence[str],
@@ -52,18 +55,19 @@ def write_model_folder(
 ) -> None:
     """Write ``folder`` whole and only then put it in place of the one before.
 
-    ``critics`` are those that judged; ``cross_entropy`` (nats) is that of the player as it is now, after ``step``.
+    Args:
+        folder: What to write.
+        player: The model; its weights may be divided among processes.
+        weights: They, whole, as its ``state_dict`` names them.
+        tokenizer: Saved with it.
+        config: For the card.
+        critics: Those that judged.
+        step: After how many steps.
+        cross_entropy: On validation windows, nats, of the player as it is now.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    cached = player.config.use_cache
-    player.config.use_cache = True  # who opens the folder wants to generate
-    player.save_pretrained(partial)
-    player.config.use_cache = cached
-    tokenizer.save_pretrained(partial)
     count = count_parameters(player)
     card = CARD.format(
-        name=Path(config.out).name,
+        name=markdown_code(Path(config.out).name),
         objective=config.objective,
         total=count.total,
         non_embedding=count.non_embedding,
@@ -71,8 +75,15 @@ def write_model_folder(
         step=step,
         tokens=step * config.windows_per_step * config.block,
         block=config.block,
-        critic=", ".join(f"`{name}`" for name in critics) or "none",
+        critic=", ".join(map(markdown_code, critics)) or "none",
     )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def fill(partial: Path) -> None:
+        cached = player.config.use_cache
+        player.config.use_cache = True  # who opens the folder wants to generate
+        player.save_pretrained(partial, state_dict=dict(weights))
+        player.config.use_cache = cached
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+    replace_folder(folder, fill)

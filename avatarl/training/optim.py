@@ -3,48 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 
 from .config import OptimConfig
+from .processes import local
 
 
 @dataclass
 class Optimisers:
-    """One or two optimisers and their schedules, stepped together."""
+    """One or two optimisers, stepped together, at the learning rate of the step."""
 
     optimisers: list[Optimizer]
-    schedules: list[LRScheduler]
+    config: OptimConfig
+    total_steps: int
 
-    def step(self) -> None:
-        """Update the weights, then the learning rate, and forget the gradients."""
+    def step(self, step: int, refused: Tensor | None = None) -> float:
+        """Update the weights and forget the gradients; return the learning rate.
+
+        Args:
+            step: The number of the optimiser step, counted from 1.
+            refused: bool (), on the device: whether to leave weights and state as they are.
+        """
+        learning_rate = self.config.learning_rate * learning_rate_factor(step - 1, self.config, self.total_steps)
         for optimiser in self.optimisers:
-            optimiser.step()
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate
+            with _unless(refused, optimiser):
+                optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        for schedule in self.schedules:
-            schedule.step()
+        return learning_rate
 
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of the next step."""
-        return self.schedules[0].get_last_lr()[0]
 
-    def state_dict(self) -> dict:
-        return {
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "schedules": [schedule.state_dict() for schedule in self.schedules],
-        }
+@contextmanager
+def _unless(refused: Tensor | None, optimiser: Optimizer) -> Iterator[None]:
+    """Let a step inside change nothing where ``refused`` is set, without asking the device."""
+    if refused is None:
+        yield
+    elif isinstance(optimiser, torch.optim.AdamW):
+        # The fused kernel looks at this itself; it is made for gradient scaling.
+        optimiser.grad_scale, optimiser.found_inf = None, refused.float()
+        yield
+        del optimiser.grad_scale, optimiser.found_inf
+    else:
+        # Muon has no such thing: its weights and momenta, a part of all, are kept and put back.
+        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+        weights = [local(parameter.detach()).clone() for parameter in parameters]
+        momenta = [optimiser.state[parameter].get("momentum_buffer") for parameter in parameters]
+        momenta = [None if momentum is None else local(momentum).clone() for momentum in momenta]
+        yield
+        for parameter, weight, momentum in zip(parameters, weights, momenta, strict=True):
+            _put_back(parameter.detach(), weight, refused)
+            if (now := optimiser.state[parameter].get("momentum_buffer")) is not None:
+                _put_back(now, torch.zeros_like(weight) if momentum is None else momentum, refused)
 
-    def load_state_dict(self, state: dict) -> None:
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(saved)
+
+def _put_back(tensor: Tensor, value: Tensor, condition: Tensor) -> None:
+    part = local(tensor)
+    part.copy_(torch.where(condition, value, part))
 
 
 def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: int) -> Optimisers:
@@ -70,10 +92,7 @@ def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: 
             flat, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)
-    schedules = [
-        LambdaLR(optimiser, lambda step: learning_rate_factor(step, config, total_steps)) for optimiser in optimisers
-    ]
-    return Optimisers(optimisers, schedules)
+    return Optimisers(optimisers, config, total_steps)
 
 
 def learning_rate_factor(step: int, config: OptimConfig, total_steps: int) -> float:

@@ -2,38 +2,69 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import Objective, linear_objective_loss
 
 
+class Heard(NamedTuple):
+    """What the objective needs of a model that only judges."""
+
+    hidden: Tensor  # (B, T, d)
+    head: Tensor  # (V, d)
+
+
+class FrozenModel(nn.Module):
+    """A model that is read and never trained: a critic, or an earlier player. Its weights may be divided (FSDP2)."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Heard:
+        """Hidden states of windows (B, T), and the head."""
+        return Heard(last_hidden(self.model, input_ids), head_weight(self.model))
+
+
 class RewardedPlayer(nn.Module):
     """Tokens in, loss and metrics out.
 
-    Critics are kept outside the module's own parameters: they are not trained, saved or wrapped with it.
+    Critics and snapshot are kept outside the module's own parameters: they are not trained or wrapped with it.
     """
 
     def __init__(
         self,
         player: PreTrainedModel,
         objective: Objective,
-        critics: Sequence[PreTrainedModel],
+        critics: Sequence[FrozenModel],
         vocab_size: int,
         loss_impl: str = "auto",
+        snapshot: FrozenModel | None = None,
     ):
+        """
+        Args:
+            player: The model that learns.
+            objective: What it learns by.
+            critics: The models that judge, for objectives that need one.
+            vocab_size: Tokens; heads may have more rows.
+            loss_impl: What computes the loss.
+            snapshot: A copy of the player for ``ppo``, which samples from an earlier one.
+        """
         super().__init__()
         self.player = player
         self.objective = objective
         self.vocab_size = vocab_size
         self.loss_impl = loss_impl
         self._critics = tuple(critics) if objective.needs_critic else ()
-        self._snapshot: tuple[PreTrainedModel, ...] = ()
+        self._snapshot = (snapshot,) if snapshot else ()
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, num_valid: Tensor | int | None = None, uniforms: Tensor | None = None
@@ -47,15 +78,14 @@ class RewardedPlayer(nn.Module):
             uniforms: (B·T, S) in [0, 1), for the objectives that sample.
         """
         hidden = last_hidden(self.player, input_ids)
-        with torch.no_grad():
-            critic_hidden = [last_hidden(critic, input_ids) for critic in self._critics]
-            snapshot = [(last_hidden(model, input_ids), head_weight(model)) for model in self._snapshot]
+        critics = [critic(input_ids) for critic in self._critics]
+        snapshot = [model(input_ids) for model in self._snapshot]
         return linear_objective_loss(
             self.objective,
             hidden,
             head_weight(self.player),
-            critic_hidden,
-            [head_weight(critic) for critic in self._critics],
+            [critic.hidden for critic in critics],
+            [critic.head for critic in critics],
             targets,
             vocab_size=self.vocab_size,
             num_valid=num_valid,
@@ -65,13 +95,15 @@ class RewardedPlayer(nn.Module):
         )
 
     @property
-    def snapshot(self) -> PreTrainedModel | None:
+    def snapshot(self) -> FrozenModel | None:
         """The earlier player that ``ppo`` samples from."""
         return self._snapshot[0] if self._snapshot else None
 
+    @torch.no_grad()
     def refresh_snapshot(self) -> None:
         """Take the player as it is now as the policy that actions are sampled from."""
-        if self.snapshot is None:
-            self._snapshot = (copy.deepcopy(self.player).requires_grad_(False).eval(),)
-        else:
-            self.snapshot.load_state_dict(self.player.state_dict())
+        if isinstance(self.snapshot, FSDPModule):
+            self.snapshot.reshard()  # what was gathered of the earlier one is no longer wanted
+        current = self.player.state_dict()
+        for name, tensor in self.snapshot.model.state_dict().items():
+            tensor.copy_(current[name])

@@ -1,44 +1,123 @@
-"""Whether a run folder may be written: it is new, or the same run goes on in it."""
+"""A run's folder: whether it may be written, and what it says about the run besides numbers.
+
+config.yaml says what was asked for, environment.json where it ran and on what; both are there before the first step.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 import yaml
+from transformers import PreTrainedModel
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 
 from .config import TrainConfig
+from .durable import replace_file
+from .lock import LOCK
+
+CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
+# What a start that was stopped before it wrote its configuration may have left.
+LEFT_BY_A_START = {LOCK, f".{CONFIG}.partial"}
 
 
-def check_run_folder(run: Path, config: TrainConfig, resume: bool) -> None:
-    """Refuse to write over another run, and to resume under other settings.
+def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes: bool = False) -> list[str]:
+    """Refuse to write over another run, and to resume under other settings; return how the settings differ.
 
     Raises:
         UserError: naming the folder or the settings that differ.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"out is {run}, which is a file; expected a folder that does not exist yet")
-    if not run.exists() or not any(run.iterdir()):
-        return
+    if not run.exists() or not {path.name for path in run.iterdir()} - LEFT_BY_A_START:
+        return []
     if not resume:
         raise UserError(f"out is {run}, which already holds files; give another folder, or --resume to continue a run")
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"out is {run}, which holds files but no config.yaml; --resume needs a run folder")
+    if not (run / CONFIG).is_file():
+        raise UserError(f"out is {run}, which holds files but no {CONFIG}; --resume needs a run folder")
     try:
-        saved = flatten(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{run / 'config.yaml'} cannot be read; move the folder away to start again") from error
-    wanted = flatten(config.as_dict())
-    differences = [
-        f"{name} was {saved.get(name)!r} and is {wanted.get(name)!r}"
-        for name in sorted(set(saved) | set(wanted))
-        if name != "out" and saved.get(name) != wanted.get(name)
+        saved = flatten(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
+        raise UserError(f"{run / CONFIG} cannot be read; move the folder away to start again") from error
+    changes = differences({**saved, "out": config.out}, flatten(config.as_dict()))
+    if changes and not allow_changes:
+        raise UserError(f"{run} was started under other settings: {'; '.join(changes)} (--allow_changes goes on)")
+    return changes
+
+
+def check_identity(run: Path, identity: Mapping[str, str], of_checkpoint: Mapping[str, str] | None) -> list[str]:
+    """How data, tokenizer and critics differ from those that the run, or the checkpoint, was made with.
+
+    Args:
+        run: The run folder.
+        identity: What they are now, as :func:`identity_of_run` says.
+        of_checkpoint: What the checkpoint says; None where there is none, and the run's own record counts.
+
+    Raises:
+        UserError: The run has no record of them, or the checkpoint is not the run's.
+    """
+    try:
+        record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+        accepted = [dict(start["identity"]) for start in (record, *record["resumed"])]
+    except FileNotFoundError as error:
+        if of_checkpoint is None:
+            return []  # it was stopped before its first step
+        raise UserError(f"{run / ENVIRONMENT} is missing, so the run's data and critics are unknown") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{run / ENVIRONMENT} cannot be read, so the run's data and critics are unknown") from error
+    if of_checkpoint is not None and of_checkpoint not in accepted:
+        raise UserError(f"{run}: its newest good checkpoint is of another run; move it away")
+    before, now = accepted[-1], dict(identity)
+    return [
+        f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
+        for name in before | now
+        if name != "settings" and now.get(name) != before.get(name)
     ]
-    if differences:
-        raise UserError(f"{run} was started under other settings: {'; '.join(differences)}")
+
+
+def identity_of_run(config: TrainConfig, data: PreparedData, critics: Mapping[str, PreTrainedModel]) -> dict[str, str]:
+    """SHA-256 of all that decides a run's course: settings, data, its tokenizer, and the weights of each critic."""
+    tokenizer_files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
+    settings = {name: value for name, value in config.as_dict().items() if name != "out"}
+    return {
+        "settings": _digest(settings),
+        "data": data.digest,
+        "tokenizer": _digest(tokenizer_files),
+        **{f"critic {name}": digest_of_model(model) for name, model in critics.items()},
+    }
+
+
+def digest_of_model(model: PreTrainedModel) -> str:
+    """SHA-256 over a model's configuration and weights, wherever it was loaded from."""
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_start(run: Path, config: TrainConfig, environment: dict) -> None:
+    """Describe a run that starts at step 0."""
+    replace_file(run / CONFIG, config.as_yaml())
+    replace_file(run / ENVIRONMENT, json.dumps({**environment, "resumed": []}, indent=1))
+
+
+def write_resumption(run: Path, config: TrainConfig, environment: dict, step: int, changes: Iterable[str]) -> None:
+    """Add to the description that the run went on from ``step``, and with what changes."""
+    record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    record["resumed"].append({"step": step, "changes": list(changes), **environment})
+    replace_file(run / ENVIRONMENT, json.dumps(record, indent=1))
+    replace_file(run / CONFIG, config.as_yaml())
 
 
 def flatten(settings: dict, prefix: str = "") -> dict:
@@ -49,15 +128,18 @@ def flatten(settings: dict, prefix: str = "") -> dict:
     return flat
 
 
-def check_same_data(run: Path, data: PreparedData) -> None:
-    """Refuse to go on with other data than the run was started with.
+def differences(saved: Mapping, wanted: Mapping) -> list[str]:
+    """``NAME was OLD and is NEW`` for every setting that differs."""
+    return [
+        f"{name} was {saved.get(name)!r} and is {wanted.get(name)!r}"
+        for name in sorted(set(saved) | set(wanted))
+        if saved.get(name) != wanted.get(name)
+    ]
 
-    Raises:
-        UserError: The folder's digest is not the one in environment.json.
-    """
-    try:
-        digest = json.loads((run / "environment.json").read_text(encoding="utf-8"))["data_digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'environment.json'} cannot be read, so the run's data is unknown") from error
-    if digest != data.digest:
-        raise UserError(f"{data.path} is not the data that {run} was started with; prepared anew? give another out")
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "none"

@@ -1,15 +1,11 @@
-"""What a run writes about itself: environment.json, metrics.jsonl, TensorBoard events and a line of progress."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events and a line of progress."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import platform
-import shlex
-import subprocess
-import sys
+import os
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,32 +14,50 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "numpy")
+from .durable import replace_file
+from .processes import Processes
 
 
 class MetricSums:
-    """Sums of metrics on the device; only :meth:`means` waits for it."""
+    """Sums of metrics on the device; only :meth:`over` waits for it."""
 
     def __init__(self, sums: dict[str, float] | None = None):
-        self._sums: dict[str, Tensor | float] = dict(sums or {})
+        self.sums: dict[str, Tensor | float] = dict(sums or {})
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def __getitem__(self, name: str) -> Tensor | float:
+        return self.sums[name]
+
+    def add(self, metrics: dict[str, Tensor], leave_out: Tensor | bool = False) -> None:
+        """Add values (), or nothing where ``leave_out`` () says so."""
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
+            value = value.detach()
+            if isinstance(leave_out, Tensor):
+                value = value.masked_fill(leave_out, 0.0)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def means(self, count: int) -> dict[str, float]:
-        """Each sum divided by ``count``."""
-        return {name: float(value / count) for name, value in self._sums.items()}
+    def over(self, processes: Processes) -> dict[str, float]:
+        """Each sum as the mean over processes."""
+        if not self.sums:
+            return {}
+        device = next((value.device for value in self.sums.values() if isinstance(value, Tensor)), None)
+        sums = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in self.sums.values()]
+        return dict(zip(self.sums, processes.mean(torch.stack(sums)).tolist(), strict=True))
 
 
 class RunLog:
-    """Metrics of one run, as lines, events and progress. Use as a context manager."""
+    """Metrics of one run, as lines, events and progress. Use as a context manager.
 
-    def __init__(self, run: Path, total_steps: int, start_step: int, tensorboard: bool, quiet: bool):
-        self._path = run / "metrics.jsonl"
-        forget_lines_after(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1) if tensorboard else None
+    ``writes`` is False in all processes but one: they are silent and touch no file.
+    """
+
+    def __init__(self, run: Path, total_steps: int, start_step: int, tensorboard: bool, quiet: bool, writes: bool):
+        quiet = quiet or not writes
+        self._file = self._writer = None
+        if writes:
+            path = run / "metrics.jsonl"
+            forget_lines_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1) if tensorboard else None
         self._console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # a run's name may look like markup
@@ -65,14 +79,16 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._file.close()
-        if self._writer:
-            self._writer.close()
+        for file in (self._file, self._writer):
+            with contextlib.suppress(OSError):  # a full disk has been reported by who wrote
+                if file:
+                    file.close()
 
     def write(self, event: str, step: int, values: dict[str, float]) -> None:
         """Add one line of numbers; ``event`` is ``train`` or ``eval``."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self._file.flush()
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(f"{event}/{name}", value, step)
@@ -80,6 +96,11 @@ class RunLog:
             self._progress.update(self._task, completed=step, rate=f"{values['tokens_per_second']:,.0f} tokens/s")
         else:
             self.say(f"step {step}: validation cross-entropy {values['cross_entropy']:.4f} nats")
+
+    def flush(self) -> None:
+        """Bring every line to the disk, before a checkpoint that counts on them."""
+        if self._file:
+            os.fsync(self._file.fileno())
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -90,48 +111,13 @@ def forget_lines_after(path: Path, step: int) -> None:
     """Cut the lines of steps that will be taken again, and a torn last line."""
     if not path.exists():
         return
-    kept, lines = [], path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
+    content = path.read_text(encoding="utf-8", errors="replace")
+    kept = ""
+    for line in content.split("\n"):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
+                kept += line + "\n"
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    if kept != lines:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-
-
-def describe_environment(device: torch.device, precision: str, data_digest: str) -> dict:
-    """Command, revision, versions, device and data of a run, as its environment.json has them."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": _git_revision(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in LIBRARIES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "data_digest": data_digest,
-    }
-
-
-def _git_revision() -> str | None:
-    """The revision of the source tree this package runs from; None for an installed one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    if kept != content:
+        replace_file(path, kept)

@@ -1,55 +1,57 @@
-"""The training loop, the same for every objective.
+"""The training loop, the same for every objective and for one process or many.
 
 Batches come in an order that depends on the seed and the step alone; the loss is normalised by the positions of the
-whole optimiser step; metrics stay on the device until a line is logged.
+whole optimiser step; metrics stay on the device until a line is logged. A checkpoint is taken between two steps, and
+holds all that the next step depends on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_model as load_weights
-from safetensors.torch import save_model as save_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from avatarl.data import PreparedData, WindowOrder, Windows
-from avatarl.errors import UserError
-from avatarl.models import build_player, count_parameters, load_critic, training_flops_per_token
-from avatarl.models.counting import forward_flops_per_token
-from avatarl.models.loading import longest_sequence
-from avatarl.objective import make_objective
-from avatarl.objective.fused.implementations import check_implementation
+from avatarl.errors import RunFailed, RunStopped, UserError
 
-from .checkpoint import newest_good_checkpoint, save_checkpoint
+from .assembly import Assembly, assemble
+from .checkpoint import CHECKPOINTS, STATE, Checkpoints, describe, newest_good_checkpoint, read_manifest
 from .config import TrainConfig
-from .device import pick_device, pick_precision
-from .draws import uniform_draws
+from .draws import seed_dropout
+from .durable import replace_folder, tidy
+from .environment import describe_environment
+from .guard import Guard
+from .lock import RunLock
 from .model_card import write_model_folder
-from .optim import Optimisers, build_optimisers
-from .rewarded_player import RewardedPlayer
-from .run_folder import check_run_folder, check_same_data
-from .runlog import MetricSums, RunLog, describe_environment
-from .validation import Validation
+from .processes import Processes, gradients_are_summed_later, whole
+from .run_folder import check_identity, check_run_folder, write_resumption, write_start
+from .runlog import MetricSums, RunLog
+from .state import load_run, run_state
+from .stopping import StopRequest
+
+# A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
+LOCK_PATIENCE_SECONDS = 60
+WEIGHTS = "model.safetensors"  # of a model folder
 
 
-class RunFailed(RuntimeError):
-    """The run itself went wrong, not the user's settings; the command line exits with status 1."""
-
-
-def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dict:
+def train(config: TrainConfig, resume: bool = False, allow_changes: bool = False, quiet: bool = False) -> dict:
     """Train a player and leave a run folder; CONTRIBUTING.md says what lies in it.
+
+    Under ``torchrun`` every process calls this, and the first one writes.
 
     Args:
         config: What to train on what, and how.
         resume: Continue from the newest good checkpoint of ``config.out``; start where there is none.
+        allow_changes: Resume though settings, data or critics are others than before.
         quiet: Print nothing.
 
     Returns:
@@ -57,203 +59,259 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
 
     Raises:
         UserError: A setting, the data, a critic or the run folder cannot be used; nothing was written.
-        RunFailed: The loss is no longer a number.
+        RunFailed: The loss is no longer a number, or the run folder cannot be written.
+        RunStopped: SIGTERM or SIGINT; what was reached is saved.
     """
-    # --- what there is -------------------------------------------------------------------------------------------
     run = Path(config.out)
-    check_run_folder(run, config, resume)
-    data = PreparedData.open(config.data)
-    tokenizer = data.load_tokenizer()
-    train_windows, valid_windows = Windows(data.train, config.block), Windows(data.valid, config.block)
-    order = WindowOrder(len(train_windows), config.seed)
-    total_steps = config.total_steps(len(train_windows))
+    with Processes.of_this_run() as processes, StopRequest(has_launcher=processes.count > 1) as stop:
+        report = Console(stderr=True, quiet=quiet or not processes.is_main, soft_wrap=True, markup=False).print
+        changes = check_run_folder(run, config, resume, allow_changes)
+        parts = assemble(config, processes)
+        with _failures_of_the_disk(run), _written_by_one_run(run, processes):
+            checkpoint = newest_good_checkpoint(run, report) if resume and processes.is_main else None
+            checkpoint = processes.from_main(checkpoint)
+            manifest = read_manifest(checkpoint) if checkpoint else None
+            if resume:
+                changes += check_identity(run, parts.identity, manifest and manifest["identity"])
+                if changes and not allow_changes:
+                    raise UserError(f"{run}: {'; '.join(changes)} (--allow_changes goes on)")
+            progress = start_of_run()
+            guard = Guard(config.guard, parts.device)
+            if checkpoint:
+                load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
+                progress = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+                guard.load_state_dict(progress.pop("guard"))
+                if progress["step"] < parts.total_steps and progress["best_player"]:
+                    # A better one may have been written after the checkpoint, and will be again.
+                    if not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
+                        progress["best_player"] = None
+            if processes.is_main and progress["step"] < parts.total_steps:
+                environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
+                if checkpoint:
+                    write_resumption(run, config, environment, progress["step"], changes)
+                else:
+                    write_start(run, config, environment)
+            return run_steps(parts, progress, guard, stop, quiet)
 
-    device = pick_device(config.device)
-    precision = pick_precision(config.precision, device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    critic_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
-    objective = make_objective(config.objective, config.avatarl, config.baseline)
-    critic_names = config.critics if objective.needs_critic else []
-    if objective.needs_critic and not critic_names:
-        raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
-    critics = [load_critic(name, tokenizer, critic_dtype, device) for name in critic_names]
-    for name, critic in zip(critic_names, critics, strict=True):
-        longest = longest_sequence(critic)
-        if longest is not None and longest < config.block:
-            raise UserError(f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}")
-    loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
-    try:
-        objective.check_settings(len(tokenizer), len(critics))
-        check_implementation(loss_impl, device.type)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def start_of_run() -> dict:
+    """How far a run is before its first step."""
+    return {
+        "step": 0,
+        "best_cross_entropy": math.inf,
+        "best_step": None,
+        "best_player": None,  # size and SHA-256 of its weights' file
+        "cross_entropy": math.nan,  # of the last evaluation
+        "seconds": 0.0,
+        "unlogged": {"since_step": 0, "seconds": 0.0, "sums": {}},  # what the next line of metrics will hold
+    }
 
-    player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
-    model = RewardedPlayer(player, objective, critics, vocab_size=len(tokenizer), loss_impl=loss_impl)
-    step_model = torch.compile(model) if config.compile else model
-    optimisers = build_optimisers(player, config.optim, total_steps)
-    torch.manual_seed(config.seed)  # from here on dropout is the only user of the global generator
 
-    # --- where we are --------------------------------------------------------------------------------------------
-    progress = {"step": 0, "best_cross_entropy": math.inf, "best_step": None, "seconds": 0.0}
-    progress |= {"cross_entropy": math.nan, "unlogged": {"since_step": 0, "seconds": 0.0, "sums": {}}}
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out is {run}, which cannot be made ({error.strerror}); expected a writable place") from error
-    report = Console(stderr=True, quiet=quiet, soft_wrap=True, markup=False).print
-    checkpoint = newest_good_checkpoint(run, report) if resume else None
-    if checkpoint:
-        check_same_data(run, data)
-        progress = load_checkpoint(checkpoint, model, optimisers)
-    else:
-        config.save(run / "config.yaml")
-        environment = describe_environment(device, precision, data.digest)
-        (run / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
-
-    def batches(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Inputs, targets and draws of one optimiser step, a micro-batch at a time."""
-        for micro in range(config.accumulate_steps):
-            position = step * config.windows_per_step + micro * config.batch_windows
-            inputs, targets = train_windows.batch(order.indices(position, config.batch_windows))
-            positions_of_windows = range(position, position + config.batch_windows)
-            draws = uniform_draws(config.seed, positions_of_windows, config.block, objective.num_draws)
-            yield tuple(None if x is None else x.to(device, non_blocking=True) for x in (inputs, targets, draws))
-
-    validation = Validation(valid_windows, config, device)
-
-    def write_player(name: str, step: int) -> None:
-        """The player as it is after ``step`` and its evaluation, as a model folder of the run."""
-        write_model_folder(run / name, player, tokenizer, config, critic_names, step, progress["cross_entropy"])
-
-    # --- the loop ------------------------------------------------------------------------------------------------
+def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, quiet: bool) -> dict:
+    """The loop: from ``progress`` to the end of the run, or to where it is stopped; returns the summary."""
+    config, processes, player, total_steps = parts.config, parts.processes, parts.player, parts.total_steps
+    run = Path(config.out)
     is_finished = progress["step"] == total_steps
-    with RunLog(run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet) as log:
-        log.say(describe(player, data, config, total_steps, device, precision))
+    clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
+    # Every position of a window counts, so M is known before the first forward pass; wrappers average over processes.
+    num_valid = parts.tokens_per_step // processes.count
+    checkpoints = Checkpoints(
+        run, parts.identity, processes, config.keep_last, config.keep_every, config.checkpoint_in_background
+    )
+
+    with RunLog(
+        run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet, processes.is_main
+    ) as log:
+        log.say(parts.describe())
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
         clock = time.monotonic() - unlogged["seconds"]
+        must_stop = processes.any(stop.signum is not None)
         for step in range(progress["step"] + 1, total_steps + 1):
-            if model.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
-                model.refresh_snapshot()
+            if must_stop:
+                break
+            if parts.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
+                parts.model.refresh_snapshot()
 
             player.train()
-            # Every position of a window counts; M is known before the first forward pass.
-            num_valid = config.windows_per_step * config.block
-            for inputs, targets, draws in batches(step - 1):
-                with autocast:
-                    loss, metrics = step_model(inputs, targets, num_valid, draws)
-                loss.backward()
-                since_log.add(metrics)
-            clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
-            since_log.add({"grad_norm": torch.nn.utils.clip_grad_norm_(player.parameters(), clip_norm)})
-            learning_rate = optimisers.learning_rate
-            optimisers.step()
+            seed_dropout(config.seed, step, processes.rank)
+            metrics = MetricSums()
+            for is_last, batch in with_last(parts.batches(step)):
+                with gradients_are_summed_later(parts.step_model, is_last):
+                    with parts.autocast:
+                        inputs, targets, draws = batch
+                        loss, values = parts.step_model(inputs, targets, num_valid, draws)
+                    loss.backward()
+                metrics.add(values)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters(), clip_norm))
+            refused = guard.judge(step, processes.mean(metrics["loss"]), grad_norm)
+            learning_rate = parts.optimisers.step(step, refused)
+            since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)
 
             # Once in a while.
             if step % config.log_every_steps == 0 or step == total_steps:
-                values = since_log.means(step - logged_at)
+                values = since_log.over(processes)
+                taken = values.pop("taken")
                 seconds = time.monotonic() - clock
                 progress["seconds"] += seconds
-                tokens_per_step = config.windows_per_step * config.block
                 log.write(
                     "train",
                     step,
                     {
-                        "tokens": step * tokens_per_step,
+                        "tokens": step * parts.tokens_per_step,
                         "learning_rate": learning_rate,
-                        "tokens_per_second": (step - logged_at) * tokens_per_step / seconds,
-                        **values,
+                        "tokens_per_second": (step - logged_at) * parts.tokens_per_step / seconds,
+                        "skipped_steps": guard.refused,
+                        **({name: value / taken for name, value in values.items()} if taken else {}),
                     },
                 )
-                check_finite(values, step)
                 since_log, logged_at, clock = MetricSums(), step, time.monotonic()
+            is_known = parts.device.type == "cpu" or logged_at == step  # else asking would wait for the device
+            if is_known and guard.must_stop:
+                raise RunFailed(give_up(run, parts, guard))
 
             started = time.monotonic()
             if step % config.eval_every_steps == 0 or step == total_steps:
-                values = validation.evaluate(model, autocast)
-                log.write("eval", step, {"tokens": step * config.windows_per_step * config.block, **values})
+                values = parts.validation.evaluate(parts.model, parts.autocast)
+                if not math.isfinite(values["cross_entropy"]):
+                    raise RunFailed(
+                        f"validation cross-entropy is {values['cross_entropy']} at step {step}; "
+                        "try a smaller optim.learning_rate"
+                    )
+                log.write("eval", step, {"tokens": step * parts.tokens_per_step, **values})
                 progress["cross_entropy"] = values["cross_entropy"]
                 if values["cross_entropy"] < progress["best_cross_entropy"]:
                     progress |= {"best_cross_entropy": values["cross_entropy"], "best_step": step}
-                    write_player("player", step)
+                    progress["best_player"] = write_player(parts, "player", step, progress["cross_entropy"])
             progress["step"] = step
-            if step % config.checkpoint_every_steps == 0 or step == total_steps:
-                sums = since_log.means(1)
-                check_finite(sums, step)  # a checkpoint is something to go on from
+            must_stop = processes.any(stop.signum is not None)
+            is_end = must_stop or step == total_steps
+            if step % config.checkpoint_every_steps == 0 or is_end:
+                sums = since_log.over(processes)
+                since_log = MetricSums(sums)
                 progress["unlogged"] = {"since_step": logged_at, "seconds": started - clock, "sums": sums}
-                write = checkpoint_writer(model, optimisers, progress)
-                save_checkpoint(run, step, write, config.keep_checkpoints)
+                log.flush()
+                state = {**progress, "guard": guard.state_dict()}
+                if not checkpoints.save(step, run_state(parts.model, parts.optimisers), state, must_wait=is_end):
+                    log.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
 
-        if not (run / "final" / "config.json").exists():
-            write_player("final", total_steps)
-
-    tokens = total_steps * config.windows_per_step * config.block
-    critic_flops = sum(forward_flops_per_token(critic, config.block) for critic in critics)
+        if must_stop and progress["step"] < total_steps:
+            raise RunStopped(stop.signum, f"stopped after step {progress['step']} of {total_steps}; --resume goes on")
+        check_players(parts, progress)
     return {
         "objective": config.objective,
         "steps": total_steps,
-        "tokens": tokens,
+        "tokens": total_steps * parts.tokens_per_step,
         "seconds": progress["seconds"],
-        "parameters": count_parameters(player).total,
-        "non_embedding_parameters": count_parameters(player).non_embedding,
-        "player_flops": tokens * training_flops_per_token(player, config.block),
-        "critic_flops": tokens * critic_flops,
         "best_cross_entropy": progress["best_cross_entropy"],
         "best_step": progress["best_step"],
+        **parts.sizes,
     }
 
 
-def check_finite(values: dict[str, float], step: int) -> None:
-    """Stop where the loss or its gradient is no longer a number.
+def with_last(items: Iterator) -> Iterator[tuple[bool, object]]:
+    """Each item, and whether it is the last one."""
+    item = next(items)
+    for following in items:
+        yield False, item
+        item = following
+    yield True, item
+
+
+def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) -> dict | None:
+    """The player as it is after ``step`` and its evaluation, as a model folder of the run.
+
+    Returns size and SHA-256 of the file of weights, in the process that writes it.
+    """
+    weights = whole_weights(parts)
+    if not parts.processes.is_main:
+        return None
+    folder = Path(parts.config.out) / name
+    write_model_folder(
+        folder, parts.player, weights, parts.tokenizer, parts.config, parts.critic_names, step, cross_entropy
+    )
+    return describe(folder / WEIGHTS)
+
+
+def whole_weights(parts: Assembly) -> dict[str, Tensor]:
+    """The player's weights, gathered in the main process; every process has to ask."""
+    return get_model_state_dict(parts.player, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def check_players(parts: Assembly, progress: dict) -> None:
+    """Write the last player, unless it is there as it was trained, and look whether the best one is.
 
     Raises:
-        RunFailed: naming the one and the step.
+        RunFailed: It is not what the run wrote.
     """
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values.get(name, 0.0)):
-            raise RunFailed(f"{name} is {values[name]} at step {step}; try a smaller optim.learning_rate")
+    run, is_whole = Path(parts.config.out), False
+    weights = whole_weights(parts)
+    if parts.processes.is_main:
+        with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):
+            saved = load_file(run / "final" / WEIGHTS)
+            is_whole = all(torch.equal(value, weights[name]) for name, value in saved.items())
+    if not parts.processes.from_main(is_whole):
+        write_player(parts, "final", progress["step"], progress["cross_entropy"])
+    if progress["best_player"] and not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
+        raise RunFailed(f"{run / 'player'} is not what the run wrote after step {progress['best_step']}")
 
 
-def checkpoint_writer(model: RewardedPlayer, optimisers: Optimisers, progress: dict) -> Callable[[Path], None]:
-    """A function that writes everything needed to go on exactly from here into a folder."""
-
-    def write(folder: Path) -> None:
-        save_weights(model.player, str(folder / "player.safetensors"))
-        if model.snapshot is not None:
-            save_weights(model.snapshot, str(folder / "snapshot.safetensors"))
-        random_state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random_state["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"optimisers": optimisers.state_dict(), "random": random_state}, folder / "optimiser.pt")
-        (folder / "state.json").write_text(json.dumps(progress))
-
-    return write
+def is_as_written(path: Path, record: dict) -> bool:
+    """Whether a file still has the size and SHA-256 of its record."""
+    return path.is_file() and describe(path) == record
 
 
-def load_checkpoint(folder: Path, model: RewardedPlayer, optimisers: Optimisers) -> dict:
-    """Put weights, optimisers and random generators back, and return the progress."""
-    load_weights(model.player, str(folder / "player.safetensors"))
-    if (folder / "snapshot.safetensors").exists():
-        model.refresh_snapshot()
-        load_weights(model.snapshot, str(folder / "snapshot.safetensors"))
-    saved = torch.load(folder / "optimiser.pt", map_location="cpu", weights_only=True)
-    optimisers.load_state_dict(saved["optimisers"])
-    torch.set_rng_state(saved["random"]["cpu"])
-    if "cuda" in saved["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return json.loads((folder / "state.json").read_text())
+def give_up(run: Path, parts: Assembly, guard: Guard) -> str:
+    """Save the windows and statistics of the refused updates for study, and say what happened."""
+    refused = guard.last_refused()
+    places = {row["step"]: parts.windows_of_step(row["step"]) for row in refused}
+    indices = {step: parts.order.indices(windows.start, len(windows)) for step, windows in places.items()}
+    statistics = {
+        "refused": [{**row, "windows": indices[row["step"]].tolist()} for row in refused],
+        "accepted_losses": guard.last_losses(),
+    }
+    tokens = {}
+    for step, chosen in indices.items():
+        inputs, targets = parts.windows.batch(chosen)
+        tokens |= {f"step-{step:08d}.inputs": inputs, f"step-{step:08d}.targets": targets}
 
+    def fill(folder: Path) -> None:
+        (folder / "statistics.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
+        save_file(tokens, folder / "windows.safetensors")
 
-def describe(
-    player: PreTrainedModel, data: PreparedData, config: TrainConfig, steps: int, device: torch.device, precision: str
-) -> str:
-    """One line that says what is being trained on what."""
-    count = count_parameters(player)
-    tokens = steps * config.windows_per_step * config.block
+    if parts.processes.is_main:
+        replace_folder(run / "refused", fill)
+    last = refused[-1]
     return (
-        f"{config.objective}: {count.total:,} parameters ({count.non_embedding:,} outside the embedding), "
-        f"{steps:,} steps, {tokens:,} tokens ({tokens / len(data.train):.2f} epochs), {device} {precision}"
+        f"loss is {last['loss']:.6g} and the gradient's norm {last['grad_norm']:.6g} at step {last['step']}, "
+        f"{len(refused)} refused updates in a row; windows and statistics are in {run / 'refused'}; "
+        "try a smaller optim.learning_rate"
     )
+
+
+@contextlib.contextmanager
+def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
+    """Make the folder, lock it, and finish what a process that was killed left undone in it."""
+    with contextlib.ExitStack() as stack:
+        if processes.is_main:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+            except (NotADirectoryError, FileExistsError) as error:
+                raise UserError(f"out is {run}, which cannot be made ({error.strerror})") from error
+            stack.enter_context(RunLock(run, LOCK_PATIENCE_SECONDS if processes.count > 1 else 0))
+            for folder in (run, run / CHECKPOINTS):
+                tidy(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _failures_of_the_disk(run: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone ends the run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(
+            f"{run} cannot be written or read ({' '.join(str(error).split())}); complete checkpoints are untouched, "
+            "and --resume goes on from the newest"
+        ) from error

@@ -62,10 +62,9 @@ def learning_rates(config: OptimConfig, total_steps: int) -> list[float]:
     """The learning rate of each step, taken as the trainer takes it."""
     optimisers = build_optimisers(_LikeAPlayer(), config, total_steps)
     rates = []
-    for _ in range(total_steps):
-        assert len({group["lr"] for group in groups_of(optimisers)}) == 1
-        rates.append(optimisers.learning_rate)
-        optimisers.step()
+    for step in range(1, total_steps + 1):
+        rates.append(optimisers.step(step))
+        assert {group["lr"] for group in groups_of(optimisers)} == {rates[-1]}
     return rates
 
 
@@ -115,6 +114,32 @@ def test_muon_changes_every_parameter(tokenizer):
     before = {name: parameter.detach().clone() for name, parameter in player.named_parameters()}
     ids = torch.arange(2 * BLOCK).reshape(2, BLOCK)
     player(input_ids=ids, labels=ids).loss.backward()
-    optimisers.step()
+    optimisers.step(1)
     assert all(not torch.equal(parameter, before[name]) for name, parameter in player.named_parameters())
     assert all(parameter.grad is None for parameter in player.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("gradient", ["nan", "finite"])
+def test_a_refused_step_changes_neither_weights_nor_state(tokenizer, name: str, gradient: str):
+    """As the first step and as a later one; the step after it is as if it had never been."""
+    ids = torch.arange(2 * BLOCK).reshape(2, BLOCK)
+    players = {}
+    for refused_steps in ((), (1, 3)):
+        player = build_player(PLAYERS["llama"], tokenizer, BLOCK, seed=1)
+        optimisers = build_optimisers(player, OptimConfig(name=name, warmup_steps=0), total_steps=9)
+        for step in range(1, 5):
+            if step not in refused_steps and not refused_steps and step in (1, 3):
+                continue
+            player(input_ids=ids, labels=ids).loss.backward()
+            if step in refused_steps and gradient == "nan":
+                for parameter in player.parameters():
+                    parameter.grad.fill_(math.nan)
+            optimisers.step(step, torch.tensor(step in refused_steps))
+        players[refused_steps] = player, optimisers
+    (plain, plain_optimisers), (careful, careful_optimisers) = players.values()
+    for ours, theirs in zip(plain.parameters(), careful.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(plain_optimisers.optimisers, careful_optimisers.optimisers, strict=True):
+        for left, right in zip(ours.state.values(), theirs.state.values(), strict=True):
+            assert all(torch.equal(left[kind], right[kind]) for kind in left)

@@ -1,11 +1,9 @@
-"""The loop: the same for every objective, the same again for the same seed, and the same after an interruption."""
+"""The loop: the same for every objective, and what it leaves."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.data import PreparedData, Windows
-from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.checkpoint import complete_checkpoints, newest_good_checkpoint, save_checkpoint
-from avatarl.training.optim import Optimisers
 from avatarl.training.rewarded_player import RewardedPlayer
-from avatarl.training.trainer import RunFailed
 from avatarl.training.validation import Validation
 
-from ..conftest import BLOCK, TINY, write_documents
+from ..conftest import BLOCK
+from .runs import Interrupted, contents_of, lines_of, weights_of, with_dropout
 from .test_config import read_config
 
 MODEL_FILES = {
@@ -38,31 +33,7 @@ MODEL_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-CHECKPOINT_FILES = {"player.safetensors", "optimiser.pt", "state.json", "manifest.json"}
-
-
-class Interrupted(Exception):
-    """Stands for whatever ends a run in the middle."""
-
-
-@pytest.fixture
-def interrupt(monkeypatch) -> Callable[[int], None]:
-    """``interrupt(n)``: the n-th optimiser step from now on fails, and after that all work again."""
-
-    def arm(calls: int) -> None:
-        real, count = Optimisers.step, 0
-
-        def step(self: Optimisers) -> None:
-            nonlocal count
-            count += 1
-            if count == calls:
-                monkeypatch.setattr(Optimisers, "step", real)
-                raise Interrupted
-            real(self)
-
-        monkeypatch.setattr(Optimisers, "step", step)
-
-    return arm
+CHECKPOINT_FILES = {"player.safetensors", "optimiser.safetensors", "state.json", "manifest.json"}
 
 
 @pytest.fixture
@@ -78,27 +49,6 @@ def record_inputs(monkeypatch) -> list[Tensor]:
 
     monkeypatch.setattr(RewardedPlayer, "forward", forward)
     return recorded
-
-
-def lines_of(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the speed, which no two runs share."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
-
-
-def weights_of(model_folder: Path) -> dict[str, Tensor]:
-    return load_file(model_folder / "model.safetensors")
-
-
-def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def contents_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file's bytes and time of change."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 # --- a run and its folder -------------------------------------------------------------------------------------------
@@ -173,7 +123,7 @@ def test_a_finished_player_opens_as_an_ordinary_model(tiny_config, tmp_path: Pat
 def test_the_best_player_is_chosen_by_validation_cross_entropy(tiny_config, tmp_path: Path, monkeypatch):
     real, pretended = Validation.evaluate, iter([3.0, 2.0, 2.5])
     monkeypatch.setattr(Validation, "evaluate", lambda *args: {**real(*args), "cross_entropy": next(pretended)})
-    config = tiny_config(tmp_path, steps=6, eval_every_steps=2, checkpoint_every_steps=2, keep_checkpoints=9)
+    config = tiny_config(tmp_path, steps=6, eval_every_steps=2, checkpoint_every_steps=2, keep_last=9)
     summary = train(config, quiet=True)
     run = tmp_path / "run"
     assert (summary["best_step"], summary["best_cross_entropy"]) == (4, 2.0)
@@ -314,227 +264,6 @@ def test_muon_trains(tiny_config, tmp_path: Path):
     config = tiny_config(tmp_path, objective="cross_entropy", steps=30, eval_every_steps=30)
     train(TrainConfig(**{**vars(config), "optim": OptimConfig(name="muon", learning_rate=1e-2)}), quiet=True)
     assert lines_of(tmp_path / "run")[-1]["cross_entropy"] < 4.5
-
-
-# --- the same again, and after an interruption ----------------------------------------------------------------------
-
-
-def test_the_same_seed_gives_the_same_run(tiny_config, tmp_path: Path):
-    for name in ("first", "second"):
-        torch.manual_seed(len(name))  # whatever the process did before
-        train(tiny_config(tmp_path / name, objective="reinforce", player=with_dropout()), quiet=True)
-    assert lines_of(tmp_path / "first" / "run") == lines_of(tmp_path / "second" / "run")
-    assert_same_weights(*(weights_of(tmp_path / name / "run" / "final") for name in ("first", "second")))
-
-
-def with_dropout() -> PlayerConfig:
-    return PlayerConfig(settings={**TINY, "attention_dropout": 0.1})
-
-
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_path: Path, interrupt, objective: str):
-    """With dropout and accumulation; the checkpoint lies inside an interval of the log, the interruption after it."""
-    settings = dict(
-        objective=objective, player=with_dropout(), batch_windows=2, accumulate_steps=2, log_every_steps=3, steps=10
-    )
-    whole, parts = tiny_config(tmp_path / "whole", **settings), tiny_config(tmp_path / "parts", **settings)
-    summary = train(whole, quiet=True)
-    interrupt(8)
-    with pytest.raises(Interrupted):
-        train(parts, quiet=True)
-    run = tmp_path / "parts" / "run"
-    assert lines_of(run)[-1]["step"] == 6  # two steps after the checkpoint: taken again, and not to be there twice
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')  # torn
-    resumed = train(parts, resume=True, quiet=True)
-
-    assert lines_of(run) == lines_of(tmp_path / "whole" / "run")
-    for folder in ("player", "final"):
-        assert_same_weights(weights_of(run / folder), weights_of(tmp_path / "whole" / "run" / folder))
-    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
-    assert resumed["seconds"] > 0
-
-
-def test_resuming_where_no_checkpoint_was_completed_starts_at_step_0(tiny_config, tmp_path: Path, interrupt):
-    train(tiny_config(tmp_path / "whole"), quiet=True)
-    interrupt(3)
-    with pytest.raises(Interrupted):
-        train(tiny_config(tmp_path), quiet=True)
-    assert lines_of(tmp_path / "run")
-    torn = tmp_path / "run" / "checkpoints" / ".step-00000004.partial"
-    torn.mkdir(parents=True)
-    (torn / "player.safetensors").write_bytes(b"half")
-    train(tiny_config(tmp_path), resume=True, quiet=True)
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
-    assert not torn.exists()
-
-
-def test_resuming_in_a_new_folder_starts_at_step_0(tiny_config, tmp_path: Path):
-    assert train(tiny_config(tmp_path, steps=2), resume=True, quiet=True)["steps"] == 2
-
-
-def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path):
-    config = tiny_config(tmp_path, tensorboard=True)
-    summary = train(config, quiet=True)
-    before = contents_of(tmp_path / "run")
-    again = train(config, resume=True, quiet=True)
-    assert contents_of(tmp_path / "run") == before
-    assert again == summary
-
-
-def test_resuming_under_other_settings_is_refused_by_their_names(tiny_config, tmp_path: Path):
-    train(tiny_config(tmp_path), quiet=True)
-    before = contents_of(tmp_path / "run")
-    changed = tiny_config(
-        tmp_path,
-        steps=9,
-        optim=OptimConfig(learning_rate=2e-2, warmup_steps=2),
-        avatarl=AvataRLConfig(top_k=5, threshold="none"),
-    )
-    with pytest.raises(UserError) as refusal:
-        train(changed, resume=True, quiet=True)
-    assert str(refusal.value).endswith(
-        "other settings: avatarl.top_k was 4 and is 5; optim.learning_rate was 0.01 and is 0.02; steps was 8 and is 9"
-    )
-    assert contents_of(tmp_path / "run") == before
-
-
-def test_a_moved_run_may_be_resumed(tiny_config, tmp_path: Path, interrupt):
-    interrupt(6)
-    with pytest.raises(Interrupted):
-        train(tiny_config(tmp_path), quiet=True)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    config = TrainConfig(**{**vars(tiny_config(tmp_path)), "out": str(tmp_path / "moved")})
-    assert train(config, resume=True, quiet=True)["steps"] == 8
-
-
-def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_folder: Path, interrupt):
-    shutil.copytree(data_folder, tmp_path / "data")
-    interrupt(6)
-    with pytest.raises(Interrupted):
-        train(tiny_config(tmp_path, data=str(tmp_path / "data")), quiet=True)
-    shutil.rmtree(tmp_path / "data")
-    source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
-    prepare([str(source)], tmp_path / "data", tokenizer=str(data_folder / "tokenizer"), quiet=True)
-    with pytest.raises(UserError, match="is not the data that .* was started with"):
-        train(tiny_config(tmp_path, data=str(tmp_path / "data")), resume=True, quiet=True)
-
-
-@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words"])
-def test_resuming_with_a_broken_configuration_is_refused(tiny_config, tmp_path: Path, content: str):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(content)
-    with pytest.raises(UserError, match="config.yaml cannot be read"):
-        train(tiny_config(tmp_path), resume=True, quiet=True)
-
-
-# --- damage ---------------------------------------------------------------------------------------------------------
-
-
-def damage(checkpoint: Path) -> None:
-    path = checkpoint / "player.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tiny_config, tmp_path: Path, interrupt, capfd):
-    settings = dict(steps=12, eval_every_steps=12, objective="cross_entropy")
-    train(tiny_config(tmp_path / "whole", **settings), quiet=True)
-    interrupt(10)
-    with pytest.raises(Interrupted):
-        train(tiny_config(tmp_path, **settings), quiet=True)
-    older, newest = complete_checkpoints(tmp_path / "run")
-    damage(newest)
-    capfd.readouterr()
-    train(tiny_config(tmp_path, **settings), resume=True)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert [line for line in err.splitlines() if "damaged" in line] == [
-        f"{newest} is damaged (player.safetensors is not what its manifest says); trying the one before it"
-    ]
-    assert older.name == "step-00000004" and newest.name == "step-00000008"
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
-    assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))
-
-
-def test_when_every_checkpoint_is_damaged_the_user_is_told(tiny_config, tmp_path: Path):
-    train(tiny_config(tmp_path), quiet=True)
-    for checkpoint in complete_checkpoints(tmp_path / "run"):
-        damage(checkpoint)
-    before = contents_of(tmp_path / "run")
-    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
-        train(tiny_config(tmp_path), resume=True, quiet=True)
-    assert contents_of(tmp_path / "run") == before
-
-
-def write_one_file(folder: Path) -> None:
-    (folder / "player.safetensors").write_bytes(b"weights")
-
-
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"files": {"other": {}}}'])
-def test_a_broken_manifest_is_damage(tmp_path: Path, manifest: str):
-    save_checkpoint(tmp_path, 1, write_one_file, keep=2)
-    save_checkpoint(tmp_path, 2, write_one_file, keep=2)
-    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").write_text(manifest)
-    reports: list[str] = []
-    assert newest_good_checkpoint(tmp_path, reports.append).name == "step-00000001"
-    assert len(reports) == 1
-
-
-def test_a_checkpoint_is_kept_though_a_later_damaged_one_lies_there(tmp_path: Path):
-    """The run fell back behind it; counted among the newest it would push out the only good one."""
-    for step in (10, 20):
-        save_checkpoint(tmp_path, step, write_one_file, keep=2)
-    damage(tmp_path / "checkpoints" / "step-00000020")
-    save_checkpoint(tmp_path, 15, write_one_file, keep=1)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000015"]
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
-    for step in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, step, write_one_file, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
-
-
-def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path):
-    save_checkpoint(tmp_path, 1, write_one_file, keep=1)
-
-    def fail(folder: Path) -> None:
-        write_one_file(folder)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        save_checkpoint(tmp_path, 2, fail, keep=1)
-    assert newest_good_checkpoint(tmp_path, print).name == "step-00000001"
-
-
-@pytest.mark.parametrize("what", ["loss", "grad_norm"])
-@pytest.mark.parametrize("log_every_steps", [1, 100])
-def test_a_run_that_is_no_longer_a_number_fails_and_keeps_its_last_good_checkpoint(
-    tiny_config, tmp_path: Path, monkeypatch, what: str, log_every_steps: int
-):
-    real, calls = RewardedPlayer.forward, 0
-
-    def forward(self: RewardedPlayer, *arguments):
-        nonlocal calls
-        calls += self.training
-        loss, metrics = real(self, *arguments)
-        if calls == 3 and self.training:
-            loss = loss * math.nan
-            if what == "loss":
-                metrics["loss"] = metrics["loss"] * math.nan
-        return loss, metrics
-
-    monkeypatch.setattr(RewardedPlayer, "forward", forward)
-    config = tiny_config(tmp_path, checkpoint_every_steps=1, keep_checkpoints=1, log_every_steps=log_every_steps)
-    with pytest.raises(RunFailed, match=f"{what} is nan at step 3; try a smaller optim.learning_rate"):
-        train(config, quiet=True)
-    (checkpoint,) = complete_checkpoints(tmp_path / "run")
-    assert checkpoint.name == "step-00000002"
-    weights = load_file(checkpoint / "player.safetensors")
-    assert all(value.isfinite().all() for value in weights.values())
-    assert not (tmp_path / "run" / "final").exists()
 
 
 # --- a user's mistakes ----------------------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""What a run is made of, before its first step: data, player, critics, objective, optimisers, where they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from avatarl.data import PreparedData, WindowOrder, Windows
+from avatarl.errors import UserError
+from avatarl.models import build_player, count_parameters, load_critic, training_flops_per_token
+from avatarl.models.counting import forward_flops_per_token
+from avatarl.models.loading import longest_sequence
+from avatarl.objective import Objective, make_objective
+from avatarl.objective.fused.implementations import check_implementation
+
+from .config import TrainConfig
+from .device import pick_device, pick_precision
+from .draws import uniform_draws
+from .optim import Optimisers, build_optimisers
+from .processes import Processes
+from .rewarded_player import FrozenModel, RewardedPlayer
+from .run_folder import identity_of_run
+from .validation import Validation
+
+
+@dataclass
+class Assembly:
+    """The parts of one run on one process."""
+
+    config: TrainConfig
+    processes: Processes
+    device: torch.device
+    precision: str  # bf16 or fp32
+    data: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    windows: Windows
+    order: WindowOrder
+    objective: Objective
+    critic_names: list[str]  # of those that judge
+    player: PreTrainedModel
+    model: RewardedPlayer  # player and objective
+    step_model: nn.Module  # what training calls: the model, compiled and wrapped as asked for
+    optimisers: Optimisers
+    validation: Validation
+    total_steps: int
+    identity: dict[str, str]
+    sizes: dict[str, int]  # parameters and FLOPs, for the summary
+
+    @property
+    def autocast(self) -> AbstractContextManager:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.windows_per_step * self.config.block
+
+    def windows_of_step(self, step: int) -> range:
+        """The places in the endless order of training that optimiser step ``step``, counted from 1, reads."""
+        return range((step - 1) * self.config.windows_per_step, step * self.config.windows_per_step)
+
+    def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """This process's inputs, targets and draws of one optimiser step, a micro-batch at a time.
+
+        Which windows a step has does not depend on the number of processes.
+        """
+        mine = self.processes.share(self.windows_of_step(step))
+        size = largest_divisor(len(mine), self.config.batch_windows)
+        for start in range(0, len(mine), size):
+            places = mine[start : start + size]
+            inputs, targets = self.windows.batch(self.order.indices(places.start, size))
+            draws = uniform_draws(self.config.seed, places, self.config.block, self.objective.num_draws)
+            yield tuple(None if x is None else x.to(self.device, non_blocking=True) for x in (inputs, targets, draws))
+
+    def describe(self) -> str:
+        """One line that says what is being trained on what."""
+        tokens = self.total_steps * self.tokens_per_step
+        several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
+        return (
+            f"{self.config.objective}: {self.sizes['parameters']:,} parameters "
+            f"({self.sizes['non_embedding_parameters']:,} outside the embedding), {self.total_steps:,} steps, "
+            f"{tokens:,} tokens ({tokens / len(self.data.train):.2f} epochs), {self.device} {self.precision}{several}"
+        )
+
+
+def assemble(config: TrainConfig, processes: Processes) -> Assembly:
+    """Open and build everything; nothing is written.
+
+    Raises:
+        UserError: A setting, the data or a critic cannot be used.
+    """
+    data = PreparedData.open(config.data)
+    tokenizer = data.load_tokenizer()
+    windows, valid_windows = Windows(data.train, config.block), Windows(data.valid, config.block)
+    total_steps = config.total_steps(len(windows))
+    processes.share(range(config.windows_per_step))  # refuses what cannot be shared
+
+    device = pick_device(config.device, processes.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    precision = pick_precision(config.precision, device)
+    objective = make_objective(config.objective, config.avatarl, config.baseline)
+    critic_names = config.critics if objective.needs_critic else []
+    if objective.needs_critic and not critic_names:
+        raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
+    critics = open_critics(critic_names, tokenizer, config.block, precision, device)
+    loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
+    try:
+        objective.check_settings(len(tokenizer), len(critics))
+        check_implementation(loss_impl, device.type)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
+    player_flops = training_flops_per_token(player, config.block)
+    tokens = total_steps * config.windows_per_step * config.block
+    sizes = {
+        "parameters": count_parameters(player).total,
+        "non_embedding_parameters": count_parameters(player).non_embedding,
+        "player_flops": tokens * player_flops,
+        "critic_flops": tokens * sum(forward_flops_per_token(critic, config.block) for critic in critics),
+    }
+    identity = identity_of_run(config, data, dict(zip(critic_names, critics, strict=True)))
+
+    frozen = [FrozenModel(critic) for critic in critics]
+    snapshot = None
+    if objective.needs_snapshot:
+        snapshot = FrozenModel(build_player(config.player, tokenizer, config.block, config.seed).to(device))
+    model = RewardedPlayer(player, objective, frozen, len(tokenizer), loss_impl, snapshot)
+    if config.parallel == "fsdp" and processes.count > 1:
+        divided = [*(frozen if config.shard_critics else []), *([snapshot] if snapshot else [])]
+        for judge in divided:
+            processes.shard(judge, judge.model, device, keep_root=True)
+        processes.shard(model, player, device)
+    step_model = torch.compile(model) if config.compile else model
+    return Assembly(
+        config=config,
+        processes=processes,
+        device=device,
+        precision=precision,
+        data=data,
+        tokenizer=tokenizer,
+        windows=windows,
+        order=WindowOrder(len(windows), config.seed),
+        objective=objective,
+        critic_names=critic_names,
+        player=player,
+        model=model,
+        step_model=processes.wrap(step_model, config.parallel, device),
+        optimisers=build_optimisers(player, config.optim, total_steps),
+        validation=Validation(valid_windows, config, device, processes),
+        total_steps=total_steps,
+        identity=identity,
+        sizes=sizes,
+    )
+
+
+def open_critics(
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block: int,
+    precision: str,
+    device: torch.device,
+) -> list[PreTrainedModel]:
+    """The critics of these names.
+
+    Raises:
+        UserError: One cannot be opened, or reads sequences shorter than ``block``.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    critics = [load_critic(name, tokenizer, dtype, device) for name in names]
+    for name, critic in zip(names, critics, strict=True):
+        longest = longest_sequence(critic)
+        if longest is not None and longest < block:
+            raise UserError(f"critic {name} reads at most {longest} tokens; expected at least block, {block}")
+    return critics
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``at_most``."""
+    return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)

@@ -1,0 +1,142 @@
+"""The processes of one run: who writes, what they tell each other, and how the player is held by all of them.
+
+One process is the ordinary case and talks to nobody. Several are started by ``torchrun``; each takes its part of every
+step's windows, and the wrappers of PyTorch average their gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from avatarl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run. Use as a context manager."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those of this machine: its GPU
+
+    @classmethod
+    def of_this_run(cls) -> Processes:
+        """As ``torchrun`` says in the environment; one process alone where it says nothing."""
+        rank, count, local_rank = (int(os.environ.get(n, d)) for n, d in zip(_NAMES, (0, 1, 0), strict=True))
+        return cls(rank, count, local_rank)
+
+    def __enter__(self) -> Processes:
+        if self.count > 1 and not dist.is_initialized():
+            # Tensors talk where they are; what is decided on the host needs no device, and does not wait for it.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        # After an error the others may be gone, and waiting for them would hide it.
+        if kind is None and self.count > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what one process writes."""
+        return self.rank == 0
+
+    def share(self, windows: range) -> range:
+        """This process's part of a step's windows.
+
+        Raises:
+            UserError: They cannot be divided evenly.
+        """
+        if len(windows) % self.count:
+            raise UserError(
+                f"batch_windows times accumulate_steps is {len(windows)}, which {self.count} processes cannot share; "
+                f"expected a multiple of {self.count}"
+            )
+        size = len(windows) // self.count
+        return windows[self.rank * size : (self.rank + 1) * size]
+
+    # --- what they tell each other; every process has to ask at the same place ---
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes of a tensor of any shape, on its device."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.count
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; the device is not waited for."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    # --- how they hold the player ---
+
+    def wrap(self, model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
+        """The module to call in training, after :meth:`shard` for ``fsdp``; gradients become means over processes."""
+        if self.count == 1 or parallel == "fsdp":
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def shard(self, root: nn.Module, model: PreTrainedModel, device: torch.device, keep_root: bool = False) -> None:
+        """Divide the weights of ``root``, which calls ``model``, among the processes (FSDP2), in place.
+
+        The decoder layers and the root are one group each, so that inside the root's forward the head is a plain
+        tensor. ``keep_root`` leaves the root's own weights (embedding, norm, head) whole after a forward pass, where
+        they are read after it.
+        """
+        mesh = dist.init_device_mesh(device.type, (self.count,))
+        blocks = set(model._no_split_modules or ())
+        for module in model.modules():
+            if type(module).__name__ in blocks:
+                fully_shard(module, mesh=mesh)
+        fully_shard(root, mesh=mesh, reshard_after_forward=False if keep_root else None)
+
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Around the passes of one micro-batch: only the last one of a step exchanges gradients."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    elif isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

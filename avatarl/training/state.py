@@ -1,0 +1,170 @@
+"""A run's tensors in files: player, optimisers and snapshot, whole or in the parts that processes hold.
+
+A process writes the rows it holds of each tensor, with the number of the first one, as safetensors; whoever reads takes
+the rows it wants from whichever file has them. So a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from avatarl.errors import UserError
+
+from .optim import Optimisers
+from .processes import local
+from .rewarded_player import RewardedPlayer
+
+FIRST_ROWS, SHAPES = "first_rows", "shapes"  # keys of a file's own metadata
+
+
+class Held(NamedTuple):
+    """What this process holds of a tensor."""
+
+    rows: Tensor
+    first_row: int
+    shape: tuple[int, ...]  # of the whole
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Held:
+        return cls(local(tensor.detach()), first_row(tensor), tuple(tensor.shape))
+
+    def copy(self) -> Held:
+        """In host memory, for who writes it later."""
+        return self._replace(rows=self.rows.to("cpu", copy=True))
+
+
+def run_state(model: RewardedPlayer, optimisers: Optimisers) -> dict[str, dict[str, Held]]:
+    """Every tensor that a run goes on from, by file and name; the run's own memory, not copies."""
+    parts = {"player": tensors_of_model(model.player), "optimiser": optimiser_tensors(model.player, optimisers)}
+    parts |= {"snapshot": tensors_of_model(model.snapshot.model)} if model.snapshot else {}
+    return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
+
+
+def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, a shared one once."""
+    found, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            found[name] = tensor
+            seen.add(id(tensor))
+    return found
+
+
+def optimiser_tensors(player: nn.Module, optimisers: Optimisers) -> dict[str, Tensor]:
+    """The state that optimisers keep for each parameter, as ``PARAMETER.KIND``; a parameter has one optimiser."""
+    names = {id(parameter): name for name, parameter in player.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{kind}": value
+        for optimiser in optimisers.optimisers
+        for parameter, state in optimiser.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
+    """Put back what :func:`run_state` gave.
+
+    Raises:
+        UserError: The files hold tensors of another model or optimiser.
+    """
+    saved = _by_part(files)
+    _copy_into(tensors_of_model(model.player), SavedTensors(saved.pop("player", [])))
+    if "snapshot" in saved and model.snapshot:
+        _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved.pop("snapshot")))
+    kept = SavedTensors(saved.pop("optimiser", []))
+    parameters = dict(model.player.named_parameters())
+    for optimiser in optimisers.optimisers:
+        own = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+        for name in kept.names:
+            owner, _, kind = name.rpartition(".")
+            if id(parameters.get(owner)) in own:
+                parameter = parameters[owner]
+                if kept.shape(name) == parameter.shape:
+                    value = torch.empty_like(parameter.detach())  # divided as the parameter is
+                else:
+                    value = torch.empty(kept.shape(name), device=parameter.device)
+                kept.read_into(value, name)
+                optimiser.state[parameter][kind] = value
+
+
+def save_part(path: Path, held: Mapping[str, Held]) -> None:
+    """Write what this process holds of some tensors, as safetensors."""
+    metadata = {
+        FIRST_ROWS: json.dumps({name: part.first_row for name, part in held.items()}),
+        SHAPES: json.dumps({name: part.shape for name, part in held.items()}),
+    }
+    save_file({name: part.rows.contiguous() for name, part in held.items()}, path, metadata)
+
+
+def first_row(tensor: Tensor) -> int:
+    """The number of the first row that this process holds of a tensor."""
+    if not isinstance(tensor, DTensor) or not tensor.placements[0].is_shard():
+        return 0
+    size = -(-tensor.shape[0] // tensor.device_mesh.size())  # as FSDP2 divides: parts of equal size, the last shorter
+    return min(size * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+class SavedTensors:
+    """The tensors of one part, wherever their rows lie."""
+
+    def __init__(self, files: Iterable[Path]):
+        self._places: dict[str, list[tuple[int, Path]]] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            for name, row in json.loads(metadata[FIRST_ROWS]).items():
+                self._places.setdefault(name, []).append((row, path))
+            self._shapes |= {name: torch.Size(shape) for name, shape in json.loads(metadata[SHAPES]).items()}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor."""
+        return self._shapes[name]
+
+    def read_into(self, target: Tensor, name: str) -> None:
+        """Fill the rows that this process holds of ``target``."""
+        rows, begin = local(target), first_row(target)
+        for row, path in self._places[name]:
+            with safe_open(path, "pt") as file:
+                if rows.dim() == 0:
+                    rows.copy_(file.get_tensor(name))
+                    return
+                saved = file.get_slice(name)
+                first, last = max(begin, row), min(begin + len(rows), row + saved.get_shape()[0])
+                if first < last:
+                    rows[first - begin : last - begin].copy_(saved[first - row : last - row])
+
+
+def _copy_into(targets: Mapping[str, Tensor], saved: SavedTensors) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    found = {name: tuple(saved.shape(name)) for name in saved.names}
+    if wanted != found:
+        name = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))[0]
+        raise UserError(
+            f"the checkpoint is of another model: {name} has shape {found.get(name)} there and {wanted.get(name)} here"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            saved.read_into(target, name)
+
+
+def _by_part(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """``player.safetensors`` or ``player-00001-of-00002.safetensors`` … as ``{"player": [paths]}``."""
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        if path.suffix == ".safetensors":
+            parts.setdefault(path.stem.partition("-")[0], []).append(path)
+    return parts

@@ -1,0 +1,167 @@
+"""A plan's arithmetic adds up, it says what it supposes, and refuses what cannot be planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from avatarl import UserError
+from avatarl.data import PreparedData
+from avatarl.models import PlayerConfig
+from avatarl.objective import kernels
+from avatarl.objective.fused import chunked
+from avatarl.training.hardware import measure_flops
+from avatarl.training.plan import UTILISATION, Plan, kept_checkpoints, plan
+
+
+@pytest.fixture(autouse=True)
+def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast this machine multiplies does not matter here."""
+    monkeypatch.setattr("avatarl.training.hardware.measure_flops", lambda *_: 1e11)
+
+
+def on_gpus(tiny_config, tmp_path: Path, processes: int, **overrides) -> Plan:
+    """A plan of eight windows a step on that many H100."""
+    return plan(tiny_config(tmp_path, device="H100", accumulate_steps=2, **overrides), processes)
+
+
+def test_fsdp_divides_what_ddp_repeats(tiny_config, tmp_path: Path):
+    whole = on_gpus(tiny_config, tmp_path, 2).memory
+    divided = on_gpus(tiny_config, tmp_path, 2, parallel="fsdp").memory
+    for part in ("weights", "optimiser state"):
+        assert divided[part] == pytest.approx(whole[part] / 2, abs=1)
+    assert divided["gathered layers"] > 0 and "gathered layers" not in whole
+    assert divided["critics"] == whole["critics"]
+    shared = on_gpus(tiny_config, tmp_path, 2, parallel="fsdp", shard_critics=True).memory
+    assert shared["critics"] == pytest.approx(whole["critics"] / 2, abs=1)
+    assert shared["gathered layers"] > divided["gathered layers"]
+
+
+def test_processes_share_the_windows_of_a_step(tiny_config, tmp_path: Path):
+    one, two, eight = (on_gpus(tiny_config, tmp_path, processes) for processes in (1, 2, 8))
+    assert [(x.windows, x.micro_batches) for x in (one, two, eight)] == [(4, 2), (4, 1), (1, 1)]
+    assert one.flops == two.flops == eight.flops
+    assert eight.tokens_per_second == pytest.approx(8 * one.tokens_per_second)
+    assert eight.memory["player's activations"] < one.memory["player's activations"]
+    with pytest.raises(UserError, match="8, which 3 processes cannot share"):
+        on_gpus(tiny_config, tmp_path, 3)
+
+
+def test_processes_on_a_cpu_share_it(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path, batch_windows=2, accumulate_steps=2)
+    one, two = plan(config), plan(config, processes=2)
+    assert two.tokens_per_second == pytest.approx(one.tokens_per_second)
+    assert two.needed_memory > 1.9 * one.needed_memory
+
+
+def test_what_does_not_fit_is_said(tiny_config, tmp_path: Path):
+    large = {"player": PlayerConfig("30m"), "block": 1024, "batch_windows": 64, "critic": "random:1m:1"}
+    planned = plan(tiny_config(tmp_path, device="T4", **large))
+    assert not planned.fits
+    assert "DOES NOT FIT in 14.60 GiB" in str(planned)
+    fitting = plan(tiny_config(tmp_path, device="T4", **{**large, "batch_windows": 1}))
+    assert fitting.fits and "fits in 14.60 GiB" in str(fitting)
+
+
+def test_time_is_flops_by_speed(tiny_config, tmp_path: Path):
+    planned = on_gpus(tiny_config, tmp_path, 2, precision="bf16")
+    seconds = sum(planned.flops.values()) / (2 * 989e12 * UTILISATION)
+    assert planned.hours == pytest.approx(seconds / 3600)
+    config = tiny_config(tmp_path, device="h100", precision="bf16")
+    assert plan(config, utilisation=0.15).hours == pytest.approx(2 * plan(config).hours)
+
+
+def test_automatic_precision_is_that_of_the_device(tiny_config, tmp_path: Path):
+    precisions = [plan(tiny_config(tmp_path, device=gpu, precision="auto")).precision for gpu in ("H100", "T4")]
+    assert precisions == ["bf16", "fp32"]
+
+
+def test_a_measured_device_is_said_to_be_measured(tiny_config, tmp_path: Path):
+    planned = plan(tiny_config(tmp_path))
+    assert planned.hardware.memory > 0
+    assert "0.1 TFLOP/s (a large product, timed now)" in str(planned)
+    assert measure_flops(torch.device("cpu"), "fp32", seconds=0) > 1e8
+
+
+def test_planning_leaves_the_chunks_of_the_loss_as_they_were(tiny_config, tmp_path: Path):
+    def sizes():
+        return dict(chunked.CHUNK_ROWS), dict(chunked.CHUNK_ELEMENTS), kernels.CACHED_ELEMENTS
+
+    before = sizes()
+    on_gpus(tiny_config, tmp_path, 1)
+    assert sizes() == before
+
+
+@pytest.mark.parametrize(
+    "every, last, also, steps, kept", [(4, 2, None, 10, 2), (4, 1, 4, 10, 3), (4, 9, 8, 10, 3), (100, 2, None, 10, 1)]
+)
+def test_checkpoints_that_stay(tiny_config, tmp_path: Path, every, last, also, steps, kept: int):
+    config = tiny_config(tmp_path, checkpoint_every_steps=every, keep_last=last, keep_every=also)
+    assert kept_checkpoints(config, steps) == kept
+
+
+def test_a_copy_for_the_background_is_held_in_a_cpus_memory(tiny_config, tmp_path: Path):
+    copy = plan(tiny_config(tmp_path, checkpoint_in_background=True)).memory["checkpoint's copy"]
+    assert copy == plan(tiny_config(tmp_path)).checkpoint
+    assert "checkpoint's copy" not in on_gpus(tiny_config, tmp_path, 1, checkpoint_in_background=True).memory
+
+
+# --- what is not there ---------------------------------------------------------------------------------------------
+
+
+def test_data_and_critic_need_not_exist(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path, data=tmp_path / "nothing", critic=str(tmp_path / "no-critic"))
+    planned = plan(config)
+    assert "supposing 50,257 tokens" in str(planned) and "ARE LEFT OUT" in str(planned)
+    named = plan(config, vocab_size=1000, critic_preset="5m")
+    assert "LEFT OUT" not in str(named) and "supposing a player of preset 5m" in str(named)
+    assert named.critic_share > 10 * planned.critic_share
+    assert list(tmp_path.iterdir()) == []  # a plan writes nothing
+
+
+def test_a_critic_may_be_what_another_recipe_makes(tiny_config, tmp_path: Path):
+    (tmp_path / "critic.yaml").write_text("out: runs/critic\nplayer: {preset: 5m}\n")
+    (tmp_path / "another.yaml").write_text("- not a recipe\n")
+    config = tiny_config(tmp_path, critic="runs/critic")
+    planned = plan(config, recipe=tmp_path / "player.yaml")
+    assert any("supposing what" in warning and "critic.yaml" in warning for warning in planned.warnings)
+    assert planned.flops == plan(config, critic_preset="5m").flops
+
+
+def test_a_random_critic_costs_what_its_preset_does(tiny_config, tmp_path: Path):
+    drawn = plan(tiny_config(tmp_path, critic="random:1m:7"))
+    named = plan(tiny_config(tmp_path, critic="absent/critic"), critic_preset="1m")
+    assert drawn.flops == named.flops and not drawn.warnings
+    with pytest.raises(UserError, match="expected random:PRESET:SEED"):
+        plan(tiny_config(tmp_path, critic="random:1m"))
+
+
+@pytest.mark.parametrize(
+    "overrides, options, message",
+    [
+        ({"steps": None, "epochs": 2, "data": "absent"}, {}, "epochs is 2, and absent does not exist"),
+        ({}, {"vocab_size": 7}, "vocab_size is 7, but .* has 300"),
+        ({}, {"critic_preset": "2m"}, "critic_preset is '2m'"),
+        ({}, {"utilisation": 1.5}, "utilisation is 1.5; expected a number above 0 and at most 1"),
+        ({}, {"processes": 0}, "processes is 0"),
+        ({"device": "H10"}, {}, "device is 'H10'; expected one of auto, cpu.*did you mean 'H100'"),
+        ({"device": "T4", "precision": "bf16"}, {}, "precision is 'bf16', which T4"),
+        ({"critic": None}, {}, "needs a critic"),
+        ({"player": PlayerConfig(settings={"hiden_size": 8})}, {}, "did you mean 'hidden_size'"),
+        ({"player": PlayerConfig("1m", architecture="mixtral")}, {}, "'mixtral' cannot be planned"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(tiny_config, tmp_path: Path, overrides: dict, options: dict, message: str):
+    with pytest.raises(UserError, match=message) as refusal:
+        plan(tiny_config(tmp_path, **overrides), **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_epochs_are_counted_in_the_data(tiny_config, data_folder: Path, tmp_path: Path):
+    windows = (len(PreparedData.open(data_folder).train) - 1) // 16
+    planned = plan(tiny_config(tmp_path, steps=None, epochs=2))
+    assert planned.steps == round(2 * windows / 4)
+    assert planned.tokens == planned.steps * 4 * 16

@@ -1,0 +1,215 @@
+"""A run after an interruption: the same to the bit, or refused by the name of what has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from avatarl import AvataRLConfig, UserError
+from avatarl.data.prepare import prepare
+from avatarl.errors import RunFailed
+from avatarl.models import PlayerConfig
+from avatarl.objective import OBJECTIVES
+from avatarl.training import OptimConfig, TrainConfig, train
+
+from ..conftest import TINY, write_documents
+from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of, with_dropout
+
+
+def test_the_same_seed_gives_the_same_run(tiny_config, tmp_path: Path):
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))  # whatever the process did before
+        train(tiny_config(tmp_path / name, objective="reinforce", player=with_dropout()), quiet=True)
+    assert lines_of(tmp_path / "first" / "run") == lines_of(tmp_path / "second" / "run")
+    assert_same_weights(*(weights_of(tmp_path / name / "run" / "final") for name in ("first", "second")))
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_path: Path, interrupt, objective: str):
+    """With dropout and accumulation; the checkpoint lies inside an interval of the log, the interruption after it."""
+    settings = dict(
+        objective=objective, player=with_dropout(), batch_windows=2, accumulate_steps=2, log_every_steps=3, steps=10
+    )
+    whole, parts = tiny_config(tmp_path / "whole", **settings), tiny_config(tmp_path / "parts", **settings)
+    summary = train(whole, quiet=True)
+    interrupt(8)
+    with pytest.raises(Interrupted):
+        train(parts, quiet=True)
+    run = tmp_path / "parts" / "run"
+    assert lines_of(run)[-1]["step"] == 6  # two steps after the checkpoint: taken again, and not to be there twice
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')  # torn
+    resumed = train(parts, resume=True, quiet=True)
+
+    assert lines_of(run) == lines_of(tmp_path / "whole" / "run")
+    for folder in ("player", "final"):
+        assert_same_weights(weights_of(run / folder), weights_of(tmp_path / "whole" / "run" / folder))
+    assert {**resumed, "seconds": 0} == {**summary, "seconds": 0}
+    assert resumed["seconds"] > 0
+
+
+def test_resuming_where_no_checkpoint_was_completed_starts_at_step_0(tiny_config, tmp_path: Path, interrupt):
+    train(tiny_config(tmp_path / "whole"), quiet=True)
+    interrupt(3)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path), quiet=True)
+    assert lines_of(tmp_path / "run")
+    torn = tmp_path / "run" / "checkpoints" / ".step-00000004.partial"
+    torn.mkdir(parents=True)
+    (torn / "player.safetensors").write_bytes(b"half")
+    train(tiny_config(tmp_path), resume=True, quiet=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
+    assert not torn.exists()
+
+
+def test_resuming_in_a_new_folder_starts_at_step_0(tiny_config, tmp_path: Path):
+    assert train(tiny_config(tmp_path, steps=2), resume=True, quiet=True)["steps"] == 2
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path, tensorboard=True)
+    summary = train(config, quiet=True)
+    before = contents_of(tmp_path / "run")
+    again = train(config, resume=True, quiet=True)
+    assert contents_of(tmp_path / "run") == before
+    assert again == summary
+
+
+def test_resuming_under_other_settings_is_refused_by_their_names(tiny_config, tmp_path: Path):
+    train(tiny_config(tmp_path), quiet=True)
+    before = contents_of(tmp_path / "run")
+    changed = tiny_config(
+        tmp_path,
+        steps=9,
+        optim=OptimConfig(learning_rate=2e-2, warmup_steps=2),
+        avatarl=AvataRLConfig(top_k=5, threshold="none"),
+    )
+    with pytest.raises(UserError) as refusal:
+        train(changed, resume=True, quiet=True)
+    assert str(refusal.value).endswith(
+        "other settings: avatarl.top_k was 4 and is 5; optim.learning_rate was 0.01 and is 0.02; steps was 8 and is 9 "
+        "(--allow_changes goes on)"
+    )
+    assert contents_of(tmp_path / "run") == before
+
+
+def test_a_moved_run_may_be_resumed(tiny_config, tmp_path: Path, interrupt):
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path), quiet=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config = TrainConfig(**{**vars(tiny_config(tmp_path)), "out": str(tmp_path / "moved")})
+    assert train(config, resume=True, quiet=True)["steps"] == 8
+
+
+def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_folder: Path, interrupt):
+    shutil.copytree(data_folder, tmp_path / "data")
+    interrupt(6)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, data=str(tmp_path / "data")), quiet=True)
+    shutil.rmtree(tmp_path / "data")
+    source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
+    prepare([str(source)], tmp_path / "data", tokenizer=str(data_folder / "tokenizer"), quiet=True)
+    with pytest.raises(UserError, match=r"data was \w{12} and is \w{12}"):
+        train(tiny_config(tmp_path, data=str(tmp_path / "data")), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words"])
+def test_resuming_with_a_broken_configuration_is_refused(tiny_config, tmp_path: Path, content: str):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml cannot be read"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+# --- other settings, data or critics --------------------------------------------------------------------------------
+
+
+def stop_after_step_6(config: TrainConfig, interrupt) -> None:
+    interrupt(7)
+    with pytest.raises(Interrupted):
+        train(config, quiet=True)
+
+
+def test_another_critic_under_the_same_name_is_refused(tiny_config, tmp_path: Path, critic_folder: Path, interrupt):
+    shutil.copytree(critic_folder, tmp_path / "critic")
+    config = tiny_config(tmp_path, critic=str(tmp_path / "critic"))
+    stop_after_step_6(config, interrupt)
+    path = tmp_path / "critic" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    before = contents_of(tmp_path / "run")
+    with pytest.raises(UserError, match=r"critic .*critic was \w{12} and is \w{12} \(--allow_changes goes on\)"):
+        train(config, resume=True, quiet=True)
+    assert contents_of(tmp_path / "run") == before
+    assert train(config, resume=True, allow_changes=True, quiet=True)["steps"] == 8
+
+
+def test_changes_are_allowed_when_asked_for_and_written_down(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    changed = tiny_config(tmp_path, steps=9, optim=OptimConfig(learning_rate=2e-2, warmup_steps=2))
+    assert train(changed, resume=True, allow_changes=True, quiet=True)["steps"] == 9
+    (resumption,) = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
+    assert resumption["step"] == 4
+    assert resumption["changes"] == ["optim.learning_rate was 0.01 and is 0.02", "steps was 8 and is 9"]
+    assert train(changed, resume=True, quiet=True)["steps"] == 9  # they are the run's settings now
+
+
+def test_changes_may_be_interrupted_before_their_first_checkpoint(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    changed = tiny_config(tmp_path, steps=9)
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        train(changed, resume=True, allow_changes=True, quiet=True)
+    assert train(changed, resume=True, quiet=True)["steps"] == 9
+
+
+def test_another_shape_of_player_cannot_go_on(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    wider = tiny_config(tmp_path, player=PlayerConfig(settings={**TINY, "intermediate_size": 48}))
+    with pytest.raises(UserError, match=r"of another model: model.layers.0.mlp.\w+.weight has shape .* there and"):
+        train(wider, resume=True, allow_changes=True, quiet=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_used(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    train(tiny_config(tmp_path / "other", seed=2), quiet=True)
+    name = "checkpoints/step-00000008"
+    shutil.copytree(tmp_path / "other" / "run" / name, tmp_path / "run" / name)
+    with pytest.raises(UserError, match="its newest good checkpoint is of another run"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+# --- what a finished run still checks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "other"])
+def test_a_finished_run_mends_its_last_player(tiny_config, tmp_path: Path, how: str):
+    config = tiny_config(tmp_path)
+    train(config, quiet=True)
+    final = tmp_path / "run" / "final"
+    expected = weights_of(final)
+    if how == "missing":
+        shutil.rmtree(final)
+    elif how == "truncated":
+        (final / "model.safetensors").write_bytes((final / "model.safetensors").read_bytes()[:-8])
+    else:
+        content = bytearray((final / "model.safetensors").read_bytes())
+        content[-3] ^= 1
+        (final / "model.safetensors").write_bytes(content)
+    train(config, resume=True, quiet=True)
+    assert_same_weights(weights_of(final), expected)
+
+
+def test_a_finished_run_notices_that_its_best_player_is_gone(tiny_config, tmp_path: Path):
+    config = tiny_config(tmp_path)
+    train(config, quiet=True)
+    path = tmp_path / "run" / "player" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(RunFailed, match="player is not what the run wrote after step"):
+        train(config, resume=True, quiet=True)
