@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -67,9 +68,9 @@ def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int =
     """
     out, console, started = Path(out), Console(quiet=quiet), time.monotonic()
     require_whole("seed", seed, minimum=0)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out is {out}, which already holds files; give another folder with --out")
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
+    missing = [folder for folder in (out, *out.parents) if not os.path.exists(folder)]  # innermost first
     try:
         prepare([source], out / "data", quiet=quiet)
         data = PreparedData.open(out / "data")

@@ -73,7 +73,7 @@ def check_library_folder(folder: Path) -> None:
         for entry in entries:
             if (
                 entry.name.endswith((".json", ".safetensors", ".txt", ".model", ".jinja", ".bpe"))
-                and not entry.is_file()
+                and not os.path.isfile(entry.path)  # unlike `entry.is_file`, of whatever kind the link is
             ):
                 raise UserError(f"{entry.path}: not a regular file")
     path = folder / "config.json"

@@ -85,7 +85,7 @@ def _files(source: str) -> list[Path]:
         if _kind(path) is None:
             raise UserError(f"source {source!r}: unknown suffix {path.suffix!r}; accepted are {ACCEPTED}")
         return [path]
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(
             f"source {source!r}: no such file or folder; accepted are files and folders ({ACCEPTED}), python-docs, "
             "hub:DATASET_ID and a folder with nanoGPT's train.bin and val.bin"

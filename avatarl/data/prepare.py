@@ -145,7 +145,9 @@ def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int 
 
 
 def _nanogpt_folder(sources: list[str]) -> Path | None:
-    folders = [source for source in sources if all((Path(source) / name).is_file() for name in NANOGPT_FILES.values())]
+    folders = [
+        source for source in sources if all(os.path.isfile(Path(source) / name) for name in NANOGPT_FILES.values())
+    ]
     if folders and len(sources) > 1:
         raise UserError(
             f"source {folders[0]!r}: nanoGPT's token files bring their own split and cannot be joined with other "
@@ -225,14 +227,15 @@ def _counts(counts: dict[str, SplitCounts], characters: int | None) -> dict:
 @contextlib.contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its name at the end, or goes without a trace."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out: {out} exists and is not empty; a new or empty folder is expected")
-    missing_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    missing_parents = [parent for parent in out.parents if not os.path.exists(parent)]  # innermost first
     folder = out.parent / f".{out.name}.unfinished-{os.getpid()}"
     try:
         folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be made ({error.strerror}); a writable place is expected") from error
+    except (OSError, ValueError) as error:  # the latter where the name holds a NUL
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"out: {folder} cannot be made ({reason}); a writable place is expected") from error
     try:
         yield folder
         if out.exists():

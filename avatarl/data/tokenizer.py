@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ def resolve_tokenizer(spec: str, text_pieces: Callable[[], Iterable[str]]) -> Re
     if spec == "gpt2":
         return ResolvedTokenizer(_open_gpt2(), None)
     folder = Path(spec)
-    if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
+    if os.path.isfile(folder / "encoder.json") and os.path.isfile(folder / "vocab.bpe"):
         return ResolvedTokenizer(_open_openai_folder(folder), None)
     return ResolvedTokenizer(_open(spec), None)
 
@@ -184,7 +185,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         Exception: of many kinds, Rust's panics among them; callers use :func:`avatarl.outside.refusing`.
     """
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         check_library_folder(Path(name))
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _try_out(tokenizer, str(name))
@@ -199,6 +200,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if not set(encoded) <= ids:
         raise UserError(f"{name}: the tokenizer gives ids that it has no entries for")
     tokenizer.decode(encoded)
+    _ = tokenizer.all_special_ids  # looked up through one another: in circles, if the file says so
     if end_of_text_id(tokenizer) not in {None, *ids}:
         raise UserError(f"{name}: the end-of-text token is not an entry of the tokenizer")
 
@@ -236,7 +238,7 @@ def _open_openai_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _open(spec: str) -> PreTrainedTokenizerBase:
-    if not spec or (spec.startswith((".", "/", "~")) and not Path(spec).is_dir()):
+    if not spec or (spec.startswith((".", "/", "~")) and not os.path.isdir(spec)):
         raise UserError(f"tokenizer {spec!r}: no such folder; {ACCEPTED}")
     with refusing(f"tokenizer {spec!r}: cannot be opened (", f"); {ACCEPTED}"):
         return open_tokenizer(spec)

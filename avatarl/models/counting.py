@@ -33,14 +33,19 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
 
     Two per weight of every matrix that multiplies, plus causal attention: scores and weighted values cost four per
     channel and earlier token, and a token has (block + 1) / 2 of those on average. Norms, activations and the softmax
-    over the vocabulary are left out, as is usual (Kaplan et al., 2020, appendix B). For dense models: stacked weights
-    (a mixture of experts) are not counted.
+    over the vocabulary are left out, as is usual (Kaplan et al., 2020, appendix B). Of experts, which lie stacked in
+    one weight, a token meets ``num_experts_per_tok``.
     """
     matrices = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * (block + 1) // 2
-    return 2 * sum(module.weight.numel() for module in matrices) + attention
+    # Experts and their router are plain parameters of modules of their own.
+    others = [module for module in model.modules() if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding))]
+    weights = [weight for module in others for weight in module.parameters(recurse=False) if weight.dim() > 1]
+    met = getattr(config, "num_experts_per_tok", None)
+    experts = sum(w.numel() * met // len(w) if met and w.dim() == 3 else w.numel() for w in weights)
+    return 2 * (sum(module.weight.numel() for module in matrices) + experts) + attention
 
 
 def training_flops_per_token(model: PreTrainedModel, block: int) -> int:

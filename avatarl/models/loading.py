@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def resolve_model(model: str | Path) -> str:
         UserError: A folder that is neither a run nor a model, or a model folder without safetensors.
     """
     folder = Path(model)
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike `Path.exists`, it takes any name
         # A hub id is NAME or OWNER/NAME; where OWNER is a folder here, a mistyped path is the likelier meaning.
         if len(folder.parts) > 2 or len(folder.parts) == 2 and Path(folder.parts[0]).exists():
             raise UserError(f"{model}: no such folder; expected a run folder, a model folder or a hub id")
@@ -130,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _tensor_shapes(path: Path) -> list[list[int]]:
     with safe_open(path, framework="pt") as file:
-        return [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118: it is no dictionary
+        return [file.get_slice(name).get_shape() for name in file.keys()]
 
 
 def _check_weights(model: PreTrainedModel, report: dict) -> None:

@@ -79,7 +79,7 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
         torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
         player = model_from_config(model_config)
     check_model(player, f"player.architecture {config.architecture!r}")
-    _check_size(player, len(tokenizer), block)
+    check_size(player, len(tokenizer), block)
     return player
 
 
@@ -124,7 +124,7 @@ def _explaining(config: PlayerConfig) -> Iterator[None]:
         ) from error
 
 
-def _check_size(player: PreTrainedModel, vocabulary: int, block: int) -> None:
+def check_size(player: PreTrainedModel, vocabulary: int, block: int) -> None:
     """Refuse settings that leave tokens without an embedding or positions without a place."""
     rows = head_weight(player).shape[0]
     if rows < vocabulary:

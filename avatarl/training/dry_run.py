@@ -7,6 +7,7 @@ gives the peak of any architecture and objective, down to what the backward pass
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from avatarl.errors import UserError
 from avatarl.models import ParameterCount, count_parameters, forward_flops_per_token, training_flops_per_token
 from avatarl.models.loading import one_line
-from avatarl.models.players import model_from_config
+from avatarl.models.players import check_size, model_from_config
 from avatarl.objective import kernels, make_objective
 from avatarl.objective.fused import chunked
 
@@ -61,7 +62,7 @@ class DryRun:
         gathered_critics: The same of each critic, added up.
         parameters: The player's parameters.
         player_flops: Per token, forward and backward.
-        critic_flops: Per token, one forward pass of each critic.
+        critic_flops: Per token, one forward pass of each critic in turn.
         snapshot_flops: Per token, one forward pass of the snapshot.
     """
 
@@ -74,7 +75,7 @@ class DryRun:
     gathered_critics: int
     parameters: ParameterCount
     player_flops: int
-    critic_flops: int
+    critic_flops: tuple[int, ...]
     snapshot_flops: int
 
 
@@ -100,14 +101,17 @@ def dry_run(
         device_type: ``cpu`` or ``cuda``: whose chunks of logits are held.
 
     Raises:
-        UserError: The player does something with its data that cannot be known without computing.
+        UserError: The player is too small for the vocabulary or ``block``, or what it does depends on its data in a way
+            that cannot be known without computing.
     """
     live = LiveBytes()
-    # Other precisions than those of a CPU are not needed, and a fake CUDA device is not to be had without a real one.
+    # There is no fake CUDA device without a real one, so the tensors lie on a CPU and autocast follows its rules; on a
+    # GPU it keeps a few more results in float32, such as the powers in GPT-2's activation.
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    with FakeTensorMode(), live, _chunks_of(device_type):
+    with FakeTensorMode(), live, _chunks_of(device_type), _silenced("torch._subclasses.fake_tensor"):
         live.part = "weights"
         player = model_from_config(player_config)
+        check_size(player, vocab_size, config.block)
         live.part = "critics"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         critics = [FrozenModel(model_from_config(shape, dtype)) for shape in critic_configs]
@@ -160,7 +164,7 @@ def dry_run(
         gathered_critics=sum(gathered_bytes(critic.model) for critic in critics),
         parameters=count_parameters(player),
         player_flops=training_flops_per_token(player, config.block),
-        critic_flops=sum(forward_flops_per_token(critic.model, config.block) for critic in critics),
+        critic_flops=tuple(forward_flops_per_token(critic.model, config.block) for critic in critics),
         snapshot_flops=forward_flops_per_token(player, config.block) if snapshot else 0,
     )
 
@@ -252,6 +256,16 @@ def _chunks_of(device_type: str) -> Iterator[None]:
         yield
     finally:
         chunked.CHUNK_ROWS["cpu"], chunked.CHUNK_ELEMENTS["cpu"], kernels.CACHED_ELEMENTS = rows, elements, cached
+
+
+@contextmanager
+def _silenced(logger: str) -> Iterator[None]:
+    """Within it that logger says nothing: what it would tell in thirty lines becomes one line of ours."""
+    logging.getLogger(logger).disabled = True
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).disabled = False
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -14,6 +14,9 @@ from avatarl.errors import UserError, nearest_name
 from .device import pick_device, pick_precision
 
 GIB = 2**30
+# What a process holds beside its tensors, roughly: Python with its libraries; on a GPU the context, the workspaces of
+# libraries and what the allocator cannot use.
+OUTSIDE_TENSORS = {"cpu": GIB // 2, "cuda": GIB}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Hardware:
     memory: int
     flops: dict[str, float]
     source: str
+
+    @property
+    def outside_tensors(self) -> int:
+        """Bytes, roughly, that a process holds in this memory beside its tensors."""
+        return OUTSIDE_TENSORS[self.kind]
 
     def precision(self, wanted: str) -> str:
         """``bf16`` or ``fp32``; ``auto`` is bf16 where it is native, as in training."""

@@ -6,14 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from transformers import AutoConfig, PreTrainedConfig
-
-from avatarl.data.dataset import MANIFEST, _read_manifest
 from avatarl.errors import UserError
 from avatarl.models import PRESETS, ParameterCount, PlayerConfig
-from avatarl.models.critics import RANDOM_CRITIC
-from avatarl.models.loading import resolve_model
 from avatarl.models.players import player_shape
 from avatarl.objective import make_objective
 from avatarl.objective.config import require_number, require_whole
@@ -21,17 +15,15 @@ from avatarl.objective.config import require_number, require_whole
 from .assembly import largest_divisor
 from .config import TrainConfig
 from .dry_run import DryRun, dry_run
-from .hardware import GIB, Hardware, find_hardware
+from .hardware import Hardware, find_hardware
+from .plan_table import plan_table
 from .processes import Processes
+from .suppositions import critic_shape, data_facts
 
 # The share of a device's peak FLOP/s that a run is supposed to reach, counting the models' FLOPs alone. Small models on
 # large GPUs stay below it, large ones in compiled code come above; the first lines of a run tell.
 UTILISATION = 0.3
-GPT2_VOCABULARY = 50_257
-# What a process holds beside its tensors, roughly: Python with its libraries; on a GPU the context, the workspaces of
-# libraries and what the allocator cannot use.
-OUTSIDE_TENSORS = {"cpu": GIB // 2, "cuda": GIB}
-# A critic of which nothing is known: one so small that it costs nothing but the loss's logits.
+# In the place of a critic of which nothing is known: so small that only its logits, whose size is known, take memory.
 _STAND_IN = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "head_dim": 8}
 
 
@@ -94,7 +86,7 @@ class Plan:
     @property
     def needed_memory(self) -> int:
         """Bytes on a device: tensors and roughly what is beside them, of one process, or of all that share a CPU."""
-        one = self.total_memory + OUTSIDE_TENSORS[self.hardware.kind]
+        one = self.total_memory + self.hardware.outside_tensors
         return one * self.processes if self.hardware.kind == "cpu" else one
 
     @property
@@ -116,7 +108,7 @@ class Plan:
         return self.tokens / self.tokens_per_second / 3600
 
     def __str__(self) -> str:
-        return "\n".join(_describe(self))
+        return plan_table(self)
 
 
 def plan(
@@ -152,11 +144,12 @@ def plan(
         raise UserError(f"critic_preset is {critic_preset!r}; expected one of {', '.join(PRESETS)}")
     warnings: list[str] = []
     windows, micro_batches = share_of_step(config, processes)
-    vocab_size, steps = _data_facts(config, vocab_size, warnings)
+    vocab_size, steps = data_facts(config, vocab_size, warnings)
 
     objective = make_objective(config.objective, config.avatarl, config.baseline)
     critic_names = config.critics if objective.needs_critic else []
-    critics = [_critic_shape(name, vocab_size, config, critic_preset, recipe, warnings) for name in critic_names]
+    critics = [critic_shape(name, vocab_size, config, critic_preset, recipe, warnings) for name in critic_names]
+    stand_in = player_shape(PlayerConfig(settings=_STAND_IN), vocab_size, config.block)
     try:
         objective.check_settings(vocab_size, len(critics))
     except ValueError as error:
@@ -167,11 +160,13 @@ def plan(
     if precision not in hardware.flops:
         raise UserError(f"precision is {precision!r}, which {hardware.name} has not natively; expected fp32 or auto")
     shape = player_shape(config.player, vocab_size, config.block)
-    step = dry_run(config, shape, critics, vocab_size, windows, micro_batches, precision, hardware.kind)
+    shapes = [critic or stand_in for critic in critics]
+    step = dry_run(config, shape, shapes, vocab_size, windows, micro_batches, precision, hardware.kind)
     moment, memory = _memory_of_a_process(step, config, processes, micro_batches, hardware.kind)
 
     tokens = steps * config.windows_per_step * config.block
-    flops = {"player": tokens * step.player_flops, "critic": tokens * step.critic_flops}
+    critic_flops = sum(flops for flops, critic in zip(step.critic_flops, critics, strict=True) if critic)
+    flops = {"player": tokens * step.player_flops, "critic": tokens * critic_flops}
     if step.snapshot_flops:
         flops["snapshot"] = tokens * step.snapshot_flops
     return Plan(
@@ -214,81 +209,6 @@ def kept_checkpoints(config: TrainConfig, steps: int) -> int:
     return len(kept | {step for step in written if config.keep_every and step % config.keep_every == 0})
 
 
-def _data_facts(config: TrainConfig, vocab_size: int | None, warnings: list[str]) -> tuple[int, int]:
-    """Vocabulary and optimiser steps, from the data where it is there."""
-    if (Path(config.data) / MANIFEST).exists():
-        manifest = _read_manifest(Path(config.data))[1]
-        if vocab_size is not None and vocab_size != manifest["vocab_size"]:
-            raise UserError(
-                f"vocab_size is {vocab_size}, but {config.data} has {manifest['vocab_size']}; leave vocab_size out"
-            )
-        windows = (manifest["tokens"]["train"] - 1) // config.block
-        return manifest["vocab_size"], config.total_steps(windows)
-    if config.steps is None:
-        raise UserError(
-            f"epochs is {config.epochs}, and {config.data} does not exist; expected steps, or data made by "
-            f"`avatarl prepare`"
-        )
-    if vocab_size is None:
-        vocab_size = GPT2_VOCABULARY
-        warnings.append(f"{config.data} does not exist: supposing {vocab_size:,} tokens of vocabulary (--vocab_size)")
-    return vocab_size, config.steps
-
-
-# --- critics -------------------------------------------------------------------------------------------------------
-
-
-def _critic_shape(
-    name: str,
-    vocab_size: int,
-    config: TrainConfig,
-    preset: str | None,
-    recipe: str | Path | None,
-    warnings: list[str],
-) -> PreTrainedConfig:
-    """The shape of a critic: as it lies on this machine, else as a recipe or ``preset`` says, else next to nothing."""
-    if name.startswith("random:"):
-        match = RANDOM_CRITIC.fullmatch(name)
-        if match is None:
-            raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
-        return player_shape(PlayerConfig(match[1]), vocab_size, config.block)
-    try:
-        # A name without a folder may be a hub id; the hub is not asked, only what was fetched before.
-        shape = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):  # a UserError too
-        shape = None
-    if shape is not None:
-        rows = shape.get_text_config().vocab_size
-        if rows < vocab_size:
-            raise UserError(f"critic {name} has {rows} output rows for {vocab_size} tokens")
-        return shape
-    if preset is not None:
-        warnings.append(f"critic {name} is not here: supposing a player of preset {preset}")
-        player = PlayerConfig(preset)
-    elif made := _player_of_recipe_making(name, recipe):
-        path, player = made
-        warnings.append(f"critic {name} is not here yet: supposing what {path} makes")
-    else:
-        warnings.append(
-            f"critic {name} IS NOT HERE, and its FLOPs, weights and activations ARE LEFT OUT; say its size: "
-            f"--critic_preset {' | '.join(PRESETS)}"
-        )
-        player = PlayerConfig(settings=_STAND_IN)
-    return player_shape(player, vocab_size, config.block)
-
-
-def _player_of_recipe_making(run: str, recipe: str | Path | None) -> tuple[Path, PlayerConfig] | None:
-    """The recipe beside ``recipe`` whose output is ``run``, and the player it trains."""
-    for path in sorted(Path(recipe).parent.glob("*.yaml")) if recipe else ():
-        try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if settings["out"] == run:
-                return path, PlayerConfig(**settings.get("player", {}))
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # not a recipe of ours
-            continue
-    return None
-
-
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -322,56 +242,10 @@ def _share_of(
     for name in ("weights", "optimiser state", "snapshot"):
         parts[name] = math.ceil(parts[name] / processes)
     if micro_batches == 1:
-        parts["gradients"] = math.ceil(parts["gradients"] / processes) + step.gathered
+        parts["gradients"] = math.ceil(parts["gradients"] / processes) + min(parts["gradients"], step.gathered)
     # Otherwise each process adds up whole gradients, which are exchanged after the last micro-batch.
     parts["gathered layers"] = step.gathered + (step.gathered if step.snapshot else 0)
     if config.shard_critics:
         parts["critics"] = math.ceil(parts["critics"] / processes)
         parts["gathered layers"] += step.gathered_critics
     return parts
-
-
-# --- the table -----------------------------------------------------------------------------------------------------
-
-
-def _describe(plan: Plan) -> list[str]:
-    """The lines of a plan's text."""
-    is_cpu, hardware = plan.hardware.kind == "cpu", plan.hardware
-    several = f"{plan.processes} × " if plan.processes > 1 else ""
-    peak = f"{'' if is_cpu else several}{hardware.flops[plan.precision] / 1e12:,.3g} TFLOP/s ({hardware.source})"
-    flops = " + ".join(f"{amount:.2e} {model}" for model, amount in plan.flops.items() if amount)
-    if plan.flops["critic"]:
-        flops += f" = {sum(plan.flops.values()):.2e}, {plan.critic_share:.0%} of them the critic's"
-    kept = f", {plan.checkpoints} kept: {_bytes(plan.checkpoints * plan.checkpoint)}" if plan.checkpoints > 1 else ""
-    rows = [(part, amount) for part, amount in plan.memory.items() if amount >= 2**16]  # 0.1 MiB
-    rows += [("all tensors", plan.total_memory), ("beside them, about", OUTSIDE_TENSORS[hardware.kind])]
-    whose = f"{plan.processes} processes" if is_cpu and plan.processes > 1 else "one process"
-    verdict = "fits in" if plan.fits else "! DOES NOT FIT in"
-    return [
-        f"{plan.objective} on {several}{hardware.name}, {plan.precision}{f', {plan.parallel}' if several else ''}",
-        "",
-        f"  parameters   {plan.parameters.total:,} ({plan.parameters.non_embedding:,} outside the embedding)",
-        f"  tokens       {plan.tokens:,} in {plan.steps:,} steps of {plan.tokens // plan.steps:,}",
-        f"  FLOPs        {flops}",
-        f"  speed        {plan.tokens_per_second:,.0f} tokens per second, supposing {plan.utilisation:.0%} of {peak}",
-        f"  time         {_duration(plan.hours)} of training",
-        f"  checkpoint   {_bytes(plan.checkpoint)}{kept}",
-        f"  model        {_bytes(plan.model_folder)}, the finished folder",
-        "",
-        f"  memory of one process, with {plan.windows} windows at a time; highest in the {plan.moment} phase",
-        *(f"    {part:<22}{_bytes(amount):>12}" for part, amount in rows),
-        f"  {_bytes(plan.needed_memory)} for {whose} {verdict} {_bytes(hardware.memory)}",
-        *(f"  ! {warning}" for warning in plan.warnings),
-    ]
-
-
-def _bytes(amount: int) -> str:
-    """In MiB, or GiB from 1 GiB on."""
-    return f"{amount / GIB:,.2f} GiB" if amount >= GIB else f"{amount / 2**20:,.1f} MiB"
-
-
-def _duration(hours: float) -> str:
-    """In the unit that suits."""
-    if hours < 1 / 60:
-        return f"{3600 * hours:.0f} seconds"
-    return f"{60 * hours:.1f} minutes" if hours < 2 else f"{hours:,.1f} hours"

@@ -101,7 +101,6 @@ class Processes:
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
@@ -135,8 +134,3 @@ def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractConte
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes; every process has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -32,7 +32,8 @@ from .environment import describe_environment
 from .guard import Guard
 from .lock import RunLock
 from .model_card import write_model_folder
-from .processes import Processes, gradients_are_summed_later, whole
+from .optim import clip_gradients
+from .processes import Processes, gradients_are_summed_later
 from .run_folder import check_identity, check_run_folder, write_resumption, write_start
 from .runlog import MetricSums, RunLog
 from .state import load_run, run_state
@@ -112,7 +113,6 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
     config, processes, player, total_steps = parts.config, parts.processes, parts.player, parts.total_steps
     run = Path(config.out)
     is_finished = progress["step"] == total_steps
-    clip_norm = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
     # Every position of a window counts, so M is known before the first forward pass; wrappers average over processes.
     num_valid = parts.tokens_per_step // processes.count
     checkpoints = Checkpoints(
@@ -133,7 +133,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             if parts.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
                 parts.model.refresh_snapshot()
 
-            player.train()
+            parts.model.train()
             seed_dropout(config.seed, step, processes.rank)
             metrics = MetricSums()
             for is_last, batch in with_last(parts.batches(step)):
@@ -143,7 +143,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                         loss, values = parts.step_model(inputs, targets, num_valid, draws)
                     loss.backward()
                 metrics.add(values)
-            grad_norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters(), clip_norm))
+            grad_norm = clip_gradients(player.parameters(), config.optim.clip_norm, processes)
             refused = guard.judge(step, processes.mean(metrics["loss"]), grad_norm)
             learning_rate = parts.optimisers.step(step, refused)
             since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)

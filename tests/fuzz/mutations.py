@@ -74,7 +74,7 @@ def nested(depth: int) -> bytes:
 
 
 def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
-    """``content`` with one to four changes: bits turned, cut off, cut out, doubled, overwritten, or put in its place."""
+    """``content`` with one to four changes: bits turned, cut off, cut out, doubled, overwritten, replaced."""
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         content = rng.choice(BYTE_DAMAGES)(content, rng)
     return content

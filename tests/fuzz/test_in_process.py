@@ -1,4 +1,4 @@
-"""Every loader of files from outside, fed with damaged and hostile ones: hundreds by default, ten thousand when slow."""
+"""Every loader of files from outside, fed with damaged and hostile ones: hundreds by default, ten thousand if slow."""
 
 from __future__ import annotations
 

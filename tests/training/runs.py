@@ -25,7 +25,8 @@ def lines_of(run: Path) -> list[dict]:
 
 
 def weights_of(model_folder: Path) -> dict[str, Tensor]:
-    return load_file(model_folder / "model.safetensors")
+    weights = load_file(model_folder / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in weights.items()}  # which lie in the file's own memory
 
 
 def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:

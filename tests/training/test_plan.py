@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -118,7 +117,7 @@ def test_data_and_critic_need_not_exist(tiny_config, tmp_path: Path):
     assert "supposing 50,257 tokens" in str(planned) and "ARE LEFT OUT" in str(planned)
     named = plan(config, vocab_size=1000, critic_preset="5m")
     assert "LEFT OUT" not in str(named) and "supposing a player of preset 5m" in str(named)
-    assert named.critic_share > 10 * planned.critic_share
+    assert planned.critic_share == 0 and named.critic_share > 0.5
     assert list(tmp_path.iterdir()) == []  # a plan writes nothing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_config, tmp_path:
     interrupt(8)
     with pytest.raises(Interrupted):
         train(tiny_config(tmp_path, tensorboard=True, log_every_steps=1), quiet=True)
+    time.sleep(1.1)  # event files are read in the order of their names, which hold the second
     train(tiny_config(tmp_path, tensorboard=True, log_every_steps=1), resume=True, quiet=True)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from avatarl.objective import make_objective
-from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.rewarded_player import FrozenModel, RewardedPlayer
 
 VOCABULARY, BLOCK, WINDOWS, PROCESSES = 40, 8, 4, 2
 
@@ -35,7 +35,7 @@ def small_llama(seed: int, width: int, tied: bool) -> LlamaForCausalLM:
 
 
 def rewarded_player(objective: str, tied: bool) -> RewardedPlayer:
-    critic = small_llama(1, 16, tied=True).eval().requires_grad_(False)
+    critic = FrozenModel(small_llama(1, 16, tied=True))
     return RewardedPlayer(small_llama(0, 32, tied), make_objective(objective), [critic], VOCABULARY)
 
 
