@@ -69,7 +69,7 @@ def critic_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config(data_folder: Path, critic_folder: Path) -> Callable[..., TrainConfig]:
     """``tiny_config(folder, **overrides)``: eight short steps into ``folder / "run"``."""
 

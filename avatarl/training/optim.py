@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from .config import OptimConfig
-from .processes import Processes, local
+from .processes import Processes, local, whole
 
 
 @dataclass
@@ -40,6 +40,36 @@ class Optimisers:
                 optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return learning_rate
+
+
+class WholeMuon(torch.optim.Muon):
+    """Muon, on whole matrices also where processes hold parts of them (FSDP2).
+
+    An update depends on the whole matrix. On parts, PyTorch would divide each product of the orthogonalisation, with
+    an exchange for every one and other roundings, in bfloat16, for every number of processes.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; ``closure`` as torch has it, for matrices that nobody divides."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if not any(isinstance(parameter, DTensor) for parameter in parameters):
+            return super().step(closure)
+        for group in self.param_groups:
+            settings = {name: value for name, value in group.items() if name != "params"}
+            for parameter in group["params"]:
+                matrix = nn.Parameter(whole(parameter.detach()))
+                matrix.grad = whole(parameter.grad)
+                muon = torch.optim.Muon([matrix], **settings)
+                state = self.state[parameter]
+                if "momentum_buffer" in state:
+                    muon.state[matrix]["momentum_buffer"] = whole(state["momentum_buffer"])
+                muon.step()
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter.detach()))
+                momentum = muon.state[matrix]["momentum_buffer"]
+                for kept, new in ((parameter, matrix), (state["momentum_buffer"], momentum)):
+                    divided = distribute_tensor(new.detach(), kept.device_mesh, kept.placements, src_data_rank=None)
+                    local(kept.detach()).copy_(local(divided))
 
 
 @contextmanager
@@ -107,7 +137,7 @@ def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: 
     optimisers: list[Optimizer] = [adamw]
     if config.name == "muon":
         # With this adjustment an update has AdamW's typical size, so one learning rate serves both.
-        muon = torch.optim.Muon(
+        muon = WholeMuon(
             flat, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)

@@ -22,13 +22,14 @@ from transformers import PreTrainedModel
 from avatarl.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
-    """This process among those of the run. Use as a context manager."""
+    """This process among those of the run. Use as a context manager, unless torch.distributed is already started."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0  # among those of this machine: its GPU
+    has_started: bool = False  # torch.distributed, and so has to end it
 
     @classmethod
     def of_this_run(cls) -> Processes:
@@ -40,11 +41,12 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             # Tensors talk where they are; what is decided on the host needs no device, and does not wait for it.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            self.has_started = True
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         # After an error the others may be gone, and waiting for them would hide it.
-        if kind is None and self.count > 1:
+        if kind is None and self.has_started:
             dist.destroy_process_group()
 
     @property
@@ -134,3 +136,8 @@ def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractConte
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -19,7 +19,6 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from avatarl.errors import RunFailed, RunStopped, UserError
 
@@ -33,10 +32,10 @@ from .guard import Guard
 from .lock import RunLock
 from .model_card import write_model_folder
 from .optim import clip_gradients
-from .processes import Processes, gradients_are_summed_later
+from .processes import Processes, gradients_are_summed_later, whole
 from .run_folder import check_identity, check_run_folder, write_resumption, write_start
 from .runlog import MetricSums, RunLog
-from .state import load_run, run_state
+from .state import load_run, run_state, tensors_of_model
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
@@ -235,8 +234,8 @@ def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) ->
 
 
 def whole_weights(parts: Assembly) -> dict[str, Tensor]:
-    """The player's weights, gathered in the main process; every process has to ask."""
-    return get_model_state_dict(parts.player, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """The player's weights in host memory, with what other processes hold of them; every process has to ask."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors_of_model(parts.player).items()}
 
 
 def check_players(parts: Assembly, progress: dict) -> None:
