@@ -34,9 +34,11 @@ from avatarl.models import PRESETS, PlayerConfig, build_player, forward_flops_pe
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import linear_objective_loss, make_objective
 from avatarl.objective.fused.implementations import IMPLEMENTATIONS
-from avatarl.training.config import OptimConfig
+from avatarl.training.config import GuardConfig, OptimConfig
 from avatarl.training.device import pick_precision
-from avatarl.training.optim import build_optimisers
+from avatarl.training.guard import Guard
+from avatarl.training.optim import build_optimisers, clip_gradients
+from avatarl.training.processes import Processes
 from avatarl.training.rewarded_player import RewardedPlayer
 
 AVATARL, CROSS_ENTROPY, FLOOR = "avatarl", "cross_entropy", "cross_entropy and critic's logits"
@@ -88,6 +90,7 @@ class Training:
         critic = build_player(PlayerConfig(case.critic), vocabulary, case.block, seed=2)
         self.critic = critic.to(case.device, torch.bfloat16 if is_bf16 else None).eval().requires_grad_(False)
         self.optimisers = build_optimisers(self.player, OptimConfig(case.optimiser), total_steps=10**6)
+        self.guard = Guard(GuardConfig(), torch.device(case.device))
         self._windows, self._order = random_windows(case), WindowOrder(NUM_WINDOWS, seed=1)
         self._position = 0
 
@@ -98,9 +101,10 @@ class Training:
         return tuple(x.to(self.case.device, non_blocking=True) for x in (inputs, targets))
 
     def update(self) -> None:
-        """What follows the backward pass."""
-        torch.nn.utils.clip_grad_norm_(self.player.parameters(), 1.0)
-        self.optimisers.step()
+        """What follows the backward pass, as in training."""
+        norm = clip_gradients(self.player.parameters(), 1.0, Processes())
+        refused = self.guard.judge(1, norm, norm)  # what it judges does not matter here
+        self.optimisers.step(1, refused)
 
     def model(self, objective: str) -> Callable[[Tensor, Tensor], Tensor]:
         """Tokens and targets in, loss out, as in training."""

@@ -377,7 +377,7 @@ def test_what_ends_a_run_decides_the_status(refused, recipe, monkeypatch, error,
 
 
 def test_a_loss_that_is_no_number_is_a_failure_of_the_run(here: Path, recipe, capsys):
-    optim = {"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": None}
+    optim = {"learning_rate": 3e38, "warmup_steps": 0, "clip_norm": None}
     assert main(["train", "--config", recipe(objective="cross_entropy", optim=optim)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("avatarl: RunFailed: ") and "try a smaller optim.learning_rate" in last

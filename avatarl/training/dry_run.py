@@ -29,7 +29,8 @@ from avatarl.objective import kernels, make_objective
 from avatarl.objective.fused import chunked
 
 from .config import TrainConfig
-from .optim import Optimisers, build_optimisers
+from .optim import Optimisers, build_optimisers, clip_gradients
+from .processes import Processes
 from .rewarded_player import FrozenModel, RewardedPlayer
 
 PLAYERS_ACTIVATIONS, CRITICS_ACTIVATIONS = "player's activations", "critics' activations"
@@ -148,8 +149,7 @@ def dry_run(
                 f"{one_line(error)}"
             ) from error
         live.phase = live.part = "optimiser"
-        if config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(player.parameters(), config.optim.clip_norm)
+        clip_gradients(player.parameters(), config.optim.clip_norm, Processes())
         optimisers.step(2, refused)
 
     weights = weight_bytes(player)

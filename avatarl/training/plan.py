@@ -163,6 +163,8 @@ def plan(
     shapes = [critic or stand_in for critic in critics]
     step = dry_run(config, shape, shapes, vocab_size, windows, micro_batches, precision, hardware.kind)
     moment, memory = _memory_of_a_process(step, config, processes, micro_batches, hardware.kind)
+    if not any(critics):  # what stood in for them is none of the run's
+        memory["critics"] = memory["critics' activations"] = 0
 
     tokens = steps * config.windows_per_step * config.block
     critic_flops = sum(flops for flops, critic in zip(step.critic_flops, critics, strict=True) if critic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ class RewardedPlayer(nn.Module):
         self,
         player: PreTrainedModel,
         objective: Objective,
-        critics: Sequence[FrozenModel],
+        critics: Sequence[PreTrainedModel | FrozenModel],
         vocab_size: int,
         loss_impl: str = "auto",
         snapshot: FrozenModel | None = None,
@@ -56,14 +57,15 @@ class RewardedPlayer(nn.Module):
             critics: The models that judge, for objectives that need one.
             vocab_size: Tokens; heads may have more rows.
             loss_impl: What computes the loss.
-            snapshot: A copy of the player for ``ppo``, which samples from an earlier one.
+            snapshot: What holds the earlier player that ``ppo`` samples from; made when first asked for if None.
         """
         super().__init__()
         self.player = player
         self.objective = objective
         self.vocab_size = vocab_size
         self.loss_impl = loss_impl
-        self._critics = tuple(critics) if objective.needs_critic else ()
+        frozen = (critic if isinstance(critic, FrozenModel) else FrozenModel(critic) for critic in critics)
+        self._critics = tuple(frozen) if objective.needs_critic else ()
         self._snapshot = (snapshot,) if snapshot else ()
 
     def forward(
@@ -102,6 +104,9 @@ class RewardedPlayer(nn.Module):
     @torch.no_grad()
     def refresh_snapshot(self) -> None:
         """Take the player as it is now as the policy that actions are sampled from."""
+        if self.snapshot is None:
+            self._snapshot = (FrozenModel(copy.deepcopy(self.player)),)
+            return
         if isinstance(self.snapshot, FSDPModule):
             self.snapshot.reshard()  # what was gathered of the earlier one is no longer wanted
         current = self.player.state_dict()

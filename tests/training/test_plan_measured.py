@@ -109,12 +109,18 @@ def _resident(entry: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
+SHALLOW = {"num_hidden_layers": 3}  # quicker
 MEMORY_CASES = {
-    "avatarl": {},
-    "cross_entropy with muon": {"objective": "cross_entropy", "optim": OptimConfig(name="muon")},
-    "gpt2": {"player": PlayerConfig("5m", architecture="gpt2")},
+    "avatarl": {"player": PlayerConfig("5m", settings=SHALLOW)},
+    "cross_entropy with muon": {
+        "player": PlayerConfig("5m", settings=SHALLOW),
+        "objective": "cross_entropy",
+        "optim": OptimConfig(name="muon"),
+    },
+    "gpt2": {"player": PlayerConfig("5m", architecture="gpt2", settings=SHALLOW)},
 }
 SLOW_MEMORY_CASES = {
+    "avatarl, six layers": {},
     "accumulation": {"accumulate_steps": 2},
     "ppo": {"objective": "ppo", "batch_windows": 4},
     "distillation": {"objective": "distillation", "batch_windows": 4},
@@ -156,7 +162,7 @@ def test_memory_is_that_of_a_real_run(wide_config, another_process, overrides: d
     [
         ("avatarl", {"player", "critic"}),
         ("cross_entropy", {"player"}),
-        ("ppo", {"player", "critic", "snapshot"}),
+        pytest.param("ppo", {"player", "critic", "snapshot"}, marks=pytest.mark.slow),
     ],
 )
 def test_flops_are_those_of_a_real_step(wide_config, objective: str, models: set[str], architecture: str):

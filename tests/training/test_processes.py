@@ -33,7 +33,7 @@ CASES: dict[str, dict] = {
     **{f"fsdp {name}": dict(objective=name, parallel="fsdp", **LONG) for name in sorted(OBJECTIVES)},
     "fsdp, critic divided": dict(parallel="fsdp", shard_critics=True, **LONG),
     "fsdp, muon": dict(parallel="fsdp", optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=2), **LONG),
-    "fsdp, spikes": dict(parallel="fsdp", guard=GuardConfig(spike_score=1e-3, spike_window=3, stop_after=99), **LONG),
+    "fsdp, spikes": dict(parallel="fsdp", guard=GuardConfig(spike_score=1e-3, spike_window=2, stop_after=99), **LONG),
 }
 ELASTIC = {
     parallel: dict(parallel=parallel, objective="ppo", checkpoint_every_steps=4, keep_last=9)
