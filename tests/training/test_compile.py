@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from avatarl.training import train
 
-from .test_trainer import lines_of
+from .runs import Interrupted, assert_same_weights, lines_of, weights_of
 
 
 @pytest.mark.slow
@@ -26,3 +27,18 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny_config, tmp_path: Pa
         assert found.keys() == expected.keys()
         for name in ("loss", "cross_entropy", "entropy"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3), (expected["event"], expected["step"], name)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_exactly(tiny_config, tmp_path: Path, interrupt):
+    """In one process, where the second start compiles again; the kernels may not depend on where a run begins."""
+    settings = dict(objective="avatarl", compile=True, accumulate_steps=2, log_every_steps=1)
+    train(tiny_config(tmp_path / "whole", **settings), quiet=True)
+    torch.compiler.reset()
+    interrupt(7)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, **settings), quiet=True)
+    torch.compiler.reset()
+    train(tiny_config(tmp_path, **settings), resume=True, quiet=True)
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
+    assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))

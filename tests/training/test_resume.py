@@ -28,11 +28,19 @@ def test_the_same_seed_gives_the_same_run(tiny_config, tmp_path: Path):
     assert_same_weights(*(weights_of(tmp_path / name / "run" / "final") for name in ("first", "second")))
 
 
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_a_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_path: Path, interrupt, objective: str):
-    """With dropout and accumulation; the checkpoint lies inside an interval of the log, the interruption after it."""
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tiny_config, tmp_path: Path, interrupt, objective: str, accumulate_steps: int
+):
+    """With dropout; the checkpoint lies inside an interval of the log, the interruption after it."""
     settings = dict(
-        objective=objective, player=with_dropout(), batch_windows=2, accumulate_steps=2, log_every_steps=3, steps=10
+        objective=objective,
+        player=with_dropout(),
+        batch_windows=2,
+        accumulate_steps=accumulate_steps,
+        log_every_steps=3,
+        steps=10,
     )
     whole, parts = tiny_config(tmp_path / "whole", **settings), tiny_config(tmp_path / "parts", **settings)
     summary = train(whole, quiet=True)
