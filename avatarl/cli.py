@@ -104,6 +104,26 @@ def train_command(arguments: Sequence[str]) -> None:
         print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
 
 
+def plan_command(arguments: Sequence[str]) -> None:
+    """what a recipe takes on a device: FLOPs, memory, time and disk"""
+    from jsonargparse import ActionConfigFile
+
+    from .planning import UTILISATION, plan
+    from .training import TrainConfig
+
+    parser = _parser("plan")
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); later options replace its settings")
+    parser.add_argument("--processes", type=int, default=1, help="how many share the run, a device each")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of the device's peak to suppose")
+    parser.add_argument("--vocab_size", type=int, help="tokens of vocabulary, where the data is not there yet")
+    parser.add_argument("--critic_preset", help="size of critics that are not there yet")
+    parser.add_class_arguments(TrainConfig)
+    settings = _parse(parser, arguments)
+    recipe = settings.pop("config")
+    options = {name: settings.pop(name) for name in ("processes", "utilisation", "vocab_size", "critic_preset")}
+    print(plan(TrainConfig(**settings), recipe=str(recipe[0]) if recipe else None, **options))
+
+
 def evaluate_command(arguments: Sequence[str]) -> None:
     """likelihood, accuracy and calibration on held-out text, as JSON"""
     from .objective import AvataRLConfig
@@ -142,6 +162,7 @@ COMMANDS = {
     "demo": demo_command,
     "prepare": prepare_command,
     "train": train_command,
+    "plan": plan_command,
     "evaluate": evaluate_command,
     "generate": generate_command,
 }

@@ -12,12 +12,13 @@ import pytest
 import avatarl
 
 PACKAGE = Path(avatarl.__file__).parent
-CHAPTERS = ("objective", "data", "models", "training", "results")
+CHAPTERS = ("objective", "data", "models", "training", "planning", "results")
 LATER = {
-    "objective": {"data", "models", "training", "results", "demo", "cli", "process"},
-    "data": {"objective", "models", "training", "results", "demo", "cli", "process"},
-    "models": {"training", "results", "demo", "cli", "process"},
-    "training": {"results", "demo", "cli", "process"},
+    "objective": {"data", "models", "training", "planning", "results", "demo", "cli", "process"},
+    "data": {"objective", "models", "training", "planning", "results", "demo", "cli", "process"},
+    "models": {"training", "planning", "results", "demo", "cli", "process"},
+    "training": {"planning", "results", "demo", "cli", "process"},
+    "planning": {"results", "demo", "cli", "process"},
     "results": {"demo", "cli", "process"},
 }
 

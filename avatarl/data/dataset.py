@@ -92,7 +92,7 @@ class PreparedData:
             UserError: the folder was not written by ``prepare``, or a file is missing or not as it was written.
         """
         path = Path(path)
-        content, manifest = _read_manifest(path)
+        content, manifest = read_manifest(path)
         for name, record in manifest["files"].items():
             _verify(path, name, record)
         dtype = DTYPES[manifest["dtype"]]
@@ -141,7 +141,7 @@ class PreparedData:
         return tokenizer
 
 
-def _read_manifest(folder: Path) -> tuple[bytes, dict]:
+def read_manifest(folder: Path) -> tuple[bytes, dict]:
     path = folder / MANIFEST
     try:
         content = read_regular_file(path, LARGEST_MANIFEST_BYTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from .kill import Twin, run_twin
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     """Starts training processes; those that still live at the end are killed."""
+    if sys.platform != "linux":
+        pytest.skip("forking a process that has imported torch is sound on Linux alone")
     with Launcher(tmp_path_factory.mktemp("launcher")) as launcher:
         yield launcher
 

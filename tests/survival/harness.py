@@ -108,13 +108,15 @@ class Attempt:
             time.sleep(POLL_SECONDS)
         return self.poll()
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> bool:
+    def wait_for(
+        self, condition: Callable[[], object], seconds: float = PATIENCE_SECONDS, pause: float = POLL_SECONDS
+    ) -> bool:
         """Wait until ``condition()`` holds; whether it did while the process lived."""
         end = time.monotonic() + seconds
         while not condition():
             if self.poll() is not None or time.monotonic() > end:
                 return bool(condition())
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
         return True
 
     def send(self, number: signal.Signals) -> None:

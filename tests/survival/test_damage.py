@@ -106,7 +106,7 @@ def test_a_checkpoint_without_its_manifest_is_not_used(launcher, job: Job, twin:
     resume_damaged(launcher, job, twin, run, newest, may_be_silent=True)
 
 
-def test_the_checkpoint_of_another_run_is_noticed(
+def test_the_checkpoint_of_another_run_is_never_gone_on_from(
     launcher: Launcher, job: Job, twin: Twin, unfinished: Path, copy_of, tmp_path: Path
 ):
     run = copy_of(unfinished)
@@ -114,7 +114,15 @@ def test_the_checkpoint_of_another_run_is_noticed(
     newest = checkpoints(run)[-1]
     shutil.rmtree(newest)
     shutil.copytree(checkpoints(other)[-1], newest)
-    resume_damaged(launcher, job, twin, run, newest)
+    before = tree(run)
+    attempt = launcher.fork(job.arguments(run))
+    if attempt.wait() == 2:  # it is someone's, so that who put it there should decide
+        assert len(attempt.errors.splitlines()) == 1 and str(run) in attempt.errors, attempt.errors
+        assert tree(run) == before
+        shutil.rmtree(newest)
+        attempt = launcher.fork(job.arguments(run))
+    assert attempt.wait() == 0, attempt.errors
+    assert not differences(run, twin.run)
 
 
 @pytest.mark.slow

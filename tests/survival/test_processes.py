@@ -51,8 +51,8 @@ def end(attempt: Attempt) -> None:
 
 @pytest.fixture(scope="module")
 def long_job(job: Job) -> Job:
-    """A run whose two processes train for about as long as they start."""
-    return job.but(steps=3000, checkpoint_every_steps=50, eval_every_steps=500, log_every_steps=10)
+    """A run that outlives ten kills, each of which costs two processes their start."""
+    return job.but(steps=1000, checkpoint_every_steps=20, eval_every_steps=200, log_every_steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,15 @@ def kill_ranks(attempt: Attempt, run: Path, rng: random.Random, kills: int, trai
     seen: set[int] = set()
     for done in range(kills):
         newest = newest_step(run) or 0
-        if not attempt.wait_for(lambda seen=seen: len(set(ranks(attempt)) - seen) == PROCESSES):
+        if not attempt.wait_for(lambda seen=seen: len(set(ranks(attempt)) - seen) == PROCESSES, pause=0.1):
             return done  # it has finished
-        generation = [pid for pid in ranks(attempt) if pid not in seen]
+        generation = sorted(set(ranks(attempt)) - seen)
         seen |= set(generation)
         if rng.random() < 0.25:
             attempt.wait_for(lambda: False, rng.uniform(0, 8))
         else:
-            attempt.wait_for(lambda newest=newest: last_step(run) > newest + 10)
-            attempt.wait_for(lambda: False, rng.uniform(0, 2 * training_seconds / kills))
+            attempt.wait_for(lambda newest=newest: last_step(run) > newest + 10, pause=0.05)
+            attempt.wait_for(lambda: False, rng.uniform(0, 2 * training_seconds / kills), pause=0.05)
         if attempt.poll() is not None:
             return done
         try:

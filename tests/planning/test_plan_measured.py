@@ -18,9 +18,9 @@ from torch.utils import flop_counter
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
+from avatarl.planning import plan
 from avatarl.training import OptimConfig, TrainConfig, train
 from avatarl.training.assembly import assemble
-from avatarl.training.plan import plan
 from avatarl.training.processes import Processes
 
 from ..conftest import TINY
@@ -33,7 +33,7 @@ VOCABULARY = 2000
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine multiplies does not matter here."""
-    monkeypatch.setattr("avatarl.training.hardware.measure_flops", lambda *_: 1e11)
+    monkeypatch.setattr("avatarl.planning.hardware.measure_flops", lambda *_: 1e11)
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,10 @@ def _resident(entry: str) -> int:
 SHALLOW = {"num_hidden_layers": 3}  # quicker
 MEMORY_CASES = {
     "avatarl": {"player": PlayerConfig("5m", settings=SHALLOW)},
-    "cross_entropy with muon": {
-        "player": PlayerConfig("5m", settings=SHALLOW),
-        "objective": "cross_entropy",
-        "optim": OptimConfig(name="muon"),
-    },
-    "gpt2": {"player": PlayerConfig("5m", architecture="gpt2", settings=SHALLOW)},
 }
 SLOW_MEMORY_CASES = {
+    "cross_entropy with muon": {"objective": "cross_entropy", "optim": OptimConfig(name="muon")},
+    "gpt2": {"player": PlayerConfig("5m", architecture="gpt2")},
     "avatarl, six layers": {},
     "accumulation": {"accumulate_steps": 2},
     "ppo": {"objective": "ppo", "batch_windows": 4},

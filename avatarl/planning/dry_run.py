@@ -27,11 +27,10 @@ from avatarl.models.loading import one_line
 from avatarl.models.players import check_size, model_from_config
 from avatarl.objective import kernels, make_objective
 from avatarl.objective.fused import chunked
-
-from .config import TrainConfig
-from .optim import Optimisers, build_optimisers, clip_gradients
-from .processes import Processes
-from .rewarded_player import FrozenModel, RewardedPlayer
+from avatarl.training.config import TrainConfig
+from avatarl.training.optim import Optimisers, build_optimisers, clip_gradients
+from avatarl.training.processes import Processes
+from avatarl.training.rewarded_player import FrozenModel, RewardedPlayer
 
 PLAYERS_ACTIVATIONS, CRITICS_ACTIVATIONS = "player's activations", "critics' activations"
 # The parts of memory, in the order of a plan.

@@ -12,14 +12,15 @@ from avatarl.data import PreparedData
 from avatarl.models import PlayerConfig
 from avatarl.objective import kernels
 from avatarl.objective.fused import chunked
-from avatarl.training.hardware import measure_flops
-from avatarl.training.plan import UTILISATION, Plan, kept_checkpoints, plan
+from avatarl.planning import UTILISATION, Plan, plan
+from avatarl.planning.hardware import measure_flops
+from avatarl.planning.plan import kept_checkpoints
 
 
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine multiplies does not matter here."""
-    monkeypatch.setattr("avatarl.training.hardware.measure_flops", lambda *_: 1e11)
+    monkeypatch.setattr("avatarl.planning.hardware.measure_flops", lambda *_: 1e11)
 
 
 def on_gpus(tiny_config, tmp_path: Path, processes: int, **overrides) -> Plan:

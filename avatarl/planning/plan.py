@@ -11,14 +11,14 @@ from avatarl.models import PRESETS, ParameterCount, PlayerConfig
 from avatarl.models.players import player_shape
 from avatarl.objective import make_objective
 from avatarl.objective.config import require_number, require_whole
+from avatarl.training.assembly import largest_divisor
+from avatarl.training.config import TrainConfig
+from avatarl.training.processes import Processes
 
-from .assembly import largest_divisor
-from .config import TrainConfig
 from .dry_run import DryRun, dry_run
 from .hardware import Hardware, find_hardware
-from .plan_table import plan_table
-from .processes import Processes
 from .suppositions import critic_shape, data_facts
+from .table import plan_table
 
 # The share of a device's peak FLOP/s that a run is supposed to reach, counting the models' FLOPs alone. Small models on
 # large GPUs stay below it, large ones in compiled code come above; the first lines of a run tell.

@@ -7,14 +7,13 @@ from pathlib import Path
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from avatarl.data.dataset import MANIFEST, _read_manifest
+from avatarl.data.dataset import MANIFEST, read_manifest
 from avatarl.errors import UserError
 from avatarl.models import PRESETS, PlayerConfig
 from avatarl.models.critics import RANDOM_CRITIC
 from avatarl.models.loading import one_line, resolve_model
 from avatarl.models.players import player_shape
-
-from .config import TrainConfig
+from avatarl.training.config import TrainConfig
 
 GPT2_VOCABULARY = 50_257
 
@@ -26,7 +25,7 @@ def data_facts(config: TrainConfig, vocab_size: int | None, warnings: list[str])
         UserError: ``epochs`` cannot be counted without the data, or ``vocab_size`` is not its.
     """
     if (Path(config.data) / MANIFEST).exists():
-        manifest = _read_manifest(Path(config.data))[1]
+        manifest = read_manifest(Path(config.data))[1]
         if vocab_size is not None and vocab_size != manifest["vocab_size"]:
             raise UserError(
                 f"vocab_size is {vocab_size}, but {config.data} has {manifest['vocab_size']}; leave vocab_size out"
