@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -108,14 +108,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None, 
     """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = [torch.linalg.vector_norm(local(gradient), dtype=torch.float64) for gradient in gradients]
-    is_part = torch.tensor([isinstance(gradient, DTensor) for gradient in gradients], device=norms[0].device)
-    squares = torch.stack(norms).square()
-    of_parts = processes.mean((squares * is_part).sum()) * processes.count
-    norm = (of_parts + (squares * ~is_part).sum()).sqrt().float()
+    parts = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+    square = _sum_of_squares([gradient for gradient in gradients if not isinstance(gradient, DTensor)])
+    if parts:
+        square = square + processes.mean(_sum_of_squares(parts)) * processes.count
+    norm = square.sqrt().float()
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor | float:
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).square().sum() if norms else 0.0
 
 
 def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: int) -> Optimisers:
