@@ -16,8 +16,8 @@ import yaml
 import avatarl.training
 from avatarl import UserError, __version__
 from avatarl.cli import COMMANDS, main
-from avatarl.results import evaluate, generate
 from avatarl.errors import RunFailed
+from avatarl.results import evaluate, generate
 
 from .conftest import BLOCK, TINY, write_documents
 

@@ -21,10 +21,10 @@ from avatarl.objective.fused.implementations import check_implementation
 from .config import TrainConfig
 from .device import pick_device, pick_precision
 from .draws import uniform_draws
+from .folder.identity import identity_of_run
 from .optim import Optimisers, build_optimisers
 from .processes import Processes
 from .rewarded_player import FrozenModel, RewardedPlayer
-from .run_folder import identity_of_run
 from .validation import Validation
 
 

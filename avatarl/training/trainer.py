@@ -23,19 +23,19 @@ from torch import Tensor
 from avatarl.errors import RunFailed, RunStopped, UserError
 
 from .assembly import Assembly, assemble
-from .checkpoint import CHECKPOINTS, STATE, Checkpoints, describe, newest_good_checkpoint, read_manifest
 from .config import TrainConfig
 from .draws import seed_dropout
-from .durable import replace_folder, tidy
-from .environment import describe_environment
+from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, describe, newest_good_checkpoint, read_manifest
+from .folder.durable import replace_folder, tidy
+from .folder.environment import describe_environment
+from .folder.identity import check_identity, check_run_folder, write_resumption, write_start
+from .folder.lock import RunLock
+from .folder.log import MetricSums, RunLog
+from .folder.model_card import write_model_folder
+from .folder.tensors import load_run, run_state, tensors_of_model
 from .guard import Guard
-from .lock import RunLock
-from .model_card import write_model_folder
 from .optim import clip_gradients
 from .processes import Processes, gradients_are_summed_later, whole
-from .run_folder import check_identity, check_run_folder, write_resumption, write_start
-from .runlog import MetricSums, RunLog
-from .state import load_run, run_state, tensors_of_model
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.

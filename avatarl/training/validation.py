@@ -13,9 +13,9 @@ from avatarl.data import Windows
 
 from .config import TrainConfig
 from .draws import uniform_draws
+from .folder.log import MetricSums
 from .processes import Processes
 from .rewarded_player import RewardedPlayer
-from .runlog import MetricSums
 
 IGNORED = -100
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from avatarl import UserError
 from avatarl.training import train
-from avatarl.training.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
-from avatarl.training.durable import replace_folder, tidy
+from avatarl.training.folder import checkpoint as module
+from avatarl.training.folder.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
+from avatarl.training.folder.durable import replace_folder, tidy
+from avatarl.training.folder.tensors import Held
 from avatarl.training.processes import Processes
-from avatarl.training.state import Held
 
 from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
 
@@ -143,7 +146,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
         raise OSError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr("avatarl.training.checkpoint.save_part", fail)
+        broken.setattr("avatarl.training.folder.checkpoint.save_part", fail)
         with pytest.raises(OSError):
             save(tmp_path, 2, keep_last=1)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000001"]
@@ -154,10 +157,6 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
 
 
 def test_background_writing_copies_what_it_writes_and_raises_its_errors_later(tmp_path: Path, monkeypatch):
-    import threading
-
-    from avatarl.training import checkpoint as module
-
     may_write, real = threading.Event(), module.save_part
 
     def slow(path: Path, held: dict) -> None:
@@ -175,8 +174,6 @@ def test_background_writing_copies_what_it_writes_and_raises_its_errors_later(tm
     assert checkpoints.save(3, tensors, {})  # one that is kept for good waits
     checkpoints.wait()
     assert steps_found(tmp_path / CHECKPOINTS) == [1, 3]
-    from safetensors.torch import load_file
-
     saved = [load_file(tmp_path / CHECKPOINTS / f"step-{step:08d}" / "player.safetensors") for step in (1, 3)]
     assert [float(tensors["weight"].sum()) for tensors in saved] == [0.0, 4.0]
 
@@ -223,7 +220,8 @@ def test_a_replacement_that_was_stopped_leaves_the_old_or_the_new(tmp_path: Path
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    monkeypatch.setattr("avatarl.training.durable.remove", lambda path: None)  # nor does anything tidy after a kill
+    # Nor does anything tidy after a kill.
+    monkeypatch.setattr("avatarl.training.folder.durable.remove", lambda path: None)
     try:
         replace_folder(tmp_path / "folder", write("new"))
     except Killed:

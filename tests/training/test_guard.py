@@ -14,7 +14,7 @@ from avatarl import UserError
 from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import RunFailed
 from avatarl.training import GuardConfig, OptimConfig, train
-from avatarl.training.checkpoint import CHECKPOINTS, steps_found
+from avatarl.training.folder.checkpoint import CHECKPOINTS, steps_found
 from avatarl.training.guard import Guard
 from avatarl.training.optim import Optimisers
 from avatarl.training.rewarded_player import RewardedPlayer

@@ -17,7 +17,7 @@ from avatarl import UserError
 from avatarl.objective import OBJECTIVES
 from avatarl.training import GuardConfig, OptimConfig, TrainConfig, train
 from avatarl.training.assembly import largest_divisor
-from avatarl.training.checkpoint import CHECKPOINTS
+from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
 from avatarl.training.processes import Processes
 

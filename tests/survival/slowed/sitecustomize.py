@@ -43,10 +43,11 @@ def slow_down(folder: str, only: str, number: int, after: bool, seconds: float, 
         true_write(log, f"{call.__name__} {path}\n".encode())
         if is_chosen and not after:
             sleep(call, path)
-        result = call(*arguments, **options)
-        if is_chosen and after:
-            sleep(call, path)
-        return result
+        try:
+            return call(*arguments, **options)
+        finally:  # also after one that fails, such as removing what is not there
+            if is_chosen and after:
+                sleep(call, path)
 
     def sleep(call, path) -> None:
         partial = f"{marker}.{process}"

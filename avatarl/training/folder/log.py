@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..processes import Processes
 from .durable import replace_file
-from .processes import Processes
 
 
 class MetricSums:

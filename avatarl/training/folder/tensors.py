@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
 
-from .optim import Optimisers
-from .processes import local
-from .rewarded_player import RewardedPlayer
+from ..optim import Optimisers
+from ..processes import local
+from ..rewarded_player import RewardedPlayer
 
 FIRST_ROWS, SHAPES = "first_rows", "shapes"  # keys of a file's own metadata
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .processes import Processes
+from ..processes import Processes
 
 LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -40,7 +40,7 @@ def describe_environment(
 
 def _git_revision() -> str | None:
     """The revision of the source tree this package runs from; None for an installed one."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]

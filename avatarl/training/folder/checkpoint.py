@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from avatarl.errors import UserError
 
+from ..processes import Processes
 from .durable import flush, remove_folder, replace_folder
-from .processes import Processes
-from .state import Held, save_part
+from .tensors import Held, save_part
 
 MANIFEST, STATE, CHECKPOINTS = "manifest.json", "state.json", "checkpoints"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

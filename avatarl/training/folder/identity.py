@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 
-from .config import TrainConfig
+from ..config import TrainConfig
 from .durable import replace_file
 from .lock import LOCK
 

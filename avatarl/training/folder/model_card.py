@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avatarl.inert import markdown_code
 from avatarl.models import count_parameters
 
-from .config import TrainConfig
+from ..config import TrainConfig
 from .durable import replace_folder
 
 CARD = """---
