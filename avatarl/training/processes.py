@@ -6,7 +6,10 @@ step's windows, and the wrappers of PyTorch average their gradients.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from avatarl.errors import UserError
+from avatarl.errors import RunFailed, UserError
 
 
 @dataclass
@@ -40,7 +43,9 @@ class Processes:
     def __enter__(self) -> Processes:
         if self.count > 1 and not dist.is_initialized():
             # Tensors talk where they are; what is decided on the host needs no device, and does not wait for it.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            store, rank, count = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=meet(store, rank, count), rank=rank, world_size=count)
             self.has_started = True
         return self
 
@@ -122,6 +127,32 @@ class Processes:
 
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+def meet(store: dist.Store, rank: int, count: int, patience_seconds: float = 600) -> dist.Store:
+    """A part of ``store`` that is used by the processes running now and by none before them.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are dead; its count of restarts may
+    differ between machines. So each process leaves a name that nobody had, the first one announces all names it finds
+    as a meeting, again and again, until each process has come to one that has its own name.
+
+    Raises:
+        RunFailed: Somebody did not come.
+    """
+    name, until = secrets.token_hex(8), time.monotonic() + patience_seconds
+    store.set(f"name/{rank}", name)
+    while time.monotonic() < until:
+        if rank == 0:
+            found = [f"name/{other}" for other in range(count)]
+            store.set("meeting", ",".join(store.get(key).decode() if store.check([key]) else "" for key in found))
+        meeting = store.get("meeting").decode() if store.check(["meeting"]) else ""
+        if name in meeting.split(","):
+            here = dist.PrefixStore(hashlib.sha256(meeting.encode()).hexdigest(), store)
+            here.set(f"came/{rank}", "")
+            if here.check([f"came/{other}" for other in range(count)]):
+                return here
+        time.sleep(0.05)
+    raise RunFailed(f"process {rank} of {count} waited {patience_seconds:.0f} seconds for the others")
 
 
 def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractContextManager:

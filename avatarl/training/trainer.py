@@ -28,7 +28,7 @@ from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, describe, newest_good_checkpoint, read_manifest
 from .folder.durable import replace_folder, tidy
 from .folder.environment import describe_environment
-from .folder.identity import check_identity, check_run_folder, write_resumption, write_start
+from .folder.identity import changed_identity, check_run_folder, identities_of_run, write_resumption, write_start
 from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog
 from .folder.model_card import write_model_folder
@@ -68,17 +68,18 @@ def train(config: TrainConfig, resume: bool = False, allow_changes: bool = False
         changes = check_run_folder(run, config, resume, allow_changes)
         parts = assemble(config, processes)
         with _failures_of_the_disk(run), _written_by_one_run(run, processes):
-            checkpoint = newest_good_checkpoint(run, report) if resume and processes.is_main else None
+            accepted = identities_of_run(run) if resume else []
+            checkpoint = newest_good_checkpoint(run, report, accepted) if resume and processes.is_main else None
             checkpoint = processes.from_main(checkpoint)
-            manifest = read_manifest(checkpoint) if checkpoint else None
-            if resume:
-                changes += check_identity(run, parts.identity, manifest and manifest["identity"])
+            if accepted:
+                changes += changed_identity(accepted[-1], parts.identity)
                 if changes and not allow_changes:
                     raise UserError(f"{run}: {'; '.join(changes)} (--allow_changes goes on)")
             progress = start_of_run()
             guard = Guard(config.guard, parts.device)
             if checkpoint:
-                load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
+                files = read_manifest(checkpoint)["files"]
+                load_run([checkpoint / name for name in files], parts.model, parts.optimisers)
                 progress = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
                 guard.load_state_dict(progress.pop("guard"))
                 if progress["step"] < parts.total_steps and progress["best_player"]:

@@ -23,6 +23,7 @@ from .mutations import PICKLE, nested
 
 SECONDS_PER_PROCESS = 120
 FEWEST_REFUSALS = 50
+OUTCOMES = ("refused", "worked")
 
 
 @dataclass(frozen=True)
@@ -137,34 +138,40 @@ def test_sixty_processes(data_folder, good_model, good_sources, good_recipe, goo
     cases = all_cases(data_folder, good_model, good_sources, good_recipe, good_run)
     folders = [tmp_path / str(number) for number in range(len(cases))]
     with ThreadPoolExecutor(2) as pool:
-        statuses = list(pool.map(run_case, cases, folders))
+        results = list(pool.map(outcome_of, cases, folders))
+    refusals, complaints = results.count("refused"), [result for result in results if result not in OUTCOMES]
     with capsys.disabled():
-        print(f"\n{len(cases)} processes, {len(cases) - statuses.count(0)} refusals")
-    assert len(statuses) - statuses.count(0) >= FEWEST_REFUSALS
+        print(f"\n{len(cases)} processes, {refusals} refusals")
+    assert not complaints, "\n".join(complaints)
+    assert refusals >= FEWEST_REFUSALS
     assert not list(tmp_path.rglob(EXPLOITED))
 
 
-def run_case(case: Case, folder: Path) -> int:
-    """Run one command; its status, after everything about it was looked at."""
+def outcome_of(case: Case, folder: Path) -> str:
+    """Run one command: ``refused`` or ``worked``; else what was wrong about it, so that no case hides another."""
     folder.mkdir()
     for good in case.good:
         shutil.copytree(good, folder / good.name)
     case.damage(folder)
     before = contents_of(folder)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
     command = [sys.executable, "-m", "avatarl", *case.arguments]
     settings = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
     try:
         result = subprocess.run(command, timeout=SECONDS_PER_PROCESS, **settings)
     except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"{case.name}: still busy after {SECONDS_PER_PROCESS} s: {error.stderr}") from error
-    said = result.stderr.decode("utf-8")
-    where = f"{case.name}: status {result.returncode}: {said[-1000:]}"
-    assert "Traceback" not in said, where
-    assert result.returncode in (0, 2), where
-    if result.returncode == 2:
-        (line,) = said.removesuffix("\n").split("\n")
-        assert line.startswith("avatarl: ") and not OBEYED.search(line), where
-        assert result.stdout == b"", where
-        assert contents_of(folder) == before, where
-    return result.returncode
+        return f"{case.name}: still busy after {SECONDS_PER_PROCESS} s: {error.stderr}"
+    said = result.stderr.decode("utf-8", "backslashreplace")
+    where = f"{case.name}: status {result.returncode}, {said[-1000:]!r}"
+    if "Traceback" in said or result.returncode not in (0, 2):
+        return where
+    if result.returncode == 0:
+        return "worked"
+    *above, line = said.removesuffix("\n").split("\n")
+    if above and "panicked at" not in said:  # a Rust library says so itself before anybody can catch it
+        return f"{where}: several lines"
+    if not line.startswith("avatarl: ") or OBEYED.search(line) or result.stdout:
+        return f"{where}: not one inert line"
+    if contents_of(folder) != before:
+        return f"{where}: files were changed"
+    return "refused"

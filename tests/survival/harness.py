@@ -272,12 +272,20 @@ def last_step(run: Path) -> int:
     return max((line["step"] for line in metrics(run)), default=0)
 
 
-def differences(run: Path, reference: Path) -> list[str]:
+def differences(run: Path, reference: Path, in_background: bool = False) -> list[str]:
     """How a finished run differs from the uninterrupted one, in a line each; nothing but clocks may differ.
 
     Compared are the files that are there, every model's bytes, every line of metrics, and the checkpoints' tensors.
+    Checkpoints ``in_background`` are left out where one is still being written, so that which ones are there depends on
+    time; those that both runs have are compared.
     """
     ours, theirs = files(run), files(reference)
+    if in_background:
+        unlike = {path.name for path in checkpoints(run)} ^ {path.name for path in checkpoints(reference)}
+        ours, theirs = (
+            {name for name in names if not any(f"checkpoints/{folder}/" in name for folder in unlike)}
+            for names in (ours, theirs)
+        )
     found = [f"{name} is left over" for name in sorted(ours - theirs)]
     found += [f"{name} is missing" for name in sorted(theirs - ours)]
     found += [f"{name} is an empty folder" for name in sorted(empty_folders(run) - empty_folders(reference))]

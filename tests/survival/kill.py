@@ -123,12 +123,13 @@ class Killer:
             place = place_of_call(slow.marker) if slow else place_by_files(run, job, before, after, born, changed)
             story.kills.append(Kill(slow is not None, is_executed, lived, place, before, after))
         if not story.problems:
-            story.problems += differences(run, twin.run)
+            in_background = job.settings.get("checkpoint_in_background", False)
+            story.problems += differences(run, twin.run, in_background)
         if not story.problems:
             again = self.launcher.fork(job.arguments(run))
             if again.wait() != 0:
                 story.problems.append(f"a finished run was resumed with status {again.poll()}: {again.errors[-500:]}")
-            story.problems += differences(run, twin.run)
+            story.problems += differences(run, twin.run, in_background)
         story.seconds = time.monotonic() - began
         return story
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ import torch.multiprocessing as mp
 from safetensors import safe_open
 
 from avatarl import UserError
+from avatarl.errors import RunFailed
 from avatarl.objective import OBJECTIVES
 from avatarl.training import GuardConfig, OptimConfig, TrainConfig, train
 from avatarl.training.assembly import largest_divisor
 from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
-from avatarl.training.processes import Processes
+from avatarl.training.processes import Processes, meet
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
@@ -186,3 +188,18 @@ def test_four_processes_train_as_one(tiny_config, tmp_path: Path):
     mp.spawn(process, (4, str(tmp_path / "rendezvous"), [(config, False, None)]), nprocs=4)
     train(tiny_config(tmp_path, **COMMON, **CASES["fsdp avatarl"]), quiet=True)
     assert_same_numbers(tmp_path / "4" / "run", tmp_path / "run")
+
+
+def test_processes_meet_in_a_store_that_dead_ones_have_used():
+    """What torchrun keeps over a restart: names, a meeting and addresses of processes that are gone."""
+    store = dist.HashStore()
+    for attempt in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(lambda rank: meet(store, rank, 3, patience_seconds=30), range(3)))
+        found[0].set("address of 0", f"attempt {attempt}")
+        assert {each.get("address of 0").decode() for each in found} == {f"attempt {attempt}"}
+
+
+def test_a_process_that_waits_in_vain_says_so():
+    with pytest.raises(RunFailed, match="process 1 of 2 waited 0 seconds for the others"):
+        meet(dist.HashStore(), 1, 2, patience_seconds=0.2)

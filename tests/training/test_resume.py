@@ -184,12 +184,24 @@ def test_another_shape_of_player_cannot_go_on(tiny_config, tmp_path: Path, inter
         train(wider, resume=True, allow_changes=True, quiet=True)
 
 
-def test_a_checkpoint_of_another_run_is_not_used(tiny_config, tmp_path: Path, interrupt):
+def test_a_checkpoint_of_another_run_is_not_used(tiny_config, tmp_path: Path, interrupt, capfd):
+    train(tiny_config(tmp_path / "whole"), quiet=True)
     stop_after_step_6(tiny_config(tmp_path), interrupt)
     train(tiny_config(tmp_path / "other", seed=2), quiet=True)
-    name = "checkpoints/step-00000008"
-    shutil.copytree(tmp_path / "other" / "run" / name, tmp_path / "run" / name)
-    with pytest.raises(UserError, match="its newest good checkpoint is of another run"):
+    foreign = tmp_path / "run" / "checkpoints" / "step-00000008"
+    shutil.copytree(tmp_path / "other" / "run" / "checkpoints" / "step-00000008", foreign)
+    capfd.readouterr()
+    train(tiny_config(tmp_path), resume=True)
+    assert (
+        f"{foreign} is damaged (it is of another run); trying the one before it" in capfd.readouterr().err.splitlines()
+    )
+    assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))
+
+
+def test_a_run_that_lost_its_record_is_not_resumed(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    (tmp_path / "run" / "environment.json").unlink()
+    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
         train(tiny_config(tmp_path), resume=True, quiet=True)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,9 @@ class Checkpoints:
                 files |= others
             (partial / MANIFEST).write_text(manifest_text(step, files, self._identity), encoding="utf-8")
 
-        self._folder.mkdir(exist_ok=True)
+        if not self._folder.exists():
+            self._folder.mkdir()  # its parent must be there, or the disk is gone
+            flush(self._folder.parent)
         replace_folder(step_folder(self._folder, step), fill)
         self._forget(step)
         self._from_main(True)
@@ -184,8 +186,15 @@ class _BackgroundWriter:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def newest_good_checkpoint(run: Path, report: Callable[[str], None]) -> Path | None:
+def newest_good_checkpoint(
+    run: Path, report: Callable[[str], None], accepted: Sequence[Mapping[str, Any]] | None = None
+) -> Path | None:
     """The newest checkpoint that is as its manifest says; None when none was ever completed.
+
+    Args:
+        run: The run folder.
+        report: Is told, in a line each, of those that are not good.
+        accepted: Identities of the run; a checkpoint of another is not good (None: none is asked for).
 
     Raises:
         UserError: There are checkpoints and all of them are damaged.
@@ -195,6 +204,8 @@ def newest_good_checkpoint(run: Path, report: Callable[[str], None]) -> Path | N
     for step in reversed(steps):
         checkpoint = step_folder(folder, step)
         damage = damage_of(checkpoint)
+        if damage is None and accepted is not None and read_manifest(checkpoint)["identity"] not in accepted:
+            damage = "it is of another run"
         if damage is None:
             return checkpoint
         report(f"{checkpoint} is damaged ({damage}); trying the one before it")

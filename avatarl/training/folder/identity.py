@@ -50,32 +50,26 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     return changes
 
 
-def check_identity(run: Path, identity: Mapping[str, str], of_checkpoint: Mapping[str, str] | None) -> list[str]:
-    """How data, tokenizer and critics differ from those that the run, or the checkpoint, was made with.
-
-    Args:
-        run: The run folder.
-        identity: What they are now, as :func:`identity_of_run` says.
-        of_checkpoint: What the checkpoint says; None where there is none, and the run's own record counts.
+def identities_of_run(run: Path) -> list[dict[str, str]]:
+    """What the run was started with and each time resumed with, oldest first; empty where it never took a step.
 
     Raises:
-        UserError: The run has no record of them, or the checkpoint is not the run's.
+        UserError: The record cannot be read.
     """
     try:
         record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
-        accepted = [dict(start["identity"]) for start in (record, *record["resumed"])]
-    except FileNotFoundError as error:
-        if of_checkpoint is None:
-            return []  # it was stopped before its first step
-        raise UserError(f"{run / ENVIRONMENT} is missing, so the run's data and critics are unknown") from error
+        return [dict(start["identity"]) for start in (record, *record["resumed"])]
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run / ENVIRONMENT} cannot be read, so the run's data and critics are unknown") from error
-    if of_checkpoint is not None and of_checkpoint not in accepted:
-        raise UserError(f"{run}: its newest good checkpoint is of another run; move it away")
-    before, now = accepted[-1], dict(identity)
+
+
+def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """How data, tokenizer and critics differ; settings have :func:`differences`."""
     return [
         f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
-        for name in before | now
+        for name in {**before, **now}
         if name != "settings" and now.get(name) != before.get(name)
     ]
 

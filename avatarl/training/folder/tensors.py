@@ -23,7 +23,9 @@ from ..optim import Optimisers
 from ..processes import local
 from ..rewarded_player import RewardedPlayer
 
-FIRST_ROWS, SHAPES = "first_rows", "shapes"  # keys of a file's own metadata
+# The one key of a file's own metadata: ``{name: [first row, shape of the whole]}`` as JSON. (safetensors writes several
+# keys in an order that changes, and the same state should be the same bytes.)
+HELD = "held"
 
 
 class Held(NamedTuple):
@@ -98,11 +100,8 @@ def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimiser
 
 def save_part(path: Path, held: Mapping[str, Held]) -> None:
     """Write what this process holds of some tensors, as safetensors."""
-    metadata = {
-        FIRST_ROWS: json.dumps({name: part.first_row for name, part in held.items()}),
-        SHAPES: json.dumps({name: part.shape for name, part in held.items()}),
-    }
-    save_file({name: part.rows.contiguous() for name, part in held.items()}, path, metadata)
+    described = json.dumps({name: [part.first_row, part.shape] for name, part in held.items()})
+    save_file({name: part.rows.contiguous() for name, part in held.items()}, path, {HELD: described})
 
 
 def first_row(tensor: Tensor) -> int:
@@ -121,10 +120,10 @@ class SavedTensors:
         self._shapes: dict[str, torch.Size] = {}
         for path in files:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-            for name, row in json.loads(metadata[FIRST_ROWS]).items():
+                held = json.loads(file.metadata()[HELD])
+            for name, (row, shape) in held.items():
                 self._places.setdefault(name, []).append((row, path))
-            self._shapes |= {name: torch.Size(shape) for name, shape in json.loads(metadata[SHAPES]).items()}
+                self._shapes[name] = torch.Size(shape)
 
     @property
     def names(self) -> list[str]:
