@@ -108,7 +108,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     """what a recipe takes on a device: FLOPs, memory, time and disk"""
     from jsonargparse import ActionConfigFile
 
-    from .planning import UTILISATION, plan
+    from .planning import UTILISATION, plan, plan_table
     from .training import TrainConfig
 
     parser = _parser("plan")
@@ -121,7 +121,7 @@ def plan_command(arguments: Sequence[str]) -> None:
     settings = _parse(parser, arguments)
     recipe = settings.pop("config")
     options = {name: settings.pop(name) for name in ("processes", "utilisation", "vocab_size", "critic_preset")}
-    print(plan(TrainConfig(**settings), recipe=str(recipe[0]) if recipe else None, **options))
+    print(plan_table(plan(TrainConfig(**settings), recipe=str(recipe[0]) if recipe else None, **options)))
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from avatarl.training.processes import Processes
 from .dry_run import DryRun, dry_run
 from .hardware import Hardware, find_hardware
 from .suppositions import critic_shape, data_facts
-from .table import plan_table
 
 # The share of a device's peak FLOP/s that a run is supposed to reach, counting the models' FLOPs alone. Small models on
 # large GPUs stay below it, large ones in compiled code come above; the first lines of a run tell.
@@ -106,9 +105,6 @@ class Plan:
     def hours(self) -> float:
         """Of training alone, without evaluation, compilation and checkpoints."""
         return self.tokens / self.tokens_per_second / 3600
-
-    def __str__(self) -> str:
-        return plan_table(self)
 
 
 def plan(

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .hardware import GIB
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .plan import Plan
 
 
 def plan_table(plan: Plan) -> str:

@@ -83,13 +83,13 @@ class Processes:
             values /= self.count
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; the device is not waited for."""
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers; no device is waited for."""
         if self.count == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return int(numbers)
 
     def from_main(self, value: Any) -> Any:
         """The main process's value, in every process."""

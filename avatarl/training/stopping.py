@@ -22,7 +22,7 @@ class StopRequest:
     """
 
     def __init__(self, has_launcher: bool = False):
-        self.signum: int | None = None
+        self.signum = 0  # none yet
         self._has_launcher = has_launcher
         self._noted_at = -math.inf
         self._before: dict[int, object] = {}
@@ -37,7 +37,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, _frame) -> None:
-        if self.signum is not None:
+        if self.signum:
             if signum != self.signum or time.monotonic() - self._noted_at > ECHO_SECONDS:
                 os._exit(128 + signum)
             return

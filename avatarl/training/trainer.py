@@ -17,30 +17,27 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from avatarl.errors import RunFailed, RunStopped, UserError
 
 from .assembly import Assembly, assemble
 from .config import TrainConfig
 from .draws import seed_dropout
-from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, describe, newest_good_checkpoint, read_manifest
-from .folder.durable import replace_folder, tidy
+from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
+from .folder.durable import tidy
 from .folder.environment import describe_environment
 from .folder.identity import changed_identity, check_run_folder, identities_of_run, write_resumption, write_start
 from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog
-from .folder.model_card import write_model_folder
-from .folder.tensors import load_run, run_state, tensors_of_model
+from .folder.tensors import load_run, run_state
 from .guard import Guard
 from .optim import clip_gradients
-from .processes import Processes, gradients_are_summed_later, whole
+from .outcome import WEIGHTS, check_players, is_as_written, leave_for_study, write_player
+from .processes import Processes, gradients_are_summed_later
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
 LOCK_PATIENCE_SECONDS = 60
-WEIGHTS = "model.safetensors"  # of a model folder
 
 
 def train(config: TrainConfig, resume: bool = False, allow_changes: bool = False, quiet: bool = False) -> dict:
@@ -126,9 +123,9 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
         clock = time.monotonic() - unlogged["seconds"]
-        must_stop = processes.any(stop.signum is not None)
+        signum = processes.largest(stop.signum)
         for step in range(progress["step"] + 1, total_steps + 1):
-            if must_stop:
+            if signum:
                 break
             if parts.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
                 parts.model.refresh_snapshot()
@@ -168,7 +165,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                 since_log, logged_at, clock = MetricSums(), step, time.monotonic()
             is_known = parts.device.type == "cpu" or logged_at == step  # else asking would wait for the device
             if is_known and guard.must_stop:
-                raise RunFailed(give_up(run, parts, guard))
+                raise RunFailed(leave_for_study(parts, guard))
 
             started = time.monotonic()
             if step % config.eval_every_steps == 0 or step == total_steps:
@@ -184,8 +181,8 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                     progress |= {"best_cross_entropy": values["cross_entropy"], "best_step": step}
                     progress["best_player"] = write_player(parts, "player", step, progress["cross_entropy"])
             progress["step"] = step
-            must_stop = processes.any(stop.signum is not None)
-            is_end = must_stop or step == total_steps
+            signum = processes.largest(stop.signum)
+            is_end = bool(signum) or step == total_steps
             if step % config.checkpoint_every_steps == 0 or is_end:
                 sums = since_log.over(processes)
                 since_log = MetricSums(sums)
@@ -196,8 +193,8 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                     log.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
 
-        if must_stop and progress["step"] < total_steps:
-            raise RunStopped(stop.signum, f"stopped after step {progress['step']} of {total_steps}; --resume goes on")
+        if signum and progress["step"] < total_steps:
+            raise RunStopped(signum, f"stopped after step {progress['step']} of {total_steps}; --resume goes on")
         check_players(parts, progress)
     return {
         "objective": config.objective,
@@ -217,77 +214,6 @@ def with_last(items: Iterator) -> Iterator[tuple[bool, object]]:
         yield False, item
         item = following
     yield True, item
-
-
-def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) -> dict | None:
-    """The player as it is after ``step`` and its evaluation, as a model folder of the run.
-
-    Returns size and SHA-256 of the file of weights, in the process that writes it.
-    """
-    weights = whole_weights(parts)
-    if not parts.processes.is_main:
-        return None
-    folder = Path(parts.config.out) / name
-    write_model_folder(
-        folder, parts.player, weights, parts.tokenizer, parts.config, parts.critic_names, step, cross_entropy
-    )
-    return describe(folder / WEIGHTS)
-
-
-def whole_weights(parts: Assembly) -> dict[str, Tensor]:
-    """The player's weights in host memory, with what other processes hold of them; every process has to ask."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors_of_model(parts.player).items()}
-
-
-def check_players(parts: Assembly, progress: dict) -> None:
-    """Write the last player, unless it is there as it was trained, and look whether the best one is.
-
-    Raises:
-        RunFailed: It is not what the run wrote.
-    """
-    run, is_whole = Path(parts.config.out), False
-    weights = whole_weights(parts)
-    if parts.processes.is_main:
-        with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):
-            saved = load_file(run / "final" / WEIGHTS)
-            is_whole = all(torch.equal(value, weights[name]) for name, value in saved.items())
-    if not parts.processes.from_main(is_whole):
-        write_player(parts, "final", progress["step"], progress["cross_entropy"])
-    if progress["best_player"] and not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
-        raise RunFailed(f"{run / 'player'} is not what the run wrote after step {progress['best_step']}")
-
-
-def is_as_written(path: Path, record: dict) -> bool:
-    """Whether a file still has the size and SHA-256 of its record."""
-    return path.is_file() and describe(path) == record
-
-
-def give_up(run: Path, parts: Assembly, guard: Guard) -> str:
-    """Save the windows and statistics of the refused updates for study, and say what happened."""
-    refused = guard.last_refused()
-    places = {row["step"]: parts.windows_of_step(row["step"]) for row in refused}
-    indices = {step: parts.order.indices(windows.start, len(windows)) for step, windows in places.items()}
-    statistics = {
-        "refused": [{**row, "windows": indices[row["step"]].tolist()} for row in refused],
-        "accepted_losses": guard.last_losses(),
-    }
-    tokens = {}
-    for step, chosen in indices.items():
-        inputs, targets = parts.windows.batch(chosen)
-        tokens |= {f"step-{step:08d}.inputs": inputs, f"step-{step:08d}.targets": targets}
-
-    def fill(folder: Path) -> None:
-        (folder / "statistics.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-        save_file(tokens, folder / "windows.safetensors")
-
-    if parts.processes.is_main:
-        replace_folder(run / "refused", fill)
-    last = refused[-1]
-    return (
-        f"loss is {last['loss']:.6g} and the gradient's norm {last['grad_norm']:.6g} at step {last['step']}, "
-        f"{len(refused)} refused updates in a row; windows and statistics are in {run / 'refused'}; "
-        "try a smaller optim.learning_rate"
-    )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from avatarl.data import PreparedData
 from avatarl.models import PlayerConfig
 from avatarl.objective import kernels
 from avatarl.objective.fused import chunked
-from avatarl.planning import UTILISATION, Plan, plan
+from avatarl.planning import UTILISATION, Plan, plan, plan_table
 from avatarl.planning.hardware import measure_flops
 from avatarl.planning.plan import kept_checkpoints
 
@@ -61,9 +61,9 @@ def test_what_does_not_fit_is_said(tiny_config, tmp_path: Path):
     large = {"player": PlayerConfig("30m"), "block": 1024, "batch_windows": 64, "critic": "random:1m:1"}
     planned = plan(tiny_config(tmp_path, device="T4", **large))
     assert not planned.fits
-    assert "DOES NOT FIT in 14.60 GiB" in str(planned)
+    assert "DOES NOT FIT in 14.60 GiB" in plan_table(planned)
     fitting = plan(tiny_config(tmp_path, device="T4", **{**large, "batch_windows": 1}))
-    assert fitting.fits and "fits in 14.60 GiB" in str(fitting)
+    assert fitting.fits and "fits in 14.60 GiB" in plan_table(fitting)
 
 
 def test_time_is_flops_by_speed(tiny_config, tmp_path: Path):
@@ -82,7 +82,7 @@ def test_automatic_precision_is_that_of_the_device(tiny_config, tmp_path: Path):
 def test_a_measured_device_is_said_to_be_measured(tiny_config, tmp_path: Path):
     planned = plan(tiny_config(tmp_path))
     assert planned.hardware.memory > 0
-    assert "0.1 TFLOP/s (a large product, timed now)" in str(planned)
+    assert "0.1 TFLOP/s (a large product, timed now)" in plan_table(planned)
     assert measure_flops(torch.device("cpu"), "fp32", seconds=0) > 1e8
 
 
@@ -115,9 +115,9 @@ def test_a_copy_for_the_background_is_held_in_a_cpus_memory(tiny_config, tmp_pat
 def test_data_and_critic_need_not_exist(tiny_config, tmp_path: Path):
     config = tiny_config(tmp_path, data=tmp_path / "nothing", critic=str(tmp_path / "no-critic"))
     planned = plan(config)
-    assert "supposing 50,257 tokens" in str(planned) and "ARE LEFT OUT" in str(planned)
+    assert "supposing 50,257 tokens" in plan_table(planned) and "ARE LEFT OUT" in plan_table(planned)
     named = plan(config, vocab_size=1000, critic_preset="5m")
-    assert "LEFT OUT" not in str(named) and "supposing a player of preset 5m" in str(named)
+    assert "LEFT OUT" not in plan_table(named) and "supposing a player of preset 5m" in plan_table(named)
     assert planned.critic_share == 0 and named.critic_share > 0.5
     assert list(tmp_path.iterdir()) == []  # a plan writes nothing
 

@@ -79,7 +79,7 @@ class Checkpoints:
             self._write(step, tensors, state)
             return True
         must_wait = must_wait or bool(self._keep_every and step % self._keep_every == 0)
-        if not must_wait and self._processes.any(self._writer.is_busy):
+        if not must_wait and self._processes.largest(self._writer.is_busy):
             return False
         self._writer.wait()
         copies = {part: {name: held.copy() for name, held in named.items()} for part, named in tensors.items()}

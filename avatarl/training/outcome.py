@@ -1,0 +1,95 @@
+"""What a run leaves besides checkpoints: the best and the last player or, if it gave up, what there is to study."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from avatarl.errors import RunFailed
+
+from .assembly import Assembly
+from .folder.checkpoint import describe
+from .folder.durable import replace_folder
+from .folder.model_card import write_model_folder
+from .folder.tensors import tensors_of_model
+from .guard import Guard
+from .processes import whole
+
+WEIGHTS = "model.safetensors"  # of a model folder
+
+
+def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) -> dict | None:
+    """The player as it is after ``step`` and its evaluation, as a model folder of the run.
+
+    Returns size and SHA-256 of the file of weights, in the process that writes it.
+    """
+    weights = whole_weights(parts)
+    if not parts.processes.is_main:
+        return None
+    folder = Path(parts.config.out) / name
+    write_model_folder(
+        folder, parts.player, weights, parts.tokenizer, parts.config, parts.critic_names, step, cross_entropy
+    )
+    return describe(folder / WEIGHTS)
+
+
+def whole_weights(parts: Assembly) -> dict[str, Tensor]:
+    """The player's weights in host memory, with what other processes hold of them; every process has to ask."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors_of_model(parts.player).items()}
+
+
+def check_players(parts: Assembly, progress: dict) -> None:
+    """Write the last player, unless it is there as it was trained, and look whether the best one is.
+
+    Raises:
+        RunFailed: It is not what the run wrote.
+    """
+    run, is_whole = Path(parts.config.out), False
+    weights = whole_weights(parts)
+    if parts.processes.is_main:
+        with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):
+            saved = load_file(run / "final" / WEIGHTS)
+            is_whole = all(torch.equal(value, weights[name]) for name, value in saved.items())
+    if not parts.processes.from_main(is_whole):
+        write_player(parts, "final", progress["step"], progress["cross_entropy"])
+    if progress["best_player"] and not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
+        raise RunFailed(f"{run / 'player'} is not what the run wrote after step {progress['best_step']}")
+
+
+def is_as_written(path: Path, record: dict) -> bool:
+    """Whether a file still has the size and SHA-256 of its record."""
+    return path.is_file() and describe(path) == record
+
+
+def leave_for_study(parts: Assembly, guard: Guard) -> str:
+    """Save the windows and statistics of the refused updates, and say what happened."""
+    run, refused = Path(parts.config.out), guard.last_refused()
+    places = {row["step"]: parts.windows_of_step(row["step"]) for row in refused}
+    indices = {step: parts.order.indices(windows.start, len(windows)) for step, windows in places.items()}
+    statistics = {
+        "refused": [{**row, "windows": indices[row["step"]].tolist()} for row in refused],
+        "accepted_losses": guard.last_losses(),
+    }
+    tokens = {}
+    for step, chosen in indices.items():
+        inputs, targets = parts.windows.batch(chosen)
+        tokens |= {f"step-{step:08d}.inputs": inputs, f"step-{step:08d}.targets": targets}
+
+    def fill(folder: Path) -> None:
+        (folder / "statistics.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
+        save_file(tokens, folder / "windows.safetensors")
+
+    if parts.processes.is_main:
+        replace_folder(run / "refused", fill)
+    last = refused[-1]
+    return (
+        f"loss is {last['loss']:.6g} and the gradient's norm {last['grad_norm']:.6g} at step {last['step']}, "
+        f"{len(refused)} refused updates in a row; windows and statistics are in {run / 'refused'}; "
+        "try a smaller optim.learning_rate"
+    )
