@@ -14,6 +14,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 
 from .errors import RunStopped, UserError, nearest_name
+from .inert import one_line, visible
 from .process import set_up_process
 from .version import __version__
 
@@ -87,12 +88,10 @@ def prepare_command(arguments: Sequence[str]) -> None:
 
 def train_command(arguments: Sequence[str]) -> None:
     """train a player by a recipe"""
-    from jsonargparse import ActionConfigFile
-
     from .training import TrainConfig, train
 
     parser = _parser("train")
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); later options replace its settings")
+    _add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint")
     parser.add_argument("--allow_changes", action="store_true", help="resume under other settings, data or critics")
     parser.add_class_arguments(TrainConfig)
@@ -106,13 +105,11 @@ def train_command(arguments: Sequence[str]) -> None:
 
 def plan_command(arguments: Sequence[str]) -> None:
     """what a recipe takes on a device: FLOPs, memory, time and disk"""
-    from jsonargparse import ActionConfigFile
-
     from .planning import UTILISATION, plan, plan_table
     from .training import TrainConfig
 
     parser = _parser("plan")
-    parser.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); later options replace its settings")
+    _add_recipe(parser)
     parser.add_argument("--processes", type=int, default=1, help="how many share the run, a device each")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of the device's peak to suppose")
     parser.add_argument("--vocab_size", type=int, help="tokens of vocabulary, where the data is not there yet")
@@ -155,7 +152,7 @@ def generate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="draw from the shortest list that reaches this probability")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same texts")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    print("\n\n---\n\n".join(generate(**_parse(parser, arguments))))
+    print(visible("\n\n---\n\n".join(generate(**_parse(parser, arguments)))))
 
 
 COMMANDS = {
@@ -192,6 +189,20 @@ def _parser(command: str):
     )
 
 
+def _add_recipe(parser) -> None:
+    """The option ``--config``, whose file is looked at before the parser reads it."""
+    from jsonargparse import ActionConfigFile
+
+    from .outside import check_recipe
+
+    class Recipe(ActionConfigFile):
+        def __call__(self, parser, settings, value, option_string=None):
+            check_recipe(value)
+            super().__call__(parser, settings, value, option_string)
+
+    parser.add_argument("--config", action=Recipe, help="a recipe (YAML); later options replace its settings")
+
+
 def _parse(parser, arguments: Sequence[str]) -> dict:
     """Parsed settings with dataclasses built; a mistake names the nearest option."""
     try:
@@ -200,6 +211,10 @@ def _parse(parser, arguments: Sequence[str]) -> dict:
         raise UserError(_explain(error, parser)) from error
     except UnicodeDecodeError as error:
         raise UserError(f"config is not UTF-8 text ({_one_line(error)}); expected YAML") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
+        raise UserError(f"config cannot be read ({_one_line(error)}); expected settings by name") from error
     for group in {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}:
         if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
             raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
@@ -237,7 +252,7 @@ def _end(message: str, status: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"avatarl: {message}", file=sys.stderr)
+    print(f"avatarl: {one_line(message)}", file=sys.stderr)
     return status
 
 

@@ -270,6 +270,6 @@ def _progress(quiet: bool) -> Iterator[Report]:
                 elapsed = progress.tasks[0].elapsed or 0
                 progress.update(task, completed=tokens, rate=f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
             if note is not None and not quiet:
-                console.print(note, markup=False)
+                console.print(note, markup=False, soft_wrap=True)
 
         yield report

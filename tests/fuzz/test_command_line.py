@@ -34,6 +34,7 @@ class Case:
     arguments: list[str]
     good: list[Path]  # folders to copy, each by its own name
     damage: Callable[[Path], object] = lambda _: None
+    note: str = ""  # begins a line that may be said before the refusal
 
 
 def damaged(damage: Callable[[Path, random.Random], str], number: int, name: str) -> Callable[[Path], str]:
@@ -125,7 +126,13 @@ def all_cases(data: Path, model: Path, sources: Path, recipe: Path, run: Path) -
         Case("prepare under a long name", ["prepare", "sources/text.txt", "--out", "x" * 300], [sources]),
         Case("demo of binary", ["demo", "a.txt", "--out", "new/demo"], [], writing("a.txt", b"\0")),
         Case("demo of nothing", ["demo", "a.txt", "--out", "new/demo"], [], writing("a.txt", b"")),
-        Case("demo of too little", ["demo", "a.txt", "--out", "new/demo"], [], writing("a.txt", b"quick fox")),
+        Case(
+            "demo of too little",
+            ["demo", "a.txt", "--out", "new/demo"],
+            [],
+            writing("a.txt", b"quick fox"),
+            "tokenizer 'bpe:4096': ",
+        ),
         Case("demo in an occupied place", ["demo", "--out", "run"], [run]),
         Case("ids beyond the vocabulary", train, [data, model], train_on(with_large_ids)),
         Case("a prompt of escapes", [*generate, "--prompt", "\x1b[2J" * 50], [model]),
@@ -168,7 +175,8 @@ def outcome_of(case: Case, folder: Path) -> str:
     if result.returncode == 0:
         return "worked"
     *above, line = said.removesuffix("\n").split("\n")
-    if above and "panicked at" not in said:  # a Rust library says so itself before anybody can catch it
+    # A Rust library that panics says so itself, before anybody can catch it.
+    if above and "panicked at" not in said and not (case.note and len(above) == 1 and said.startswith(case.note)):
         return f"{where}: several lines"
     if not line.startswith("avatarl: ") or OBEYED.search(line) or result.stdout:
         return f"{where}: not one inert line"
