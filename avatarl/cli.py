@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         COMMANDS[command](arguments[1:])
         return 0
-    except KeyboardInterrupt:
-        return _end("interrupted", INTERRUPTED, debug)
     except RunStopped as stop:
         return _end(_one_line(stop), 128 + stop.signum, debug)
+    except KeyboardInterrupt:
+        return _end("interrupted", INTERRUPTED, debug)
     except (UserError, ArgumentError) as error:
         return _end(_one_line(error), USER_MISTAKE, debug)
     except Exception as error:
@@ -98,8 +98,8 @@ def train_command(arguments: Sequence[str]) -> None:
     settings = _parse(parser, arguments)
     settings.pop("config")
     resume, allow_changes = settings.pop("resume"), settings.pop("allow_changes")
-    summary = train(TrainConfig(**settings), resume, allow_changes)
-    if os.environ.get("RANK", "0") == "0":
+    summary = train(TrainConfig(**settings), resume=resume, allow_changes=allow_changes)
+    if not _process():
         print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
 
 
@@ -252,8 +252,14 @@ def _end(message: str, status: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"avatarl: {one_line(message)}", file=sys.stderr)
+    print(f"avatarl: {_process()}{one_line(message)}", file=sys.stderr)
     return status
+
+
+def _process() -> str:
+    """Which of several processes this is; empty for the first, which speaks for all, and for one alone."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"process {rank}: "
 
 
 def _quiet_libraries() -> None:

@@ -24,8 +24,11 @@ class RunFailed(RuntimeError):
     """The run itself went wrong, not the user's settings; the command line exits with status 1."""
 
 
-class RunStopped(Exception):
-    """The run was asked to stop and has saved what it had; the command line exits with 128 plus the signal."""
+class RunStopped(KeyboardInterrupt):
+    """The run was asked to stop and has saved what it had; the command line exits with 128 plus the signal.
+
+    A ``KeyboardInterrupt``, whichever signal it was: who catches ordinary exceptions did not ask for the next run.
+    """
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)

@@ -76,7 +76,12 @@ class Assembly:
             places = mine[start : start + size]
             inputs, targets = self.windows.batch(self.order.indices(places.start, size))
             draws = uniform_draws(self.config.seed, places, self.config.block, self.objective.num_draws)
-            yield tuple(None if x is None else x.to(self.device, non_blocking=True) for x in (inputs, targets, draws))
+            yield tuple(None if x is None else self._to_device(x) for x in (inputs, targets, draws))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        # From pinned memory a GPU fetches it by itself; from other memory the host would wait for its turn.
+        source = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return source.to(self.device, non_blocking=True)
 
     def describe(self) -> str:
         """One line that says what is being trained on what."""
@@ -125,7 +130,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         "player_flops": tokens * player_flops,
         "critic_flops": tokens * sum(forward_flops_per_token(critic, config.block) for critic in critics),
     }
-    identity = identity_of_run(config, data, dict(zip(critic_names, critics, strict=True)))
+    identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
 
     frozen = [FrozenModel(critic) for critic in critics]
     snapshot = None

@@ -87,17 +87,21 @@ class Guard:
 
     def state_dict(self) -> dict:
         """Plain numbers, exact in JSON."""
-        counts = (self._accepted, self._refused, self._in_a_row, self._longest_row)
         return {
             "losses": self._losses.tolist(),
-            "counts": [int(count) for count in counts],
+            "counts": [int(count) for count in (self._accepted, self._refused, self._in_a_row)],
             "last": [[repr(value) for value in row] for row in self._last.tolist()],  # infinities are no JSON
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from there; a window of another size starts empty."""
         device = self._losses.device
-        self._losses = torch.tensor(state["losses"], device=device)
-        self._accepted, self._refused, self._in_a_row, self._longest_row = (
-            torch.tensor(count, device=device) for count in state["counts"]
-        )
-        self._last = torch.tensor([[float(x) for x in row] for row in state["last"]], dtype=torch.float64).to(device)
+        self._accepted, self._refused, self._in_a_row = (torch.tensor(n, device=device) for n in state["counts"])
+        self._longest_row = self._in_a_row.clone()
+        if len(state["losses"]) == len(self._losses):
+            self._losses = torch.tensor(state["losses"], device=device)
+        else:
+            self._accepted = torch.zeros_like(self._accepted)
+        last = torch.tensor([[float(x) for x in row] for row in state["last"]], dtype=torch.float64)
+        rows = min(len(last), len(self._last))
+        self._last[len(self._last) - rows :] = last[len(last) - rows :].to(device)

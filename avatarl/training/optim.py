@@ -16,6 +16,14 @@ from transformers import PreTrainedModel
 from .config import OptimConfig
 from .processes import Processes, local, whole
 
+# What each keeps for a parameter between steps.
+KEPT = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+
+
+def kept_by(optimiser: Optimizer) -> set[str]:
+    """The kinds of state that an optimiser keeps for a parameter."""
+    return next(kinds for made, kinds in KEPT.items() if isinstance(optimiser, made))
+
 
 @dataclass
 class Optimisers:
@@ -58,6 +66,8 @@ class WholeMuon(torch.optim.Muon):
         for group in self.param_groups:
             settings = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 matrix = nn.Parameter(whole(parameter.detach()))
                 matrix.grad = whole(parameter.grad)
                 muon = torch.optim.Muon([matrix], **settings)
@@ -80,8 +90,10 @@ def _unless(refused: Tensor | None, optimiser: Optimizer) -> Iterator[None]:
     elif isinstance(optimiser, torch.optim.AdamW):
         # The fused kernel looks at this itself; it is made for gradient scaling.
         optimiser.grad_scale, optimiser.found_inf = None, refused.float()
-        yield
-        del optimiser.grad_scale, optimiser.found_inf
+        try:
+            yield
+        finally:
+            del optimiser.grad_scale, optimiser.found_inf
     else:
         # Muon has no such thing: its weights and momenta, a part of all, are kept and put back.
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]

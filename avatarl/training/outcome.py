@@ -55,7 +55,9 @@ def check_players(parts: Assembly, progress: dict) -> None:
     if parts.processes.is_main:
         with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):
             saved = load_file(run / "final" / WEIGHTS)
-            is_whole = all(torch.equal(value, weights[name]) for name, value in saved.items())
+            is_whole = len(saved) == len(weights) and all(
+                torch.equal(value, weights[name]) for name, value in saved.items()
+            )
     if not parts.processes.from_main(is_whole):
         write_player(parts, "final", progress["step"], progress["cross_entropy"])
     if progress["best_player"] and not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):

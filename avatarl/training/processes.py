@@ -10,8 +10,9 @@ import hashlib
 import os
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +34,13 @@ class Processes:
     count: int = 1
     local_rank: int = 0  # among those of this machine: its GPU
     has_started: bool = False  # torch.distributed, and so has to end it
+    group: dist.ProcessGroup | None = None  # that values on the host go through; None: the one for everything
 
     @classmethod
     def of_this_run(cls) -> Processes:
         """As ``torchrun`` says in the environment; one process alone where it says nothing."""
         rank, count, local_rank = (int(os.environ.get(n, d)) for n, d in zip(_NAMES, (0, 1, 0), strict=True))
-        return cls(rank, count, local_rank)
+        return cls(rank, count, local_rank) if count > 1 else cls()
 
     def __enter__(self) -> Processes:
         if self.count > 1 and not dist.is_initialized():
@@ -88,7 +90,7 @@ class Processes:
         if self.count == 1:
             return number
         numbers = torch.tensor(number)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
         return int(numbers)
 
     def from_main(self, value: Any) -> Any:
@@ -96,8 +98,33 @@ class Processes:
         if self.count == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, src=0, group=self.group, device=torch.device("cpu"))
         return values[0]
+
+    def ask_main(self, question: Callable[[], Any]) -> Any:
+        """What ``question`` answers in the main process, or the error it raises there, in every process."""
+        answer = error = None
+        if self.is_main:
+            try:
+                answer = question()
+            except Exception as raised:
+                error = raised
+        answer, error = self.from_main((answer, error))
+        if error is not None:
+            raise error
+        return answer
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, in every process."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def apart(self) -> Processes:
+        """The same processes for another thread, whose words do not mix with what is said here meanwhile."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.count > 1 else self
 
     # --- how they hold the player ---
 
@@ -157,11 +184,17 @@ def meet(store: dist.Store, rank: int, count: int, patience_seconds: float = 600
 
 def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractContextManager:
     """Around the passes of one micro-batch: only the last one of a step exchanges gradients."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile holds
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
     elif isinstance(model, DistributedDataParallel) and not is_last:
         return model.no_sync()
     return nullcontext()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process no longer answers."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def local(tensor: Tensor) -> Tensor:

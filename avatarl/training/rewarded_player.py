@@ -15,7 +15,7 @@ from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import Objective, linear_objective_loss
 
 
-class Heard(NamedTuple):
+class HiddenAndHead(NamedTuple):
     """What the objective needs of a model that only judges."""
 
     hidden: Tensor  # (B, T, d)
@@ -30,9 +30,9 @@ class FrozenModel(nn.Module):
         self.model = model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor) -> Heard:
+    def forward(self, input_ids: Tensor) -> HiddenAndHead:
         """Hidden states of windows (B, T), and the head."""
-        return Heard(last_hidden(self.model, input_ids), head_weight(self.model))
+        return HiddenAndHead(last_hidden(self.model, input_ids), head_weight(self.model))
 
 
 class RewardedPlayer(nn.Module):

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,21 +26,28 @@ from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
 from .folder.durable import tidy
 from .folder.environment import describe_environment
-from .folder.identity import changed_identity, check_run_folder, identities_of_run, write_resumption, write_start
+from .folder.identity import (
+    CONFIG,
+    changed_identity,
+    check_run_folder,
+    identities_of_run,
+    write_resumption,
+    write_start,
+)
 from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog
 from .folder.tensors import load_run, run_state
 from .guard import Guard
 from .optim import clip_gradients
 from .outcome import WEIGHTS, check_players, is_as_written, leave_for_study, write_player
-from .processes import Processes, gradients_are_summed_later
+from .processes import Processes, gradients_are_summed_later, lost_another
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
 LOCK_PATIENCE_SECONDS = 60
 
 
-def train(config: TrainConfig, resume: bool = False, allow_changes: bool = False, quiet: bool = False) -> dict:
+def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = False, quiet: bool = False) -> dict:
     """Train a player and leave a run folder; CONTRIBUTING.md says what lies in it.
 
     Under ``torchrun`` every process calls this, and the first one writes.
@@ -56,33 +63,27 @@ def train(config: TrainConfig, resume: bool = False, allow_changes: bool = False
 
     Raises:
         UserError: A setting, the data, a critic or the run folder cannot be used; nothing was written.
-        RunFailed: The loss is no longer a number, or the run folder cannot be written.
+        RunFailed: The loss is no longer a number, the run folder cannot be written, or another process is gone.
         RunStopped: SIGTERM or SIGINT; what was reached is saved.
     """
     run = Path(config.out)
-    with Processes.of_this_run() as processes, StopRequest(has_launcher=processes.count > 1) as stop:
-        report = Console(stderr=True, quiet=quiet or not processes.is_main, soft_wrap=True, markup=False).print
-        changes = check_run_folder(run, config, resume, allow_changes)
+    with (
+        _failures_in_one_line(run),
+        Processes.of_this_run() as processes,
+        StopRequest(has_launcher=processes.count > 1) as stop,
+    ):
+        processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
         parts = assemble(config, processes)
-        with _failures_of_the_disk(run), _written_by_one_run(run, processes):
-            accepted = identities_of_run(run) if resume else []
-            checkpoint = newest_good_checkpoint(run, report, accepted) if resume and processes.is_main else None
-            checkpoint = processes.from_main(checkpoint)
-            if accepted:
-                changes += changed_identity(accepted[-1], parts.identity)
-                if changes and not allow_changes:
-                    raise UserError(f"{run}: {'; '.join(changes)} (--allow_changes goes on)")
-            progress = start_of_run()
-            guard = Guard(config.guard, parts.device)
+        with _written_by_one_run(run, processes):
+            # Once more, now that nobody else can have begun to write it meanwhile.
+            changes = processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
+            report = Console(stderr=True, quiet=quiet or not processes.is_main, soft_wrap=True, markup=False).print
+            checkpoint, changes = processes.ask_main(
+                lambda: find_checkpoint(run, parts, changes, allow_changes, report) if resume else (None, changes)
+            )
+            progress, guard = start_of_run(), Guard(config.guard, parts.device)
             if checkpoint:
-                files = read_manifest(checkpoint)["files"]
-                load_run([checkpoint / name for name in files], parts.model, parts.optimisers)
-                progress = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-                guard.load_state_dict(progress.pop("guard"))
-                if progress["step"] < parts.total_steps and progress["best_player"]:
-                    # A better one may have been written after the checkpoint, and will be again.
-                    if not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
-                        progress["best_player"] = None
+                progress = load_checkpoint(checkpoint, parts, guard)
             if processes.is_main and progress["step"] < parts.total_steps:
                 environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
                 if checkpoint:
@@ -105,6 +106,43 @@ def start_of_run() -> dict:
     }
 
 
+def find_checkpoint(
+    run: Path, parts: Assembly, changes: list[str], allow_changes: bool, report: Callable[[str], None]
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None for the start, and all that has changed since the run was last started.
+
+    Raises:
+        UserError: Something has, and that is not allowed; or no checkpoint is good.
+    """
+    accepted = identities_of_run(run)
+    checkpoint = newest_good_checkpoint(run, report, accepted)
+    if accepted:
+        changes = changes + changed_identity(accepted[-1], parts.identity)
+    if changes and not allow_changes:
+        raise UserError(f"{run}: {'; '.join(changes)} (--allow_changes goes on)")
+    return checkpoint, changes
+
+
+def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
+    """Put everything back as it was; return how far the run is.
+
+    Raises:
+        UserError: It is of another model, or further than the run is to go.
+    """
+    load_run([checkpoint / name for name in read_manifest(checkpoint)["files"]], parts.model, parts.optimisers)
+    progress = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    guard.load_state_dict(progress.pop("guard"))
+    if progress["step"] > parts.total_steps:
+        raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {progress['step']} already")
+    is_unfinished = progress["step"] < parts.total_steps
+    if is_unfinished and progress["best_player"]:
+        if not is_as_written(checkpoint.parents[1] / "player" / WEIGHTS, progress["best_player"]):
+            # A better one was written after the checkpoint, and will be again; or it is damaged, and the best of the
+            # evaluations to come takes its place.
+            progress |= {"best_cross_entropy": math.inf, "best_step": None, "best_player": None}
+    return progress
+
+
 def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, quiet: bool) -> dict:
     """The loop: from ``progress`` to the end of the run, or to where it is stopped; returns the summary."""
     config, processes, player, total_steps = parts.config, parts.processes, parts.player, parts.total_steps
@@ -112,14 +150,16 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
     is_finished = progress["step"] == total_steps
     # Every position of a window counts, so M is known before the first forward pass; wrappers average over processes.
     num_valid = parts.tokens_per_step // processes.count
-    checkpoints = Checkpoints(
-        run, parts.identity, processes, config.keep_last, config.keep_every, config.checkpoint_in_background
-    )
-
-    with RunLog(
-        run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet, processes.is_main
-    ) as log:
+    with (
+        RunLog(
+            run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet, processes.is_main
+        ) as log,
+        Checkpoints(
+            run, parts.identity, processes, config.keep_last, config.keep_every, config.checkpoint_in_background
+        ) as checkpoints,
+    ):
         log.say(parts.describe())
+        stop.is_seen_by_loop = True
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
         clock = time.monotonic() - unlogged["seconds"]
@@ -163,8 +203,9 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                     },
                 )
                 since_log, logged_at, clock = MetricSums(), step, time.monotonic()
-            is_known = parts.device.type == "cpu" or logged_at == step  # else asking would wait for the device
-            if is_known and guard.must_stop:
+            is_due = step % config.checkpoint_every_steps == 0
+            # On a GPU asking waits for the device, as a line of metrics and a checkpoint do anyway.
+            if (parts.device.type == "cpu" or logged_at == step or is_due) and guard.must_stop:
                 raise RunFailed(leave_for_study(parts, guard))
 
             started = time.monotonic()
@@ -183,18 +224,22 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             progress["step"] = step
             signum = processes.largest(stop.signum)
             is_end = bool(signum) or step == total_steps
-            if step % config.checkpoint_every_steps == 0 or is_end:
+            if is_due or is_end:
                 sums = since_log.over(processes)
                 since_log = MetricSums(sums)
                 progress["unlogged"] = {"since_step": logged_at, "seconds": started - clock, "sums": sums}
                 log.flush()
                 state = {**progress, "guard": guard.state_dict()}
-                if not checkpoints.save(step, run_state(parts.model, parts.optimisers), state, must_wait=is_end):
+                if not checkpoints.save(step, run_state(parts.model, parts.optimisers), state, is_last=is_end):
                     log.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
 
         if signum and progress["step"] < total_steps:
-            raise RunStopped(signum, f"stopped after step {progress['step']} of {total_steps}; --resume goes on")
+            raise RunStopped(
+                signum,
+                f"{run} stopped after step {progress['step']} of {total_steps}; "
+                f"avatarl train --config {run / CONFIG} --resume goes on",
+            )
         check_players(parts, progress)
     return {
         "objective": config.objective,
@@ -232,12 +277,19 @@ def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _failures_of_the_disk(run: Path) -> Iterator[None]:
-    """A disk that is full, read-only or gone ends the run in one line."""
+def _failures_in_one_line(run: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone, or another process that is gone, ends the run in one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"{run} cannot be written or read ({' '.join(str(error).split())}); complete checkpoints are untouched, "
-            "and --resume goes on from the newest"
+            "and --resume goes on from the newest good one"
+        ) from error
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        raise RunFailed(
+            f"another process of the run no longer answers ({' '.join(str(error).split())}); --resume goes on from the "
+            "newest good checkpoint"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from avatarl import UserError
+from avatarl.errors import RunFailed
 from avatarl.training import train
 from avatarl.training.folder import checkpoint as module
 from avatarl.training.folder.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
@@ -156,34 +158,75 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
 # --- in the background ----------------------------------------------------------------------------------------------
 
 
-def test_background_writing_copies_what_it_writes_and_raises_its_errors_later(tmp_path: Path, monkeypatch):
+def saved_sum(run: Path, step: int) -> float:
+    return float(load_file(run / CHECKPOINTS / f"step-{step:08d}" / "player.safetensors")["weight"].sum())
+
+
+def test_background_writing_copies_what_it_writes_and_delays_nobody(tmp_path: Path, monkeypatch):
     may_write, real = threading.Event(), module.save_part
 
     def slow(path: Path, held: dict) -> None:
-        may_write.wait()
+        assert may_write.wait(60)
         real(path, held)
 
     monkeypatch.setattr(module, "save_part", slow)
-    checkpoints = Checkpoints(tmp_path, {}, Processes(), keep_last=9, keep_every=3, in_background=True)
     weight = torch.zeros(4)
     tensors = {"player": {"weight": Held.of(weight)}}
-    assert checkpoints.save(1, tensors, {})
-    weight.fill_(1.0)  # training goes on
-    assert not checkpoints.save(2, tensors, {})  # the first is still being written
-    may_write.set()
-    assert checkpoints.save(3, tensors, {})  # one that is kept for good waits
-    checkpoints.wait()
-    assert steps_found(tmp_path / CHECKPOINTS) == [1, 3]
-    saved = [load_file(tmp_path / CHECKPOINTS / f"step-{step:08d}" / "player.safetensors") for step in (1, 3)]
-    assert [float(tensors["weight"].sum()) for tensors in saved] == [0.0, 4.0]
+    with Checkpoints(tmp_path, {}, Processes(), keep_last=9, keep_every=1, in_background=True) as checkpoints:
+        assert checkpoints.save(1, tensors, {})
+        weight.fill_(1.0)  # training goes on
+        assert not checkpoints.save(2, tensors, {})  # the first is still being written
+        may_write.set()
+        assert checkpoints.save(3, tensors, {}, is_last=True)
+        assert steps_found(tmp_path / CHECKPOINTS) == [1, 3]
+    assert (saved_sum(tmp_path, 1), saved_sum(tmp_path, 3)) == (0.0, 4.0)
+
+
+def test_background_writing_raises_its_error_at_the_next_save(tmp_path: Path, monkeypatch):
+    tensors = {"player": {"weight": Held.of(torch.zeros(4))}}
 
     def fail(*_) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(module, "save_part", fail)
-    assert checkpoints.save(4, tensors, {})
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.wait()
+    with Checkpoints(tmp_path, {}, Processes(), keep_last=2, in_background=True) as checkpoints:
+        assert checkpoints.save(1, tensors, {})
+        with pytest.raises(OSError, match="disk full"):
+            for _ in range(1000):
+                checkpoints.save(2, tensors, {})
+                time.sleep(0.01)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.save(3, tensors, {}, is_last=True)
+
+
+def test_what_is_being_written_is_finished_though_the_run_fails(tmp_path: Path, monkeypatch):
+    real = module.save_part
+
+    def slow(path: Path, held: dict) -> None:
+        time.sleep(0.3)
+        real(path, held)
+
+    monkeypatch.setattr(module, "save_part", slow)
+    with pytest.raises(Interrupted):
+        with Checkpoints(tmp_path, {}, Processes(), keep_last=2, in_background=True) as checkpoints:
+            checkpoints.save(1, {"player": {"weight": Held.of(torch.ones(4))}}, {})
+            raise Interrupted
+    assert steps_found(tmp_path / CHECKPOINTS) == [1]
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch):
+    save(tmp_path, 1), save(tmp_path, 2)
+    real = module.describe
+
+    def describe(path: Path) -> dict:
+        if path.parent.name == "step-00000002":
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(module, "describe", describe)
+    reports: list[str] = []
+    assert newest_good_checkpoint(tmp_path, reports.append).name == "step-00000001"
+    assert "player.safetensors cannot be read: Input/output error" in reports[0]
 
 
 def test_a_run_that_writes_in_the_background_is_the_same_run(tiny_config, tmp_path: Path, interrupt):
@@ -230,3 +273,16 @@ def test_a_replacement_that_was_stopped_leaves_the_old_or_the_new(tmp_path: Path
     tidy(tmp_path)
     assert (tmp_path / "folder" / "file").read_text() == ("new" if stopped_at == "in place" else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_background_writing_ends_when_another_process_cannot_write(tmp_path: Path, monkeypatch):
+    """This process's own writer is fine, or blocked in an exchange with the one that failed."""
+
+    class TheOtherFailed(Processes):
+        def largest(self, number: int) -> int:
+            return max(number, module.FAILED)
+
+    checkpoints = Checkpoints(tmp_path, {}, TheOtherFailed(), keep_last=2, in_background=True)
+    for is_last in (False, True):
+        with pytest.raises(RunFailed, match="another process could not write its part"):
+            checkpoints.save(1, {"player": {"weight": Held.of(torch.ones(4))}}, {}, is_last=is_last)

@@ -87,6 +87,22 @@ def test_equal_losses_are_no_spikes():
     assert not any(judge(guard, [2.0] * 10))
 
 
+def test_a_row_that_is_over_does_not_end_the_resumed_run():
+    guard, again = (Guard(GuardConfig(stop_after=3), torch.device("cpu")) for _ in range(2))
+    judge(guard, [math.nan, math.nan, math.nan, 1.0])
+    again.load_state_dict(guard.state_dict())
+    assert guard.must_stop and not again.must_stop
+
+
+def test_a_window_of_another_size_starts_empty():
+    guard, wider = (
+        Guard(GuardConfig(spike_score=1.0, spike_window=n, stop_after=n), torch.device("cpu")) for n in (2, 4)
+    )
+    judge(guard, [1.0, 1.0, math.nan])
+    wider.load_state_dict(guard.state_dict())
+    assert wider.refused == 1 and wider.last_losses() == [] and len(wider.last_refused()) == 1
+
+
 def test_its_state_survives_json():
     config = GuardConfig(spike_score=3.0, spike_window=4)
     guard, again = Guard(config, torch.device("cpu")), Guard(config, torch.device("cpu"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.data.prepare import prepare
@@ -175,6 +176,70 @@ def test_changes_may_be_interrupted_before_their_first_checkpoint(tiny_config, t
     with pytest.raises(Interrupted):
         train(changed, resume=True, allow_changes=True, quiet=True)
     assert train(changed, resume=True, quiet=True)["steps"] == 9
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_another_optimiser_starts_anew(tiny_config, tmp_path: Path, interrupt, name: str):
+    other = {"adamw": "muon", "muon": "adamw"}[name]
+    optim = {key: OptimConfig(name=key, learning_rate=1e-2, warmup_steps=2) for key in (name, other)}
+    stop_after_step_6(tiny_config(tmp_path, optim=optim[name]), interrupt)
+    train(tiny_config(tmp_path, optim=optim[other]), resume=True, allow_changes=True, quiet=True)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000008" / "optimiser.safetensors")
+    matrices = {key.rpartition(".")[2] for key in saved if "proj" in key}
+    assert matrices == ({"momentum_buffer"} if other == "muon" else {"step", "exp_avg", "exp_avg_sq"})
+
+
+def test_another_objective_takes_its_snapshot_from_what_was_reached(tiny_config, tmp_path: Path, interrupt):
+    """Steps 5 and 6 of a cycle of three that begins at 4: nobody refreshes before 7."""
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        train(
+            tiny_config(tmp_path, objective="ppo", checkpoint_every_steps=1),
+            resume=True,
+            allow_changes=True,
+            quiet=True,
+        )
+    folder = tmp_path / "run" / "checkpoints"
+    snapshot = load_file(folder / "step-00000005" / "snapshot.safetensors")
+    before = load_file(folder / "step-00000004" / "player.safetensors")
+    assert_same_weights(snapshot, before)
+
+
+def test_fewer_steps_than_were_taken_are_refused(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    with pytest.raises(UserError, match="the run is to take 3 steps; it has taken 4 already"):
+        train(tiny_config(tmp_path, steps=3), resume=True, allow_changes=True, quiet=True)
+
+
+def test_another_precision_is_named_as_such(tiny_config, tmp_path: Path, interrupt):
+    """Critics are held in it, and are no others."""
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    with pytest.raises(UserError) as refusal:
+        train(tiny_config(tmp_path, precision="bf16"), resume=True, quiet=True)
+    assert "precision was 'fp32' and is 'bf16'" in str(refusal.value) and "critic" not in str(refusal.value)
+    assert train(tiny_config(tmp_path, precision="bf16"), resume=True, allow_changes=True, quiet=True)["steps"] == 8
+
+
+def test_a_run_of_an_earlier_version_is_refused_as_such(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    run = tmp_path / "run"
+    settings = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(settings.replace("checkpoint_in_background: false\n", ""))  # a setting came since
+    assert train(tiny_config(tmp_path), resume=True, quiet=True)["steps"] == 8
+    environment = json.loads((run / "environment.json").read_text())
+    del environment["identity"]
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(UserError, match="is of an earlier version of avatarl"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+def test_a_best_player_that_was_damaged_is_written_anew(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    path = tmp_path / "run" / "player" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    train(tiny_config(tmp_path), resume=True, quiet=True)
+    assert_same_weights(weights_of(tmp_path / "run" / "player"), weights_of(tmp_path / "run" / "final"))
 
 
 def test_another_shape_of_player_cannot_go_on(tiny_config, tmp_path: Path, interrupt):

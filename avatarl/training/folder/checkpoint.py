@@ -12,25 +12,24 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from avatarl.errors import UserError
+from avatarl.errors import RunFailed, UserError
 
 from ..processes import Processes
 from .durable import flush, remove_folder, replace_folder
 from .tensors import Held, save_part
 
 MANIFEST, STATE, CHECKPOINTS = "manifest.json", "state.json", "checkpoints"
+PATIENCE_SECONDS = 30
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The checkpoints of one run, and the writing of new ones, by all of its processes."""
+    """The checkpoints of one run, and the writing of new ones, by all of its processes. Use as a context manager."""
 
     def __init__(
         self,
@@ -50,64 +49,73 @@ class Checkpoints:
             keep_every: Also keep those of steps divisible by this.
             in_background: Write from a copy while training goes on.
         """
-        self._folder = run / CHECKPOINTS
-        self._identity, self._processes = identity, processes
+        self._folder, self._identity = run / CHECKPOINTS, identity
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._writer = _BackgroundWriter() if in_background else None
-        # What processes say to each other while they write must not mix with what the loop says meanwhile.
-        self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self._processes, self._writers = processes, processes.apart()
+        self._background = _BackgroundWriter() if in_background else None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict, must_wait: bool = False) -> bool:
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """After an error, let what is being written be finished; other processes may be gone, so not for ever."""
+        if kind is not None and self._background:
+            self._background.join(None if self._processes.count == 1 else PATIENCE_SECONDS)
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict, is_last: bool = False) -> bool:
         """Write the checkpoint after ``step`` optimiser steps and remove those no longer to be kept.
 
-        Checkpoints of later steps go too: the run fell back behind them because they are damaged.
+        Checkpoints of later steps go too: the run fell back behind them because they are not good.
 
         Args:
             step: The number of steps.
             tensors: By file and name. Each process writes what it holds, or the main one alone where that is all.
             state: What fits into JSON.
-            must_wait: In the background, whether to wait for the one before and for this one too.
+            is_last: In the background, whether to wait until it is there.
 
         Returns:
             False where one is still being written in the background, and this one was left out for it.
 
         Raises:
-            OSError, SafetensorError: It cannot be written; those before are untouched. In the background, the error of
-                the one before.
+            OSError, SafetensorError: It cannot be written, or, in the background, the one before could not be; complete
+                ones are untouched.
+            RunFailed: Another process could not write its part.
         """
-        if self._writer is None:
+        if self._background is None:
             self._write(step, tensors, state)
             return True
-        must_wait = must_wait or bool(self._keep_every and step % self._keep_every == 0)
-        if not must_wait and self._processes.largest(self._writer.is_busy):
+        if not self._is_free(waits=is_last):
             return False
-        self._writer.wait()
-        copies = {part: {name: held.copy() for name, held in named.items()} for part, named in tensors.items()}
+        if self._processes.is_main or is_divided(tensors):
+            tensors = {part: {name: held.copy() for name, held in named.items()} for part, named in tensors.items()}
         copied_state = json.loads(json.dumps(state))
-        self._writer.start(lambda: self._write(step, copies, copied_state))
-        if must_wait:
-            self._writer.wait()
+        self._background.start(lambda: self._write(step, tensors, copied_state))
+        if is_last:
+            self._is_free(waits=True)
         return True
 
-    def wait(self) -> None:
-        """Until nothing is being written; raises the error it ended with."""
-        if self._writer:
-            self._writer.wait()
+    def _is_free(self, waits: bool) -> bool:
+        """Whether no process is writing any more; nobody waits for a thread that may wait for another process."""
+        while (worst := self._processes.largest(self._background.state)) == BUSY and waits:
+            time.sleep(0.02)
+        if worst == FAILED:
+            raise self._background.error or RunFailed("another process could not write its part of a checkpoint")
+        return worst == FREE
 
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict) -> None:
-        is_divided = any(held.rows.shape != held.shape for named in tensors.values() for held in named.values())
-        if not self._processes.is_main:
-            partial = Path(self._from_main(None))
-            self._gather(self._write_tensors(partial, tensors, is_divided) if is_divided else {})
-            self._from_main(None)  # nobody goes on before it is there
+        writers = self._writers
+        if not writers.is_main:
+            partial = Path(writers.from_main(None))
+            writers.gather(self._write_tensors(partial, tensors) if is_divided(tensors) else {})
+            writers.from_main(None)  # nobody goes on before it is there
             return
 
         def fill(partial: Path) -> None:
-            self._from_main(str(partial))
-            files = self._write_tensors(partial, tensors, is_divided)
+            writers.from_main(str(partial))
+            files = self._write_tensors(partial, tensors)
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
             files[STATE] = describe(partial / STATE)
-            for others in self._gather(files)[1:]:
+            for others in writers.gather(files)[1:]:
                 files |= others
             (partial / MANIFEST).write_text(manifest_text(step, files, self._identity), encoding="utf-8")
 
@@ -116,13 +124,13 @@ class Checkpoints:
             flush(self._folder.parent)
         replace_folder(step_folder(self._folder, step), fill)
         self._forget(step)
-        self._from_main(True)
+        writers.from_main(True)
 
-    def _write_tensors(self, folder: Path, tensors: Mapping[str, Mapping[str, Held]], is_divided: bool) -> dict:
-        rank, count = self._processes.rank, self._processes.count
+    def _write_tensors(self, folder: Path, tensors: Mapping[str, Mapping[str, Held]]) -> dict:
+        number = f"-{self._writers.rank + 1:05d}-of-{self._writers.count:05d}" if is_divided(tensors) else ""
         records = {}
         for part, named in tensors.items():
-            name = f"{part}-{rank + 1:05d}-of-{count:05d}.safetensors" if is_divided else f"{part}.safetensors"
+            name = f"{part}{number}.safetensors"
             save_part(folder / name, named)
             flush(folder / name)
             records[name] = describe(folder / name)
@@ -137,50 +145,42 @@ class Checkpoints:
             if step not in kept and not is_kept_for_good:
                 remove_folder(step_folder(self._folder, step))
 
-    def _from_main(self, value: Any) -> Any:
-        if self._group is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group, device=torch.device("cpu"))
-        return values[0]
 
-    def _gather(self, value: dict) -> list[dict]:
-        if self._group is None:
-            return [value]
-        values = [None] * self._processes.count
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+def is_divided(tensors: Mapping[str, Mapping[str, Held]]) -> bool:
+    """Whether processes hold parts."""
+    return any(held.rows.shape != held.shape for named in tensors.values() for held in named.values())
+
+
+FREE, BUSY, FAILED = 0, 1, 2  # states of a writer; the larger one matters more
 
 
 class _BackgroundWriter:
-    """One piece of writing at a time, on another thread; its error is raised where the run next asks."""
+    """One piece of writing at a time, on another thread."""
 
     def __init__(self):
+        self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
     @property
-    def is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def state(self) -> int:
+        if self.error is not None:
+            return FAILED
+        return BUSY if self._thread is not None and self._thread.is_alive() else FREE
 
     def start(self, write: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 write()
             except BaseException as error:  # to be raised on the thread that trains
-                self._error = error
+                self.error = error
 
         # A daemon: a process that ends does not wait for it, and leaves an unfinished checkpoint, which is none.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
+    def join(self, seconds: float | None) -> None:
         if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+            self._thread.join(seconds)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -236,14 +236,17 @@ def damage_of(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError):
         return f"{MANIFEST} is not as it was written"
-    if checkpoint.name != f"step-{manifest['step']:08d}":
+    if checkpoint.name != step_folder(checkpoint, manifest["step"]).name:
         return f"it is the one of step {manifest['step']}"
     for name, record in manifest["files"].items():
-        path = checkpoint / Path(name).name
-        if not path.exists():
-            return f"{name} is missing"
-        if not path.is_file() or path.stat().st_size != record["bytes"] or describe(path) != record:
-            return f"{name} is not what its manifest says"
+        path = checkpoint / name
+        try:
+            if Path(name).name != name or not path.exists():
+                return f"{name} is missing"
+            if not path.is_file() or path.stat().st_size != record["bytes"] or describe(path) != record:
+                return f"{name} is not what its manifest says"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

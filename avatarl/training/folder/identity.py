@@ -44,7 +44,9 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
         saved = flatten(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"{run / CONFIG} cannot be read; move the folder away to start again") from error
-    changes = differences({**saved, "out": config.out}, flatten(config.as_dict()))
+    # A setting that a run of an earlier version does not name had the value that is the default now.
+    defaults = flatten(TrainConfig(data="", out="", steps=1).as_dict())
+    changes = differences({**defaults, **saved, "out": config.out}, flatten(config.as_dict()))
     if changes and not allow_changes:
         raise UserError(f"{run} was started under other settings: {'; '.join(changes)} (--allow_changes goes on)")
     return changes
@@ -61,25 +63,31 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
         return [dict(start["identity"]) for start in (record, *record["resumed"])]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{run} is of an earlier version of avatarl; its players can be used, but it cannot go on"
+        ) from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{run / ENVIRONMENT} cannot be read, so the run's data and critics are unknown") from error
 
 
 def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """How data, tokenizer and critics differ; settings have :func:`differences`."""
-    return [
-        f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}"
-        for name in {**before, **now}
-        if name != "settings" and now.get(name) != before.get(name)
-    ]
+    """How precision, data, tokenizer and critics differ; settings have :func:`differences`."""
+    names = [name for name in {**before, **now} if name != "settings" and now.get(name) != before.get(name)]
+    if "precision" in names:  # which the weights of critics are held in
+        names = [name for name in names if not name.startswith("critic ")]
+    return [f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in names]
 
 
-def identity_of_run(config: TrainConfig, data: PreparedData, critics: Mapping[str, PreTrainedModel]) -> dict[str, str]:
-    """SHA-256 of all that decides a run's course: settings, data, its tokenizer, and the weights of each critic."""
+def identity_of_run(
+    config: TrainConfig, precision: str, data: PreparedData, critics: Mapping[str, PreTrainedModel]
+) -> dict[str, str]:
+    """All that decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
     tokenizer_files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
     settings = {name: value for name, value in config.as_dict().items() if name != "out"}
     return {
         "settings": _digest(settings),
+        "precision": precision,
         "data": data.digest,
         "tokenizer": _digest(tokenizer_files),
         **{f"critic {name}": digest_of_model(model) for name, model in critics.items()},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -32,6 +31,8 @@ class RunLock:
         Raises:
             UserError: Another process still holds it when patience is over.
         """
+        import fcntl  # POSIX alone has it, and reading models does not need it
+
         until = time.monotonic() + self._patience_seconds
         while self._descriptor is None:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

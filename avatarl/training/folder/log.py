@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -55,6 +54,7 @@ class RunLog:
         self._file = self._writer = None
         if writes:
             path = run / "metrics.jsonl"
+            is_lost = start_step > 0 and not path.exists()
             forget_lines_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
             self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1) if tensorboard else None
@@ -71,7 +71,8 @@ class RunLog:
             disable=quiet or not self._console.is_terminal,
         )
         self._task = self._progress.add_task(run.name, total=total_steps, completed=start_step, rate="")
-        self._started = time.monotonic()
+        if writes and is_lost:
+            self.say(f"{path} is missing; its lines up to step {start_step} are lost")
 
     def __enter__(self) -> RunLog:
         self._progress.start()

@@ -81,8 +81,10 @@ def write_model_folder(
     def fill(partial: Path) -> None:
         cached = player.config.use_cache
         player.config.use_cache = True  # who opens the folder wants to generate
-        player.save_pretrained(partial, state_dict=dict(weights))
-        player.config.use_cache = cached
+        try:
+            player.save_pretrained(partial, state_dict=dict(weights))
+        finally:
+            player.config.use_cache = cached
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

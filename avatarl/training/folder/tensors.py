@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
 
-from ..optim import Optimisers
+from ..optim import Optimisers, kept_by
 from ..processes import local
 from ..rewarded_player import RewardedPlayer
 
@@ -75,27 +75,26 @@ def optimiser_tensors(player: nn.Module, optimisers: Optimisers) -> dict[str, Te
 def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
     """Put back what :func:`run_state` gave.
 
+    An optimiser that keeps other things than were saved starts anew, and so does a snapshot that was not saved: the run
+    was started with others.
+
     Raises:
-        UserError: The files hold tensors of another model or optimiser.
+        UserError: The files hold tensors of another model.
     """
     saved = _by_part(files)
-    _copy_into(tensors_of_model(model.player), SavedTensors(saved.pop("player", [])))
-    if "snapshot" in saved and model.snapshot:
-        _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved.pop("snapshot")))
-    kept = SavedTensors(saved.pop("optimiser", []))
-    parameters = dict(model.player.named_parameters())
+    _copy_into(tensors_of_model(model.player), SavedTensors(saved.get("player", [])))
+    if model.snapshot and "snapshot" in saved:
+        _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved["snapshot"]))
+    elif model.snapshot:
+        model.refresh_snapshot()
+    kept = SavedTensors(saved.get("optimiser", []))
+    names = {id(parameter): name for name, parameter in model.player.named_parameters()}
     for optimiser in optimisers.optimisers:
-        own = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-        for name in kept.names:
-            owner, _, kind = name.rpartition(".")
-            if id(parameters.get(owner)) in own:
-                parameter = parameters[owner]
-                if kept.shape(name) == parameter.shape:
-                    value = torch.empty_like(parameter.detach())  # divided as the parameter is
-                else:
-                    value = torch.empty(kept.shape(name), device=parameter.device)
-                kept.read_into(value, name)
-                optimiser.state[parameter][kind] = value
+        for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
+            owner = names[id(parameter)]
+            kinds = {name.rpartition(".")[2] for name in kept.names_of(owner)}
+            if kinds == kept_by(optimiser):
+                optimiser.state[parameter] = {kind: kept.read(f"{owner}.{kind}", parameter) for kind in sorted(kinds)}
 
 
 def save_part(path: Path, held: Mapping[str, Held]) -> None:
@@ -129,9 +128,22 @@ class SavedTensors:
     def names(self) -> list[str]:
         return list(self._places)
 
+    def names_of(self, owner: str) -> list[str]:
+        """Those of the form ``OWNER.KIND``."""
+        return [name for name in self._places if name.rpartition(".")[0] == owner]
+
     def shape(self, name: str) -> torch.Size:
         """Of the whole tensor."""
         return self._shapes[name]
+
+    def read(self, name: str, parameter: Tensor) -> Tensor:
+        """A new tensor on the device of ``parameter``, divided as that is where it has the same shape."""
+        if self.shape(name) == parameter.shape:
+            value = torch.empty_like(parameter.detach())
+        else:
+            value = torch.empty(self.shape(name), device=parameter.device)
+        self.read_into(value, name)
+        return value
 
     def read_into(self, target: Tensor, name: str) -> None:
         """Fill the rows that this process holds of ``target``."""
