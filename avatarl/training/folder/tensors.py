@@ -99,6 +99,7 @@ def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimiser
 
 def save_part(path: Path, held: Mapping[str, Held]) -> None:
     """Write what this process holds of some tensors, as safetensors."""
+    held = dict(sorted(held.items()))  # optimisers keep theirs in an order that a resumed run need not find again
     described = json.dumps({name: [part.first_row, part.shape] for name, part in held.items()})
     save_file({name: part.rows.contiguous() for name, part in held.items()}, path, {HELD: described})
 
