@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint
+.PHONY: demo test test-slow test-survival test-fuzz bench lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/avatarl demo
@@ -13,7 +13,13 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
 test-slow: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m slow --ignore tests/survival --ignore tests/fuzz
+
+test-survival: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slow tests/survival
+
+test-fuzz: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slow tests/fuzz
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/loss.py
