@@ -127,16 +127,21 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
     """Put everything back as it was; return how far the run is.
 
     Raises:
-        UserError: It is of another model, or further than the run is to go.
+        UserError: It is of another model, further than the run is to go, or not what a run writes.
     """
-    load_run([checkpoint / name for name in read_manifest(checkpoint)["files"]], parts.model, parts.optimisers)
-    progress = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    guard.load_state_dict(progress.pop("guard"))
-    if progress["step"] > parts.total_steps:
-        raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {progress['step']} already")
-    is_unfinished = progress["step"] < parts.total_steps
-    if is_unfinished and progress["best_player"]:
-        if not is_as_written(checkpoint.parents[1] / "player" / WEIGHTS, progress["best_player"]):
+    try:
+        load_run([checkpoint / name for name in read_manifest(checkpoint)["files"]], parts.model, parts.optimisers)
+        progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        guard.load_state_dict(progress.pop("guard"))
+        taken, best_player = int(progress["step"]), progress["best_player"]
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} is not what a run writes ({type(error).__name__}: {error})") from error
+    if taken > parts.total_steps:
+        raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {taken} already")
+    if taken < parts.total_steps and best_player:
+        if not is_as_written(checkpoint.parents[1] / "player" / WEIGHTS, best_player):
             # A better one was written after the checkpoint, and will be again; or it is damaged, and the best of the
             # evaluations to come takes its place.
             progress |= {"best_cross_entropy": math.inf, "best_step": None, "best_player": None}

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from avatarl.models import build_player
-from avatarl.training import TrainConfig
+from avatarl.training import TrainConfig, train
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
 from .harness import limits, watch
@@ -89,6 +89,19 @@ def good_run(tmp_path_factory) -> Path:
         lines += [{"event": "eval", **common, "cross_entropy": 5.5 - step}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_config(tmp_path_factory, tiny_config) -> TrainConfig:
+    """What the good run folder was made by."""
+    return tiny_config(tmp_path_factory.mktemp("good-run-folder"), steps=4, keep_last=1)
+
+
+@pytest.fixture(scope="session")
+def good_run_folder(run_config: TrainConfig) -> Path:
+    """A finished run with one checkpoint."""
+    train(run_config, quiet=True)
+    return Path(run_config.out)
 
 
 @pytest.fixture(scope="session")

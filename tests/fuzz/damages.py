@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from avatarl.training.folder.checkpoint import describe, manifest_text
+
 from .harness import EXPLOITED
 from .mutations import HOSTILE_TEXTS, PICKLE, damaged_bytes, damaged_json, damaged_tree, hostile_value, nested
 
@@ -128,6 +130,30 @@ def sign_again(folder: Path) -> None:
                     tokens[name.partition("-")[0]] += len(content) // 2
         manifest["tokens"] = tokens
         path.write_text(json.dumps(manifest))
+
+
+# --- run folders ----------------------------------------------------------------------------------------------------
+
+
+def damage_run(folder: Path, rng: random.Random) -> str:
+    """What a run says of itself, or its checkpoint, half of the time with a manifest that a forger has signed."""
+    if rng.random() < 0.4:
+        return damage_one(folder / rng.choice(("config.yaml", "environment.json")), rng)
+    (checkpoint,) = folder.glob("checkpoints/step-*")
+    if rng.random() < 0.2:
+        return damage_a_file(checkpoint, rng)
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if rng.random() < 0.5:
+        name = rng.choice(("state.json", "player.safetensors", "optimiser.safetensors"))
+        what = damage_one(checkpoint / name, rng)
+        manifest["files"][name] = describe(checkpoint / name)
+    else:
+        what, manifest = "manifest", damaged_tree(manifest, rng)
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        path.write_text(manifest_text(manifest["step"], manifest["files"], manifest["identity"]))
+        what += ", signed"
+    return what
 
 
 # --- tokenizers and models ------------------------------------------------------------------------------------------

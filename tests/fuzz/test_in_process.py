@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,13 @@ from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokeniz
 from avatarl.errors import UserError
 from avatarl.models import load_model, load_tokenizer
 from avatarl.results import draw_curves, evaluate, generate, read_metrics
+from avatarl.training import TrainConfig
+from avatarl.training.assembly import assemble
+from avatarl.training.folder.checkpoint import newest_good_checkpoint
+from avatarl.training.folder.identity import check_run_folder, identities_of_run
+from avatarl.training.guard import Guard
+from avatarl.training.processes import Processes
+from avatarl.training.trainer import load_checkpoint
 
 from .damages import (
     damage_a_file,
@@ -24,6 +32,7 @@ from .damages import (
     damage_model,
     damage_prepared,
     damage_recipe,
+    damage_run,
     damage_sources,
     damage_tokenizer,
     write_setting,
@@ -44,6 +53,7 @@ COUNTS = {
     "evaluate": (10, 200),
     "metrics": (100, 1600),
     "curves": (6, 100),
+    "run folder": (60, 1200),
     "sources": (40, 800),
     "recipe": (30, 600),
 }
@@ -182,6 +192,20 @@ def test_curves(good_run: Path, size, tmp_path, watch, monkeypatch):
 
 
 # --- sources --------------------------------------------------------------------------------------------------------
+
+
+@sizes
+def test_run_folders(good_run_folder: Path, run_config: TrainConfig, size, tmp_path, watch, monkeypatch):
+    parts = assemble(run_config, Processes())
+
+    def read(folder: Path) -> None:
+        config = dataclasses.replace(run_config, out=str(folder))
+        check_run_folder(folder, config, resume=True)
+        checkpoint = newest_good_checkpoint(folder, lambda line: None, identities_of_run(folder))
+        if checkpoint:
+            load_checkpoint(checkpoint, parts, Guard(config.guard, parts.device))
+
+    check(Subject("run folder", good_run_folder, damage_run, read), size, tmp_path, watch, monkeypatch)
 
 
 def read_sources(folder: Path) -> None:

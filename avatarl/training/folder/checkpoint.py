@@ -243,7 +243,7 @@ def damage_of(checkpoint: Path) -> str | None:
         try:
             if Path(name).name != name or not path.exists():
                 return f"{name} is missing"
-            if not path.is_file() or path.stat().st_size != record["bytes"] or describe(path) != record:
+            if not path.is_file() or path.stat().st_size != record.get("bytes") or describe(path) != record:
                 return f"{name} is not what its manifest says"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -266,7 +266,9 @@ def read_manifest(checkpoint: Path) -> dict:
         text = manifest_text(manifest["step"], manifest["files"], manifest["identity"])
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest") from error
-    if text.encode() != content:
+    records = list(manifest["files"].values())
+    is_ours = isinstance(manifest["step"], int) and all(isinstance(record, dict) for record in records)
+    if text.encode() != content or not is_ours:
         raise ValueError(f"{path} is not as it was written")
     return manifest
 
