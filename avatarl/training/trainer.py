@@ -83,7 +83,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
             )
             progress, guard = start_of_run(), Guard(config.guard, parts.device)
             if checkpoint:
-                progress = load_checkpoint(checkpoint, parts, guard)
+                progress = processes.from_main(load_checkpoint(checkpoint, parts, guard))  # one answer for all
             if processes.is_main and progress["step"] < parts.total_steps:
                 environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
                 if checkpoint:
