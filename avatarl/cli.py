@@ -13,7 +13,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from .errors import RunStopped, UserError, nearest_name
+from .errors import RunFailed, RunStopped, UserError, nearest_name
 from .inert import one_line, visible
 from .process import set_up_process
 from .version import __version__
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end("interrupted", INTERRUPTED, debug)
     except (UserError, ArgumentError) as error:
         return _end(_one_line(error), USER_MISTAKE, debug)
+    except RunFailed as error:
+        return _end(_one_line(error), RUN_FAILURE, debug)
     except Exception as error:
         return _end(f"{type(error).__name__}: {_one_line(error)}", RUN_FAILURE, debug)
 

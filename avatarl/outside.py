@@ -114,7 +114,7 @@ def _settings(config: dict) -> Iterator[tuple[str, Any]]:
 def check_recipe(path: str | Path) -> None:
     """Refuse a YAML file that a parser would choke on: too long, too deep, or a few aliases that stand for millions.
 
-    What is no file, or no YAML, is left to the parser to refuse.
+    What is no text is left to the parser to refuse.
 
     Raises:
         UserError: It is none that settings are written in.
@@ -122,7 +122,7 @@ def check_recipe(path: str | Path) -> None:
     import yaml
 
     if not os.path.isfile(path):
-        return
+        raise UserError(f"config {path}: no such file; a recipe (YAML) is expected")
     size = os.path.getsize(path)
     if size > LARGEST_RECIPE_BYTES:
         raise UserError(f"config {path}: has {size:,} bytes; a recipe of at most {LARGEST_RECIPE_BYTES:,} is expected")
@@ -137,5 +137,7 @@ def check_recipe(path: str | Path) -> None:
                 raise UserError(f"config {path}: has more than {MOST_ALIASES} aliases; write the settings out")
     except UserError:
         raise
+    except yaml.MarkedYAMLError as error:
+        raise UserError(f"config {path}: parsing it as YAML failed ({_reason(error)})") from error
     except (yaml.YAMLError, ValueError):
         return

@@ -361,7 +361,7 @@ def test_debug_shows_the_traceback(here: Path, recipe, capsys):
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "avatarl: interrupted"),
-        (RunFailed("loss is nan at step 3"), 1, "avatarl: RunFailed: loss is nan at step 3"),
+        (RunFailed("loss is nan at step 3"), 1, "avatarl: loss is nan at step 3"),
         (OSError("disk\nfull"), 1, "avatarl: OSError: disk full"),
         (UserError("two\nlines"), 2, "avatarl: two lines"),
         (ValueError(), 1, "avatarl: ValueError: ValueError"),
@@ -380,4 +380,4 @@ def test_a_loss_that_is_no_number_is_a_failure_of_the_run(here: Path, recipe, ca
     optim = {"learning_rate": 3e38, "warmup_steps": 0, "clip_norm": None}
     assert main(["train", "--config", recipe(objective="cross_entropy", optim=optim)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("avatarl: RunFailed: ") and "try a smaller optim.learning_rate" in last
+    assert last.startswith("avatarl: ") and "try a smaller optim.learning_rate" in last

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avatarl.errors import UserError
 
 from .loading import head_weight, load_model, load_tokenizer
-from .players import PlayerConfig, build_player
+from .players import PRESETS, PlayerConfig, build_player
 
 RANDOM_CRITIC = re.compile(r"random:([^:]*):(\d+)")
 RANDOM_CRITIC_CONTEXT = 1 << 17  # positions are rotations, so this costs nothing
@@ -41,8 +41,10 @@ def load_critic(
 
 def _random_critic(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     match = RANDOM_CRITIC.fullmatch(name)
-    if match is None:
-        raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
+    if match is None or match[1] not in PRESETS:
+        raise UserError(
+            f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {', '.join(PRESETS)}"
+        )
     preset, seed = match[1], int(match[2])
     model = build_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
     return model.eval().requires_grad_(False)

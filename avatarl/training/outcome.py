@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"  # of a model folder
 def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) -> dict | None:
     """The player as it is after ``step`` and its evaluation, as a model folder of the run.
 
-    Returns size and SHA-256 of the file of weights, in the process that writes it.
+    Returns size and SHA-256 of its files by name, in the process that writes them.
     """
     weights = whole_weights(parts)
     if not parts.processes.is_main:
@@ -36,7 +36,7 @@ def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) ->
     write_model_folder(
         folder, parts.player, weights, parts.tokenizer, parts.config, parts.critic_names, step, cross_entropy
     )
-    return describe(folder / WEIGHTS)
+    return describe_folder(folder)
 
 
 def whole_weights(parts: Assembly) -> dict[str, Tensor]:
@@ -48,25 +48,41 @@ def check_players(parts: Assembly, progress: dict) -> None:
     """Write the last player, unless it is there as it was trained, and look whether the best one is.
 
     Raises:
-        RunFailed: It is not what the run wrote.
+        RunFailed: It is not, and was an earlier one, which nothing else holds.
     """
-    run, is_whole = Path(parts.config.out), False
+    run, is_last_best = Path(parts.config.out), progress["best_step"] == progress["step"]
     weights = whole_weights(parts)
+    damaged = []
     if parts.processes.is_main:
-        with contextlib.suppress(OSError, SafetensorError, KeyError, RuntimeError):
-            saved = load_file(run / "final" / WEIGHTS)
-            is_whole = len(saved) == len(weights) and all(
-                torch.equal(value, weights[name]) for name, value in saved.items()
-            )
-    if not parts.processes.from_main(is_whole):
-        write_player(parts, "final", progress["step"], progress["cross_entropy"])
-    if progress["best_player"] and not is_as_written(run / "player" / WEIGHTS, progress["best_player"]):
-        raise RunFailed(f"{run / 'player'} is not what the run wrote after step {progress['best_step']}")
+        if progress["best_player"] and describe_folder(run / "player") != progress["best_player"]:
+            if not is_last_best:
+                raise RunFailed(
+                    f"{run / 'player'}, the best player, of step {progress['best_step']}, is not as the run wrote it, "
+                    f"and nothing else holds it; {run / 'final'}, of step {progress['step']}, does not depend on it"
+                )
+            damaged.append("player")
+        if not is_final_as_trained(run, weights):
+            damaged.append("final")
+    for name in parts.processes.from_main(damaged):
+        write_player(parts, name, progress["step"], progress["cross_entropy"])
 
 
-def is_as_written(path: Path, record: dict) -> bool:
-    """Whether a file still has the size and SHA-256 of its record."""
-    return path.is_file() and describe(path) == record
+def is_final_as_trained(run: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the last player has all of a player's files, and these weights."""
+    try:
+        saved = load_file(run / "final" / WEIGHTS)
+        has_all = {path.name for path in (run / "player").iterdir()} <= {
+            path.name for path in (run / "final").iterdir()
+        }
+        return has_all and len(saved) == len(weights) and all(torch.equal(saved[name], weights[name]) for name in saved)
+    except (OSError, SafetensorError, KeyError, RuntimeError):
+        return False
+
+
+def describe_folder(folder: Path) -> dict[str, dict]:
+    """Size and SHA-256 of each file of a folder; nothing where there is none."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: describe(path) for path in paths if path.is_file()}
 
 
 def leave_for_study(parts: Assembly, guard: Guard) -> str:

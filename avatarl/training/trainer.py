@@ -8,6 +8,7 @@ holds all that the next step depends on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import time
@@ -39,7 +40,7 @@ from .folder.log import MetricSums, RunLog
 from .folder.tensors import load_run, run_state
 from .guard import Guard
 from .optim import clip_gradients
-from .outcome import WEIGHTS, check_players, is_as_written, leave_for_study, write_player
+from .outcome import check_players, describe_folder, leave_for_study, write_player
 from .processes import Processes, gradients_are_summed_later, lost_another
 from .stopping import StopRequest
 
@@ -86,6 +87,8 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
                 progress = processes.from_main(load_checkpoint(checkpoint, parts, guard))  # one answer for all
             if processes.is_main and progress["step"] < parts.total_steps:
                 environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
+                for change in changes:
+                    report(f"allowed: {change}")
                 if checkpoint:
                     write_resumption(run, config, environment, progress["step"], changes)
                 else:
@@ -99,7 +102,7 @@ def start_of_run() -> dict:
         "step": 0,
         "best_cross_entropy": math.inf,
         "best_step": None,
-        "best_player": None,  # size and SHA-256 of its weights' file
+        "best_player": None,  # size and SHA-256 of its files
         "cross_entropy": math.nan,  # of the last evaluation
         "seconds": 0.0,
         "unlogged": {"since_step": 0, "seconds": 0.0, "sums": {}},  # what the next line of metrics will hold
@@ -141,7 +144,7 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
     if taken > parts.total_steps:
         raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {taken} already")
     if taken < parts.total_steps and best_player:
-        if not is_as_written(checkpoint.parents[1] / "player" / WEIGHTS, best_player):
+        if describe_folder(checkpoint.parents[1] / "player") != best_player:
             # A better one was written after the checkpoint, and will be again; or it is damaged, and the best of the
             # evaluations to come takes its place.
             progress |= {"best_cross_entropy": math.inf, "best_step": None, "best_player": None}
@@ -164,6 +167,10 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         ) as checkpoints,
     ):
         log.say(parts.describe())
+        if is_finished:
+            log.say(f"{run} is finished; looking whether its players are there")
+        elif progress["step"]:
+            log.say(f"{run} goes on after step {progress['step']}")
         stop.is_seen_by_loop = True
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
@@ -273,8 +280,10 @@ def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
         if processes.is_main:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-            except (NotADirectoryError, FileExistsError) as error:
-                raise UserError(f"out is {run}, which cannot be made ({error.strerror})") from error
+            except OSError as error:
+                is_disk = error.errno in (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
+                kind = RunFailed if is_disk else UserError
+                raise kind(f"out is {run}, which cannot be made ({error.strerror})") from error
             stack.enter_context(RunLock(run, LOCK_PATIENCE_SECONDS if processes.count > 1 else 0))
             for folder in (run, run / CHECKPOINTS):
                 tidy(folder)

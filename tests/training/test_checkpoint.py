@@ -50,7 +50,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tiny_config, tmp_p
     train(tiny_config(tmp_path, **settings), resume=True)
     out, err = capfd.readouterr()
     assert out == ""
-    assert [line for line in err.splitlines() if "damaged" in line] == [
+    assert [line for line in err.splitlines() if " is damaged (" in line] == [
         f"{newest} is damaged (player.safetensors is not what its manifest says); trying the one before it"
     ]
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from avatarl import AvataRLConfig, UserError
@@ -16,6 +17,8 @@ from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
+from avatarl.training.folder.identity import check_run_folder, settings_digest
+from avatarl.training.validation import Validation
 
 from ..conftest import TINY, write_documents
 from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of, with_dropout
@@ -221,17 +224,44 @@ def test_another_precision_is_named_as_such(tiny_config, tmp_path: Path, interru
     assert train(tiny_config(tmp_path, precision="bf16"), resume=True, allow_changes=True, quiet=True)["steps"] == 8
 
 
-def test_a_run_of_an_earlier_version_is_refused_as_such(tiny_config, tmp_path: Path, interrupt):
+def test_a_setting_that_came_since_has_its_default(tiny_config, tmp_path: Path, interrupt):
     stop_after_step_6(tiny_config(tmp_path), interrupt)
     run = tmp_path / "run"
-    settings = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(settings.replace("checkpoint_in_background: false\n", ""))  # a setting came since
-    assert train(tiny_config(tmp_path), resume=True, quiet=True)["steps"] == 8
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    del settings["checkpoint_in_background"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
     environment = json.loads((run / "environment.json").read_text())
-    del environment["identity"]
+    environment["identity"]["settings"] = settings_digest(settings)
     (run / "environment.json").write_text(json.dumps(environment))
+    assert check_run_folder(run, tiny_config(tmp_path), resume=True) == []
+
+
+def test_a_run_of_an_earlier_version_is_refused_as_such(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    del environment["identity"]
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(UserError, match="is of an earlier version of avatarl"):
         train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+def test_a_configuration_that_was_changed_by_hand_is_refused_as_such(tiny_config, tmp_path: Path, interrupt):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    path = tmp_path / "run" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # as a torn file of an unlucky length would be
+    with pytest.raises(UserError, match="config.yaml is not as the run wrote it"):
+        train(tiny_config(tmp_path), resume=True, quiet=True)
+
+
+def test_what_a_resumed_run_says(tiny_config, tmp_path: Path, interrupt, capfd):
+    stop_after_step_6(tiny_config(tmp_path), interrupt)
+    capfd.readouterr()
+    train(tiny_config(tmp_path, log_every_steps=1), resume=True, allow_changes=True)
+    said = capfd.readouterr().err.splitlines()
+    assert "allowed: log_every_steps was 2 and is 1" in said and f"{tmp_path / 'run'} goes on after step 4" in said
+    train(tiny_config(tmp_path, log_every_steps=1), resume=True)
+    assert f"{tmp_path / 'run'} is finished; looking whether its players are there" in capfd.readouterr().err
 
 
 def test_a_best_player_that_was_damaged_is_written_anew(tiny_config, tmp_path: Path, interrupt):
@@ -266,7 +296,7 @@ def test_a_checkpoint_of_another_run_is_not_used(tiny_config, tmp_path: Path, in
 def test_a_run_that_lost_its_record_is_not_resumed(tiny_config, tmp_path: Path, interrupt):
     stop_after_step_6(tiny_config(tmp_path), interrupt)
     (tmp_path / "run" / "environment.json").unlink()
-    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
+    with pytest.raises(UserError, match="environment.json is missing, so"):
         train(tiny_config(tmp_path), resume=True, quiet=True)
 
 
@@ -291,10 +321,22 @@ def test_a_finished_run_mends_its_last_player(tiny_config, tmp_path: Path, how: 
     assert_same_weights(weights_of(final), expected)
 
 
-def test_a_finished_run_notices_that_its_best_player_is_gone(tiny_config, tmp_path: Path):
+@pytest.mark.parametrize("damaged", ["player/model.safetensors", "player/config.json", "final/config.json"])
+def test_a_finished_run_mends_what_is_its_last_player(tiny_config, tmp_path: Path, damaged: str):
+    config = tiny_config(tmp_path)
+    assert train(config, quiet=True)["best_step"] == 8
+    before = {name: content for name, (content, _) in contents_of(tmp_path / "run").items()}
+    (tmp_path / "run" / damaged).unlink()
+    train(config, resume=True, quiet=True)
+    assert {name: content for name, (content, _) in contents_of(tmp_path / "run").items()} == before
+
+
+def test_a_finished_run_notices_that_its_best_player_is_gone(tiny_config, tmp_path: Path, monkeypatch):
+    real, pretended = Validation.evaluate, iter([2.0, 3.0])
+    monkeypatch.setattr(Validation, "evaluate", lambda *args: {**real(*args), "cross_entropy": next(pretended)})
     config = tiny_config(tmp_path)
     train(config, quiet=True)
     path = tmp_path / "run" / "player" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(RunFailed, match="player is not what the run wrote after step"):
+    with pytest.raises(RunFailed, match="player, the best player, of step 4, is not as the run wrote it"):
         train(config, resume=True, quiet=True)

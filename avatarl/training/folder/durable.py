@@ -31,7 +31,10 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         partial.mkdir()
         fill(partial)
+        readable = partial.stat().st_mode & 0o666  # some libraries make files that nobody else may read
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(readable)
             flush(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full of it

@@ -23,7 +23,7 @@ def describe_environment(
 ) -> dict:
     """Command, revision, versions, device, processes and identity of a run, as its environment.json has them."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "avatarl"), *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": _git_revision(),
         "python": platform.python_version(),

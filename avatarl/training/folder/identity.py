@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 
 from ..config import TrainConfig
+from .checkpoint import CHECKPOINTS, steps_found
 from .durable import replace_file
 from .lock import LOCK
 
@@ -41,9 +43,15 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     if not (run / CONFIG).is_file():
         raise UserError(f"out is {run}, which holds files but no {CONFIG}; --resume needs a run folder")
     try:
-        saved = flatten(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+        saved_settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        saved = flatten(saved_settings)
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"{run / CONFIG} cannot be read; move the folder away to start again") from error
+    accepted = identities_of_run(run)
+    if accepted and settings_digest(saved_settings) not in [identity["settings"] for identity in accepted]:
+        raise UserError(
+            f"{run / CONFIG} is not as the run wrote it; put it back, or move the folder away to start again"
+        )
     # A setting that a run of an earlier version does not name had the value that is the default now.
     defaults = flatten(TrainConfig(data="", out="", steps=1).as_dict())
     changes = differences({**defaults, **saved, "out": config.out}, flatten(config.as_dict()))
@@ -61,7 +69,9 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
     try:
         record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
         return [dict(start["identity"]) for start in (record, *record["resumed"])]
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if steps_found(run / CHECKPOINTS):
+            raise UserError(f"{run / ENVIRONMENT} is missing, so the run's data and critics are unknown") from error
         return []
     except KeyError as error:
         raise UserError(
@@ -84,14 +94,18 @@ def identity_of_run(
 ) -> dict[str, str]:
     """All that decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
     tokenizer_files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
-    settings = {name: value for name, value in config.as_dict().items() if name != "out"}
     return {
-        "settings": _digest(settings),
+        "settings": settings_digest(config.as_dict()),
         "precision": precision,
         "data": data.digest,
         "tokenizer": _digest(tokenizer_files),
         **{f"critic {name}": digest_of_model(model) for name, model in critics.items()},
     }
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of all settings but where the run lies."""
+    return _digest({name: value for name, value in settings.items() if name != "out"})
 
 
 def digest_of_model(model: PreTrainedModel) -> str:
@@ -140,7 +154,7 @@ def differences(saved: Mapping, wanted: Mapping) -> list[str]:
 
 
 def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _short(digest: str | None) -> str:

@@ -17,7 +17,7 @@ from .durable import replace_folder
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [avatarl, {objective}]
+tags: [{tags}]
 ---
 
 # {name}
@@ -69,6 +69,7 @@ def write_model_folder(
     card = CARD.format(
         name=markdown_code(Path(config.out).name),
         objective=config.objective,
+        tags=", ".join(dict.fromkeys(["avatarl", config.objective])),
         total=count.total,
         non_embedding=count.non_embedding,
         cross_entropy=cross_entropy,
