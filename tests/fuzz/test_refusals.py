@@ -144,4 +144,11 @@ def test_a_recipe_that_would_choke_a_parser_is_refused(tmp_path: Path, content: 
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         check_recipe(tmp_path / "recipe.yaml")
-    check_recipe(tmp_path / "missing.yaml")
+
+
+def test_a_recipe_that_is_none_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="missing.yaml: no such file"):
+        check_recipe(tmp_path / "missing.yaml")
+    (tmp_path / "torn.yaml").write_text("data: [d\nout:")
+    with pytest.raises(UserError, match="torn.yaml: parsing it as YAML failed"):
+        check_recipe(tmp_path / "torn.yaml")
