@@ -16,7 +16,7 @@ from avatarl.errors import RunFailed
 from .assembly import Assembly
 from .folder.checkpoint import describe
 from .folder.durable import replace_folder
-from .folder.model_card import write_model_folder
+from .folder.model_card import CARD_FILE, write_model_folder
 from .folder.tensors import tensors_of_model
 from .guard import Guard
 from .processes import whole
@@ -80,9 +80,9 @@ def is_final_as_trained(run: Path, weights: Mapping[str, Tensor]) -> bool:
 
 
 def describe_folder(folder: Path) -> dict[str, dict]:
-    """Size and SHA-256 of each file of a folder; nothing where there is none."""
+    """Size and SHA-256 of each file of a model folder but its card, which names the run's folder."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: describe(path) for path in paths if path.is_file()}
+    return {path.name: describe(path) for path in paths if path.is_file() and path.name != CARD_FILE}
 
 
 def leave_for_study(parts: Assembly, guard: Guard) -> str:

@@ -14,6 +14,7 @@ from avatarl.models import count_parameters
 from ..config import TrainConfig
 from .durable import replace_folder
 
+CARD_FILE = "README.md"
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -87,6 +88,6 @@ def write_model_folder(
         finally:
             player.config.use_cache = cached
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
 
     replace_folder(folder, fill)
