@@ -6,6 +6,8 @@ from .fused import linear_avatarl_loss, linear_objective_loss
 from .losses import AvataRL, avatarl_loss
 from .protocol import OBJECTIVES, Objective, make_objective, objective_loss
 from .rewards import RewardLandscape, reward_landscape
+from .schedule import Scheduled
+from .stored import StoredCritic
 
 __all__ = [
     "OBJECTIVES",
@@ -14,6 +16,8 @@ __all__ = [
     "BaselineConfig",
     "Objective",
     "RewardLandscape",
+    "Scheduled",
+    "StoredCritic",
     "avatarl_loss",
     "linear_avatarl_loss",
     "linear_objective_loss",

@@ -11,11 +11,15 @@ Shapes: N positions, V vocabulary, A active actions, S sampled actions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .losses import RewardedObjective, reward_metrics
+from .losses import RewardedObjective
 from .protocol import Objective, Policy, Rows, Scores, register
+from .schedule import distillation_shares, entropy_coef
+from .stored import StoredCritic
 
 
 @register
@@ -63,17 +67,34 @@ class Distillation(Objective):
     def needs_critic(self) -> bool:
         return self.baseline.distillation_alpha < 1
 
+    def check_settings(self, vocabulary: int, num_critics: int, stored: Sequence[tuple[int, int]] = ()) -> None:
+        super().check_settings(vocabulary, num_critics, stored)
+        if any(not num_draws and num_top < vocabulary for num_top, num_draws in stored):
+            raise ValueError(
+                "distillation from a critic's most likely tokens alone would teach another distribution; expected a "
+                "cache of kind sample, or the critic itself"
+            )
+
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
-        alpha = self.baseline.distillation_alpha
+        alpha, shares = distillation_shares(self.baseline, len(rows.critics), rows.scheduled)
         policy, weights = Policy.of(rows.player_logits, 1.0, rows.kernels), rows.weights
         metrics = policy.metrics(rows.targets)
         log_probs = policy.log_probs()
         loss, soft_targets = alpha * metrics["cross_entropy"], torch.zeros_like(log_probs)
-        for logits in rows.critic_logits if self.needs_critic else ():
-            critic, share = Policy.of(logits, 1.0, rows.kernels), (1 - alpha) / len(rows.critic_logits)
-            probs = critic.log_probs().exp_().to(log_probs.dtype)  # (N, V)
-            loss = loss - share * (critic.entropy.to(loss.dtype) + torch.linalg.vecdot(probs, log_probs))
-            soft_targets.add_(probs, alpha=share)
+        for critic, share in zip(rows.critics, shares, strict=True) if self.needs_critic else ():
+            if isinstance(critic, StoredCritic):
+                tokens, probs = critic.estimate()  # (N, 1 + P + S)
+                probs = probs.to(log_probs.dtype)
+                agreement = torch.linalg.vecdot(probs, log_probs.gather(1, tokens))
+                soft_targets.scatter_add_(1, tokens, share * probs)
+                entropy = critic.entropy
+            else:
+                judge = Policy.of(critic, 1.0, rows.kernels)
+                probs = judge.log_probs().exp_().to(log_probs.dtype)  # (N, V)
+                agreement = torch.linalg.vecdot(probs, log_probs)
+                soft_targets += share * probs
+                entropy = judge.entropy
+            loss = loss - share * (entropy.to(loss.dtype) + agreement)
         metrics = {"loss": loss, **metrics}
         if not with_gradient:
             return Scores(None, metrics)
@@ -93,20 +114,20 @@ class ExpectedReward(RewardedObjective):
     name = "expected_reward"
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
-        beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
-        actions, valid, rewards = self.judge(rows)
+        beta, temperature = entropy_coef(self.avatarl, rows.scheduled), self.avatarl.temperature
+        judged = self.judge(rows)
         policy, tempered = self.policies(rows)
-        paid = self.loss_rewards(valid, rewards)
-        probs = tempered.log_probs_at(actions).exp()  # (N, A)
+        paid = self.loss_rewards(judged)
+        probs = tempered.log_probs_at(judged.actions).exp()  # (N, A)
         expected = torch.linalg.vecdot(probs, paid)
         metrics = {
             "loss": -expected - beta * tempered.entropy,
             **policy.metrics(rows.targets),
-            **reward_metrics(rows, actions, valid, rewards, policy),
+            **self.reward_metrics(rows, judged, policy),
         }
         if not with_gradient:
             return Scores(None, metrics)
-        gradient = tempered.gradient_(rows.weights / temperature, expected, actions, probs * paid, beta)
+        gradient = tempered.gradient_(rows.weights / temperature, expected, judged.actions, probs * paid, beta)
         return Scores(gradient, metrics)
 
 
@@ -120,8 +141,8 @@ class Reinforce(RewardedObjective):
     name = "reinforce"
     is_sampled = True
 
-    def metric_names(self, num_critics: int) -> tuple[str, ...]:
-        return (*super().metric_names(num_critics), "sampled_reward")
+    def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:
+        return (*super().metric_names(num_critics, num_stored), "sampled_reward")
 
     def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
         """The policy that actions are drawn from."""
@@ -135,19 +156,19 @@ class Reinforce(RewardedObjective):
         return -advantages, advantages, {}
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
-        beta, temperature = self.avatarl.entropy_coef, self.avatarl.temperature
-        actions, valid, rewards = self.judge(rows)
+        beta, temperature = entropy_coef(self.avatarl, rows.scheduled), self.avatarl.temperature
+        judged = self.judge(rows)
         policy, tempered = self.policies(rows)
         behaviour = self.behaviour(rows, tempered)
-        drawn = draw_actions(behaviour.log_probs().exp_(), rows.uniforms)  # (N, S)
-        drawn_rewards = look_up_rewards(drawn, actions, self.loss_rewards(valid, rewards))
+        drawn = draw_actions(behaviour.log_probs().exp_(), rows.uniforms[:, : self.baseline.samples])  # (N, S)
+        drawn_rewards = look_up_rewards(drawn, judged.actions, self.loss_rewards(judged))
         advantages = drawn_rewards - leave_one_out_mean(drawn_rewards)
         log_ratio = tempered.log_probs_at(drawn) - behaviour.log_probs_at(drawn)
         loss, credit, extra = self.surrogate(log_ratio, advantages)
         metrics = {
             "loss": loss.mean(dim=1) - beta * tempered.entropy,
             **policy.metrics(rows.targets),
-            **reward_metrics(rows, actions, valid, rewards, policy),
+            **self.reward_metrics(rows, judged, policy),
             "sampled_reward": drawn_rewards.mean(dim=1),
             **extra,
         }
@@ -168,8 +189,8 @@ class PPO(Reinforce):
     name = "ppo"
     needs_snapshot = True
 
-    def metric_names(self, num_critics: int) -> tuple[str, ...]:
-        return (*super().metric_names(num_critics), "clip_share")
+    def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:
+        return (*super().metric_names(num_critics, num_stored), "clip_share")
 
     def behaviour(self, rows: Rows, tempered: Policy) -> Policy:
         return Policy.of(rows.snapshot_logits, self.avatarl.temperature, rows.kernels)

@@ -7,22 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .stored import StoredCritic
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32 for half precision, otherwise the input's own."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def as_critics(critics: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
-    """One critic, several or none, as a sequence."""
+def as_critics(critics) -> Sequence:
+    """One critic, several or none, as a sequence; None in a list stays."""
     if critics is None:
         return ()
-    return (critics,) if isinstance(critics, Tensor) else critics
+    # What is stored of a critic is a tuple itself.
+    return (critics,) if isinstance(critics, (Tensor, StoredCritic)) else critics
 
 
 def check_logits(
-    player_logits: Tensor, critic_logits: Tensor | Sequence[Tensor] | None, targets: Tensor, vocab_size: int | None
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    player_logits: Tensor,
+    critic_logits: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
+    targets: Tensor,
+    vocab_size: int | None,
+) -> tuple[Tensor, list[Tensor | StoredCritic], Tensor]:
     """Flatten (…, V) logits and (…) targets to (N, vocab_size), a list of such, and (N,) int64.
 
     Raises:
@@ -34,6 +40,9 @@ def check_logits(
     vocabulary = player_logits.shape[-1] if vocab_size is None else vocab_size
     _check_vocabulary(vocabulary, player_logits, "player_logits")
     for critic in critics:
+        if isinstance(critic, StoredCritic):
+            check_stored(critic, targets, vocabulary)
+            continue
         check_floating(critic, "critic_logits")
         check_targets(targets, critic, "critic_logits")
         if vocab_size is None and critic.shape != player_logits.shape:
@@ -42,8 +51,19 @@ def check_logits(
                 f"models padded to different widths need vocab_size"
             )
         _check_vocabulary(vocabulary, critic, "critic_logits")
-    flat = [logits.reshape(-1, logits.shape[-1])[:, :vocabulary] for logits in (player_logits, *critics)]
-    return flat[0], flat[1:], targets.reshape(-1).long()
+    player, *judges = (
+        scores.flat() if isinstance(scores, StoredCritic) else scores.reshape(-1, scores.shape[-1])[:, :vocabulary]
+        for scores in (player_logits, *critics)
+    )
+    return player, judges, targets.reshape(-1).long()
+
+
+def check_stored(critic: StoredCritic, targets: Tensor, vocabulary: int) -> None:
+    """Raise unless what is stored is of the targets' positions and vocabulary."""
+    if critic.log_rest.shape != targets.shape:
+        raise ValueError(f"stored critic {tuple(critic.log_rest.shape)} does not fit targets {tuple(targets.shape)}")
+    if critic.vocab_size != vocabulary:
+        raise ValueError(f"stored critic has {critic.vocab_size} tokens; expected the player's {vocabulary}")
 
 
 def check_floating(tensor: Tensor, name: str) -> None:

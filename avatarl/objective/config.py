@@ -9,6 +9,9 @@ from typing import Literal
 
 from avatarl.errors import UserError
 
+TAILS = ("renormalise", "target", "sample", "dense")
+DEFAULT_TAIL = {"geometric": "renormalise", "arithmetic": "target"}
+
 
 @dataclass(frozen=True)
 class AvataRLConfig:
@@ -19,6 +22,11 @@ class AvataRLConfig:
         top_p: Cut each model's proposals to the shortest prefix with this probability (None: keep all ``top_k``).
         smoothing: ε, the share of the reality expert that the other active actions divide among them.
         pool: How the experts are blended, ``geometric`` (logarithmic pool) or ``arithmetic`` (linear pool).
+        tail: What becomes of a critic's probability outside of the active actions. ``renormalise`` spreads it over all
+            of these in proportion, ``target`` gives it to the target; with the arithmetic pool, ``dense`` leaves it
+            where it is, and ``sample`` does so in expectation, by sampled tokens that join the actions. None is
+            ``renormalise`` for the geometric pool (the article) and ``target`` for the arithmetic one.
+        tail_samples: Tokens that ``sample`` draws from each critic that is asked itself (a cached one has its own).
         reality_weight: w_R, the weight of the text.
         critic_weight: w_C, the weight of the critic: a number, split evenly over several critics, or one per critic.
         reward_scale: A reward is this times the consensus probability, before the cap.
@@ -37,6 +45,8 @@ class AvataRLConfig:
     top_p: float | None = None
     smoothing: float = 0.1
     pool: Literal["geometric", "arithmetic"] = "geometric"
+    tail: Literal["renormalise", "target", "sample", "dense"] | None = None
+    tail_samples: int = 16
     reality_weight: float = 0.7
     critic_weight: float | tuple[float, ...] = 0.3
     reward_scale: float = 100.0
@@ -67,6 +77,10 @@ class AvataRLConfig:
         if self.reward_cap is not None:
             require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or null")
         require_choice("pool", self.pool, ("geometric", "arithmetic"))
+        if self.tail is None:
+            object.__setattr__(self, "tail", DEFAULT_TAIL[self.pool])
+        require_choice("tail", self.tail, TAILS)
+        require_whole("tail_samples", self.tail_samples, minimum=1)
         require_choice("threshold", self.threshold, ("mean", "mass", "none"))
         require_choice("per_action_mean", self.per_action_mean, (True, False))
         for name in ("reality_weight", "entropy_coef"):
@@ -76,6 +90,7 @@ class AvataRLConfig:
         for weight in self._weights_as_given():
             require_number("critic_weight", weight, lambda x: x >= 0, "a number of at least 0, or one per critic")
         self._check_weights_together()
+        self._check_tail()
 
     def _weights_as_given(self) -> tuple[float, ...]:
         return self.critic_weight if isinstance(self.critic_weight, tuple) else (self.critic_weight,)
@@ -91,6 +106,23 @@ class AvataRLConfig:
             )
         if self.pool == "arithmetic" and self.threshold == "mass":
             raise UserError("threshold='mass' is defined for pool='geometric' only; use 'mean' or 'none'")
+
+    def _check_tail(self) -> None:
+        if self.threshold == "mass" and self.tail != "renormalise":
+            raise UserError(f"threshold='mass' is defined for tail='renormalise' only; found {self.tail!r}")
+        if self.tail in ("renormalise", "target"):
+            return
+        if self.pool == "geometric":
+            raise UserError(
+                f"tail={self.tail!r} is a part of a sum of probabilities; it needs pool='arithmetic', found 'geometric'"
+            )
+        if self.threshold != "none":
+            raise UserError(
+                f"tail={self.tail!r} keeps what the critic believes of every token, and threshold={self.threshold!r} "
+                f"would drop it again; expected threshold='none'"
+            )
+        if self.per_action_mean:
+            raise UserError(f"per_action_mean divides by the active actions, which tail={self.tail!r} goes beyond")
 
     def critic_weights(self, num_critics: int) -> tuple[float, ...]:
         """Return one weight for each of ``num_critics`` critics.
@@ -114,7 +146,7 @@ class AvataRLConfig:
     @property
     def needs_critic_normaliser(self) -> bool:
         """Whether rewards depend on the critic's probabilities and not only on its logits at the active actions."""
-        return self.pool == "arithmetic" or self.threshold == "mass"
+        return self.tail != "renormalise" or self.threshold == "mass"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .checks import compute_dtype
 from .config import AvataRLConfig
-from .rewards import judge
+from .rewards import DenseTail, Judgement, judge
+from .schedule import Scheduled
+from .stored import StoredCritic
 
 # log π is never below this: exp makes it an exact 0 in every dtype, and 0 · log π stays 0.
 LOWEST_LOG_PROB = -(2.0**64)
@@ -31,10 +33,16 @@ class Kernels:
         """Raise a ValueError where these kernels do not run on such a device."""
 
     def judge(
-        self, player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Active actions, which of them are valid, and their rewards, (N, A) each; see :func:`judge`."""
-        return judge(player, critics, targets, config)
+        self,
+        player: Tensor,
+        critics: Sequence[Tensor | StoredCritic],
+        targets: Tensor,
+        config: AvataRLConfig,
+        uniforms: Tensor | None = None,
+        scheduled: Scheduled | None = None,
+    ) -> Judgement:
+        """Actions, which of them are valid, and their rewards; see :func:`judge`."""
+        return judge(player, critics, targets, config, uniforms, scheduled)
 
     def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The softmax of logits (N, V) / temperature: its log normaliser and its entropy in nats, (N,) each."""
@@ -43,17 +51,45 @@ class Kernels:
         return torch.cat(log_normalisers), torch.cat(entropies)
 
     def gradient_(
-        self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+        self,
+        logits: Tensor,
+        temperature: float,
+        log_normaliser: Tensor,
+        constant: Tensor,
+        bonus: Tensor | None,
+        tails: Sequence[DenseTail] = (),
     ) -> Tensor:
-        """Write π · (constant + bonus · log π) over ``logits`` (N, V) and return them.
+        """Write π · (constant + bonus · log π) − Σ amount · p_C over ``logits`` (N, V) and return them.
 
-        ``constant`` and ``bonus`` are (N,); no ``bonus`` means 0.
+        ``constant`` and ``bonus`` are (N,); no ``bonus`` means 0. Each of ``tails`` has its critic's p_C.
         """
         columns = [_rows_in_cache(logits, column) for column in (logits, log_normaliser, constant)]
         bonuses = [None] * len(columns[0]) if bonus is None else _rows_in_cache(logits, bonus)
-        for rows, normaliser, rows_constant, rows_bonus in zip(*columns, bonuses, strict=True):
-            rows.copy_(policy_gradient(rows, temperature, normaliser, rows_constant, rows_bonus))
+        parts = [_tails_in_cache(logits, tails, number) for number in range(len(columns[0]))]
+        for rows, normaliser, rows_constant, rows_bonus, rows_tails in zip(*columns, bonuses, parts, strict=True):
+            gradient = policy_gradient(rows, temperature, normaliser, rows_constant, rows_bonus)
+            for tail in rows_tails:
+                gradient = gradient - tail.everywhere()
+            rows.copy_(gradient)
         return logits
+
+    def tail_sums(
+        self, logits: Tensor, temperature: float, log_normaliser: Tensor, tail: DenseTail
+    ) -> tuple[Tensor, Tensor]:
+        """Σ amount · p_C · log π and Σ amount · p_C · π over the vocabulary, (N,) each."""
+        likelihoods, expected = [], []
+        columns = [_rows_in_cache(logits, column) for column in (logits, log_normaliser)]
+        for number, (rows, normaliser) in enumerate(zip(*columns, strict=True)):
+            amounts = _tails_in_cache(logits, [tail], number)[0].everywhere()
+            log_probs = (scaled_logits(rows, temperature) - normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
+            likelihoods.append(torch.linalg.vecdot(amounts, log_probs))
+            expected.append(torch.linalg.vecdot(amounts, log_probs.exp_()))
+        return torch.cat(likelihoods), torch.cat(expected)
+
+
+def _tails_in_cache(logits: Tensor, tails: Sequence[DenseTail], number: int) -> list[DenseTail]:
+    """The rows of ``tails`` that belong to part ``number`` of ``logits``."""
+    return [DenseTail(*(_rows_in_cache(logits, column)[number] for column in tail)) for tail in tails]
 
 
 def _rows_in_cache(logits: Tensor, column: Tensor) -> Sequence[Tensor]:

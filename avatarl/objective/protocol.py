@@ -24,6 +24,9 @@ from avatarl.errors import UserError, nearest_name
 from .checks import as_critics, check_logits, compute_dtype
 from .config import AvataRLConfig, BaselineConfig
 from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, scaled_logits
+from .rewards import DenseTail
+from .schedule import Scheduled, Weight
+from .stored import StoredCritic
 
 _ARTICLE, _BASELINE = AvataRLConfig.article(), BaselineConfig()
 
@@ -32,12 +35,13 @@ class Rows(NamedTuple):
     """What an objective is given: N positions, logits over the real vocabulary in any floating dtype."""
 
     player_logits: Tensor  # (N, V); given away: the gradient may be written over them
-    critic_logits: Sequence[Tensor]  # C tensors (N, V)
+    critics: Sequence[Tensor | StoredCritic]  # C of them, logits (N, V) or what is stored
     targets: Tensor  # (N,) int64, a real id everywhere
     weights: Tensor  # (N,) what a position counts in the gradient: in proportion to 1/M, 0 where ignored
     snapshot_logits: Tensor | None = None  # (N, V), the earlier policy that ppo samples from
     uniforms: Tensor | None = None  # (N, S) in [0, 1), the draws of sampled objectives
     kernels: Kernels = PLAIN
+    scheduled: Scheduled | None = None  # values of settings that change over time
 
 
 class Scores(NamedTuple):
@@ -70,10 +74,15 @@ class Objective(ABC):
 
     @property
     def num_draws(self) -> int:
-        """S, how many uniform draws a position needs."""
-        return self.baseline.samples if self.is_sampled else 0
+        """S, how many uniform draws a position needs; that of a sampled tail is the last one."""
+        return (self.baseline.samples if self.is_sampled else 0) + self.samples_tail
 
-    def metric_names(self, num_critics: int) -> tuple[str, ...]:
+    @property
+    def samples_tail(self) -> bool:
+        """Whether the critic's tail is sampled."""
+        return False
+
+    def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:
         """The keys of the metrics that :meth:`score` answers with, in their order."""
         return ("loss", "cross_entropy", "entropy")
 
@@ -81,14 +90,23 @@ class Objective(ABC):
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         """Loss, metrics and, if asked, the gradient of Σ weights · loss over ``rows.player_logits``."""
 
-    def check_settings(self, vocabulary: int, num_critics: int) -> None:
+    def check_settings(self, vocabulary: int, num_critics: int, stored: Sequence[tuple[int, int]] = ()) -> None:
         """Refuse settings that do not fit the models.
 
+        Args:
+            vocabulary: V.
+            num_critics: C.
+            stored: Of the cached ones among them, how many most likely and how many drawn tokens they have.
+
         Raises:
-            ValueError: A critic is missing, or a setting does not fit the vocabulary or the number of critics.
+            ValueError: A critic is missing, or a setting does not fit the vocabulary or the critics.
         """
         if self.needs_critic and num_critics == 0:
             raise ValueError(f"the objective {self.name!r} needs a critic and none is given")
+
+    def draws(self, uniforms: Tensor | None, player: Tensor) -> Tensor | None:
+        """The uniform draws to use where the caller may have given none, for a player's logits or states (N, …)."""
+        return uniforms
 
     def check_inputs(self, has_snapshot: bool, uniforms: Tensor | None, positions: int) -> None:
         """Refuse a call that lacks what a sampled objective needs.
@@ -163,25 +181,41 @@ class Policy(NamedTuple):
         log_probs = scaled_logits(logits, self.temperature) - self.log_normaliser.unsqueeze(1)
         return log_probs.clamp_(min=LOWEST_LOG_PROB)
 
-    def gradient_(self, weights: Tensor, total: Tensor, tokens: Tensor, amounts: Tensor, bonus: float = 0.0) -> Tensor:
-        """weights · [π · (total + bonus · (log π + H)) − amounts at tokens], (N, V), written over the logits.
+    def gradient_(
+        self,
+        weights: Tensor,
+        total: Tensor,
+        tokens: Tensor,
+        amounts: Tensor,
+        bonus: Weight = 0.0,
+        tails: Sequence[DenseTail] = (),
+    ) -> Tensor:
+        """weights · [π · (total + bonus · (log π + H)) − amounts at tokens − tails], (N, V), written over the logits.
 
         It is the gradient of a weighted sum of −log π(token) and an entropy bonus. ``weights`` and ``total`` are (N,),
-        ``tokens`` and ``amounts`` (N, S); a repeated token takes the sum of its amounts.
+        ``tokens`` and ``amounts`` (N, S); a repeated token takes the sum of its amounts. What ``tails`` hold of a token
+        comes on top of its amounts.
         """
         constant = weights * (total + bonus * self.entropy)
-        weighted_bonus = weights * bonus if bonus else None
+        weighted_bonus = weights * bonus if isinstance(bonus, Tensor) or bonus else None
         amounts = weights.unsqueeze(1) * amounts
-        arguments = (self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus)
+        tails = [tail._replace(amount=weights * tail.amount) for tail in tails]
+        arguments = (self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus, tails)
         if self.logits.dtype == amounts.dtype:
             return self.kernels.gradient_(*arguments).scatter_add_(1, tokens, -amounts)
         # In half precision the difference must be taken before it is rounded: where π is near 1 it is all that is left.
         log_probs = self.log_probs_at(tokens)
-        slopes = constant.unsqueeze(1) + (weighted_bonus.unsqueeze(1) * log_probs if bonus else 0)
+        slopes = constant.unsqueeze(1) + (0 if weighted_bonus is None else weighted_bonus.unsqueeze(1) * log_probs)
         same = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (N, S, S)
-        taken = torch.where(same, amounts.unsqueeze(1), 0.0).sum(dim=2)
+        taken = torch.where(same, amounts.unsqueeze(1), 0.0).sum(dim=2) + sum(tail.at(tokens) for tail in tails)
         differences = (log_probs.exp() * slopes - taken).to(self.logits.dtype)
         return self.kernels.gradient_(*arguments).scatter_(1, tokens, differences)
+
+    def tail_sums(self, tails: Sequence[DenseTail]) -> tuple[Tensor, Tensor]:
+        """Σ r log π and Σ r π of what ``tails`` hold of the whole vocabulary, (N,) each; 0 without any."""
+        nothing = torch.zeros_like(self.entropy)
+        sums = [self.kernels.tail_sums(self.logits, self.temperature, self.log_normaliser, tail) for tail in tails]
+        return sum((first for first, _ in sums), nothing), sum((second for _, second in sums), nothing)
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and entropy (N,) in nats."""
@@ -213,6 +247,11 @@ def position_weights(
     return (counted & (total > 0)).to(dtype) / total.clamp(min=1), targets.masked_fill(~counted, 0)
 
 
+def kinds_of_stored(critics: Sequence) -> list[tuple[int, int]]:
+    """Of the cached critics among ``critics``, how many most likely and how many drawn tokens they have."""
+    return [(critic.num_top, critic.num_draws) for critic in critics if isinstance(critic, StoredCritic)]
+
+
 def weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
     """Σ weights · metric for each metric (N,), as scalars; what an ignored position holds does not matter."""
     counted = weights > 0
@@ -222,7 +261,7 @@ def weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tens
 def objective_loss(
     objective: Objective,
     player_logits: Tensor,
-    critic_logits: Tensor | Sequence[Tensor] | None,
+    critic_logits: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
     targets: Tensor,
     *,
     ignore_index: int = -100,
@@ -230,16 +269,19 @@ def objective_loss(
     num_valid: Tensor | float | None = None,
     snapshot_logits: Tensor | None = None,
     uniforms: Tensor | None = None,
+    scheduled: Scheduled | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any objective's loss over materialised logits; :func:`avatarl.avatarl_loss` describes the arguments.
 
-    ``snapshot_logits`` (…, V) and ``uniforms`` (N, S) are for the objectives that sample.
+    ``snapshot_logits`` (…, V) and ``uniforms`` (N, S) are for the objectives that sample, ``scheduled`` for settings
+    that change over time.
     """
     player, others, targets = check_logits(
         player_logits, [*as_critics(critic_logits), *as_critics(snapshot_logits)], targets, vocab_size
     )
     critics, snapshot = (others[:-1], others[-1]) if snapshot_logits is not None else (others, None)
-    objective.check_settings(player.shape[-1], len(critics))
+    objective.check_settings(player.shape[-1], len(critics), kinds_of_stored(critics))
+    uniforms = objective.draws(uniforms, player)
     objective.check_inputs(snapshot is not None, uniforms, targets.numel())
     dtype = compute_dtype(player.dtype)
     weights, safe_targets = position_weights(targets, ignore_index, num_valid, dtype)
@@ -247,11 +289,12 @@ def objective_loss(
     with torch.no_grad(), torch.autocast(player.device.type, enabled=False):  # autocast would take vecdot in half
         rows = Rows(
             player.to(dtype, copy=wants_gradient),  # the caller's logits stay as they are
-            [critic.to(dtype) for critic in critics],
+            [critic.to(dtype) if isinstance(critic, Tensor) else critic for critic in critics],
             safe_targets,
             weights,
             None if snapshot is None else snapshot.to(dtype),
             uniforms,
+            scheduled=scheduled,
         )
         scores = objective.score(rows, wants_gradient)
         metrics = weighted_sums(scores.metrics, rows.weights)

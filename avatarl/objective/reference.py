@@ -51,23 +51,33 @@ def landscape(
     top_p=None,
     smoothing=0.1,
     pool="geometric",
+    tail=None,
+    tail_samples=16,
     reality_weight=0.7,
     critic_weight=0.3,
     reward_scale=100.0,
     threshold="mean",
     reward_cap=1.5,
+    uniform=None,
 ) -> dict:
-    """Actions, experts, consensus and rewards of one position; lists in the order of ``actions``."""
+    """Actions, experts, consensus and rewards of one position; lists in the order of ``actions``.
+
+    ``tail_rewards`` are those of all other tokens, by token: every one for ``tail="dense"``, the sampled ones for
+    ``tail="sample"``, at points of the critics' distributions that ``uniform`` in [0, 1) decides.
+    """
+    tail = tail or {"geometric": "renormalise", "arithmetic": "target"}[pool]
     actions = active_actions(player, critics, target, top_k, top_p)
     n = len(actions)
     if n == 1:
         reality = [1.0]
     else:
         reality = [1 - smoothing] + [smoothing / (n - 1)] * (n - 1)
-    critic_probs = [[softmax(critic)[token] for token in actions] for critic in critics]
+    distributions = [softmax(critic) for critic in critics]
+    critic_probs = [[probs[token] for token in actions] for probs in distributions]
     if not isinstance(critic_weight, (list, tuple)):
         critic_weight = [critic_weight / len(critics) for _ in critics]
-    experts = [(reality_weight, reality), *zip(critic_weight, critic_probs, strict=True)]
+    heard = [critic_probs_by_rule(probs, tail, threshold) for probs in critic_probs]
+    experts = [(reality_weight, reality), *zip(critic_weight, heard, strict=True)]
     experts = [(weight, probs) for weight, probs in experts if weight > 0]
 
     if pool == "geometric":
@@ -75,16 +85,46 @@ def landscape(
         mass = sum(blend)
         consensus = [x / mass for x in blend] if mass > 0 else [1.0] + [0.0] * (n - 1)
     else:
-        blend = [sum(weight * probs[i] for weight, probs in experts) for i in range(n)]
+        consensus = [sum(weight * probs[i] for weight, probs in experts) for i in range(n)]
         mass = 1.0
-        consensus = [1 - sum(blend[1:])] + blend[1:]
 
     bar = {"mean": 1 / n, "mass": mass / n, "none": -1.0}[threshold]
     rewards = [reward_scale * p if p > bar or n == 1 else 0.0 for p in consensus]
+    factor = 1.0
     if reward_cap is not None and max(rewards) > reward_cap:
         factor = reward_cap / max(rewards)
         rewards = [r * factor for r in rewards]
-    return dict(actions=actions, reality=reality, critic=critic_probs, consensus=consensus, rewards=rewards)
+
+    tail_rewards: dict[int, float] = {}
+    for weight, probs in zip(critic_weight, distributions, strict=True) if tail in ("dense", "sample") else ():
+        outside = [0.0 if token in actions else p for token, p in enumerate(probs)]
+        if tail == "sample":
+            rest = sum(outside)
+            points = [(uniform + i) / tail_samples for i in range(tail_samples)]
+            drawn = [draw([p / rest for p in outside], point) for point in points]
+            outside = [rest * drawn.count(token) / tail_samples for token in range(len(probs))]
+        for token, p in enumerate(outside):
+            if p > 0:
+                tail_rewards[token] = tail_rewards.get(token, 0.0) + reward_scale * factor * weight * p
+    return dict(
+        actions=actions,
+        reality=reality,
+        critic=critic_probs,
+        consensus=consensus,
+        rewards=rewards,
+        tail_rewards=tail_rewards,
+    )
+
+
+def critic_probs_by_rule(probs: list[float], tail: str, threshold: str) -> list[float]:
+    """A critic's probabilities of the actions, the target first, with those of other tokens where the rule says."""
+    if (
+        tail == "renormalise" and threshold != "mass"
+    ):  # whose bar is the blend's mass with the probabilities as they are
+        return [p / sum(probs) for p in probs]
+    if tail == "target":
+        return [1 - sum(probs[1:]), *probs[1:]]
+    return probs
 
 
 def _result(loss: float, gradient: list[float]) -> dict:
@@ -102,7 +142,7 @@ def _rewards_by_token(player, critics, target, per_action_mean, settings) -> dic
     judged = landscape(player, critics, target, **settings)
     n = len(judged["actions"])
     rewards = [r / n for r in judged["rewards"]] if per_action_mean else judged["rewards"]
-    return dict(zip(judged["actions"], rewards, strict=True))
+    return dict(zip(judged["actions"], rewards, strict=True)) | judged["tail_rewards"]
 
 
 def avatarl(player, critics, target, *, entropy_coef=0.01, temperature=1.0, per_action_mean=False, **settings) -> dict:

@@ -1,6 +1,7 @@
 """From active actions to rewards: the experts, their consensus, the threshold and the cap (docs/method.md).
 
-Shapes: N positions, V vocabulary, A columns of active actions, C critics. Everything stays in logs until the consensus.
+Shapes: N positions, V vocabulary, A columns of actions, C critics. With ``tail="sample"`` the A columns of active
+actions are followed by those of sampled ones. Everything stays in logs until the consensus.
 """
 
 from __future__ import annotations
@@ -14,34 +15,70 @@ from torch import Tensor
 from .actions import active_actions
 from .checks import check_logits, compute_dtype
 from .config import AvataRLConfig
+from .critics import as_asked
+from .schedule import Scheduled, Weight, expert_weights, smoothing, weighted
+from .stored import StoredCritic
 
 
 class RewardLandscape(NamedTuple):
-    """What every active action of every position is paid, and why. Zero where ``valid`` is False."""
+    """What every action of every position is paid, and why. Zero where ``valid`` is False."""
 
     actions: Tensor  # (N, A) int64; column 0 is the target
     valid: Tensor  # (N, A) bool
     reality: Tensor  # (N, A) p_R, sums to 1
     critic: Tensor | None  # (N, A) p_C over the whole vocabulary; (C, N, A) for a list of critics; None without one
-    consensus: Tensor  # (N, A) p, sums to 1
+    consensus: Tensor  # (N, A) p, sums to 1 together with the tail mass
     rewards: Tensor  # (N, A) r ≥ 0
+    tail_mass: Tensor  # (N,) what the consensus leaves to all other tokens; 0 but for ``tail="dense"``
+
+
+class DenseTail(NamedTuple):
+    """What a critic's whole distribution adds to the rewards: amount · p_C(a) for every token of the vocabulary."""
+
+    logits: Tensor  # (N, V)
+    log_normaliser: Tensor  # (N,)
+    amount: Tensor  # (N,)
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """What it adds at tokens (N, S)."""
+        return self._paid(self.logits.gather(1, tokens))
+
+    def everywhere(self) -> Tensor:
+        """What it adds at every token (N, V)."""
+        return self._paid(self.logits)
+
+    def _paid(self, logits: Tensor) -> Tensor:
+        return (logits - self.log_normaliser.unsqueeze(1)).exp_().mul_(self.amount.unsqueeze(1))
+
+
+class Judgement(NamedTuple):
+    """What a loss needs of the landscape."""
+
+    actions: Tensor  # (N, A) int64
+    valid: Tensor  # (N, A) bool
+    rewards: Tensor  # (N, A)
+    dense: Sequence[DenseTail] = ()  # what ``rewards`` hold a part of, and all other tokens the rest
+    estimated: Tensor | None = None  # (N,) share of active actions that a cached critic had to estimate
 
 
 def reward_landscape(
     player_logits: Tensor,
-    critic_logits: Tensor | Sequence[Tensor] | None,
+    critic_logits: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
     targets: Tensor,
     config: AvataRLConfig = AvataRLConfig.article(),
     vocab_size: int | None = None,
+    uniforms: Tensor | None = None,
 ) -> RewardLandscape:
     """Judge every position: active actions, experts, consensus and rewards.
 
     Args:
         player_logits: (…, V) floating; leading dimensions are flattened to N.
-        critic_logits: (…, V) floating, a list of such for several critics, or None when ``critic_weight`` is 0.
+        critic_logits: (…, V) floating or what a cache holds of the critic; a list for several critics; None when
+            ``critic_weight`` is 0.
         targets: (…) integer token ids in [0, V).
         config: The settings.
         vocab_size: Ids from here on are padding of the embedding: never active, outside both softmaxes.
+        uniforms: (N, 1) in [0, 1), the draws of ``tail="sample"``; torch's own when None.
 
     Returns:
         RewardLandscape in float32, or float64 for float64 player logits. No gradient flows through it.
@@ -52,53 +89,175 @@ def reward_landscape(
     player, critics, targets = check_logits(player_logits, critic_logits, targets, vocab_size)
     dtype = compute_dtype(player.dtype)
     with torch.no_grad():
-        player, critics = player.to(dtype), [critic.to(dtype) for critic in critics]
-        actions, valid = propose(player, critics, targets, config)
-        log_critics = [critic_scores(critic, actions, True, dtype) for critic in critics]
-        log_reality = reality_expert(valid, config.smoothing, dtype)
-        consensus, rewards = pay(log_reality, log_critics, valid, config)
-        critic_probs = [log_critic.exp().masked_fill(~valid, 0) for log_critic in log_critics]
-        if isinstance(critic_logits, Tensor):
+        critics = [critic if isinstance(critic, StoredCritic) else critic.to(dtype) for critic in critics]
+        uniforms = draws_of_tail(config, uniforms, player)
+        judged, log_reality, consensus = _judge(player.to(dtype), critics, targets, config, uniforms, None)
+        by_draws = config.tail == "sample"
+        answers = [as_asked(critic).log_probs_at(judged.actions, dtype, by_draws=by_draws)[0] for critic in critics]
+        critic_probs = [log_probs.exp().masked_fill(~judged.valid, 0) for log_probs in answers]
+        if isinstance(critic_logits, (Tensor, StoredCritic)):
             reported = critic_probs[0]
         else:
             reported = torch.stack(critic_probs) if critic_probs else None
-        return RewardLandscape(actions, valid, log_reality.exp(), reported, consensus, rewards)
+        tail_mass = (1 - consensus.sum(dim=1)).clamp(min=0) if judged.dense else torch.zeros_like(consensus[:, 0])
+        return RewardLandscape(
+            judged.actions, judged.valid, log_reality.exp(), reported, consensus, judged.rewards, tail_mass
+        )
 
 
-def propose(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig) -> tuple[Tensor, Tensor]:
+def judge(
+    player: Tensor,
+    critics: Sequence[Tensor | StoredCritic],
+    targets: Tensor,
+    config: AvataRLConfig,
+    uniforms: Tensor | None = None,
+    scheduled: Scheduled | None = None,
+) -> Judgement:
+    """What a loss needs of the landscape.
+
+    ``player`` and ``critics`` are logits (N, V) in any floating dtype, or what is stored of a critic. No softmax of a
+    critic is taken where the rewards do not depend on it.
+    """
+    return _judge(player, critics, targets, config, uniforms, scheduled)[0]
+
+
+def draws_of_tail(config: AvataRLConfig, uniforms: Tensor | None, like: Tensor) -> Tensor | None:
+    """The draws (N, 1) that ``tail="sample"`` needs: those given, else torch's own."""
+    if config.tail != "sample" or uniforms is not None:
+        return uniforms
+    return torch.rand(like.shape[0], 1, device=like.device)
+
+
+class Expert(NamedTuple):
+    """One voice of the consensus."""
+
+    weight: Weight
+    log_probs: Tensor  # (N, A)
+
+
+def _judge(
+    player: Tensor,
+    critics: Sequence[Tensor | StoredCritic],
+    targets: Tensor,
+    config: AvataRLConfig,
+    uniforms: Tensor | None,
+    scheduled: Scheduled | None,
+) -> tuple[Judgement, Tensor, Tensor]:
+    """The judgement, log p_R and the consensus (N, A)."""
+    dtype = compute_dtype(player.dtype)
+    actions, valid = propose(player, critics, targets, config)
+    log_reality = reality_expert(valid, smoothing(config, scheduled), dtype)
+    asked = [as_asked(critic) for critic in critics]
+    asking = dict(normalised=config.needs_critic_normaliser, by_draws=config.tail == "sample")
+    answers = [critic.log_probs_at(actions, dtype, **asking) for critic in asked]
+    estimated = _estimated_share([estimates for _, estimates in answers if estimates is not None], valid, dtype)
+
+    # Whether an expert counts is known without asking the device: never 0 · −∞.
+    reality_weight, critic_weights = expert_weights(config, len(critics), scheduled)
+    counts = [weight > 0 for weight in config.critic_weights(len(critics))]
+    heard = [
+        (critic, Expert(weight, log_probs))
+        for is_counted, critic, weight, (log_probs, _) in zip(counts, asked, critic_weights, answers, strict=True)
+        if is_counted
+    ]
+    text = [Expert(reality_weight, log_reality)] if config.reality_weight > 0 or scheduled is not None else []
+    pool = _geometric_pool if config.pool == "geometric" else _arithmetic_pool
+    consensus, log_mass = pool(text, [expert for _, expert in heard], valid, config.tail)
+
+    num_active = valid.sum(dim=1, keepdim=True)
+    if config.threshold == "none":
+        kept = valid
+    else:
+        mass = log_mass.exp() if config.threshold == "mass" else 1.0
+        kept = (consensus > mass / num_active) | (valid & (num_active == 1))
+    rewards = torch.where(kept, config.reward_scale * consensus, 0.0)
+    scale = torch.full_like(log_mass, config.reward_scale)  # (N, 1), reward for a probability of 1
+    if config.reward_cap is not None:
+        largest = rewards.amax(dim=1, keepdim=True)
+        is_above = largest > config.reward_cap
+        rewards = torch.where(is_above, rewards * (config.reward_cap / largest), rewards)
+        scale = torch.where(is_above, scale * (config.reward_cap / largest), scale)
+
+    dense = []
+    if config.tail == "dense":
+        dense = [DenseTail(critic.logits, critic.log_normaliser, scale[:, 0] * weight) for critic, (weight, _) in heard]
+    elif config.tail == "sample" and heard:
+        drawn = [critic.sample_outside(actions, valid, config.tail_samples, uniforms) for critic, _ in heard]
+        tokens = torch.cat([tokens for tokens, _ in drawn], dim=1)  # (N, S)
+        masses = [weight * mass for (_, (weight, _)), (_, mass) in zip(heard, drawn, strict=True)]
+        is_first, mass = _one_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
+        actions, valid = torch.cat([actions, tokens], dim=1), torch.cat([valid, is_first], dim=1)
+        log_reality = torch.cat([log_reality, torch.full_like(mass, -torch.inf)], dim=1)
+        consensus = torch.cat([consensus, mass], dim=1)
+        rewards = torch.cat([rewards, scale * mass], dim=1)
+    return Judgement(actions, valid, rewards, dense, estimated), log_reality, consensus
+
+
+def _geometric_pool(
+    text: Sequence[Expert], critics: Sequence[Expert], valid: Tensor, tail: str
+) -> tuple[Tensor, Tensor]:
+    """p ∝ Π p_i^w_i on the active actions (N, A), and the log of its mass before normalisation (N, 1)."""
+    if tail == "target":
+        critics = [Expert(w, _with_rest_at_target(log_p.exp(), valid).log()) for w, log_p in critics]
+    log_blend = sum(weighted(*expert) for expert in (*text, *critics)).masked_fill(~valid, -torch.inf)
+    # Experts that veto every action between them (ε = 0 and a critic that rules the target out) leave the text's.
+    vetoed = log_blend.amax(dim=1, keepdim=True) == -torch.inf
+    log_target = log_blend[:, :1].masked_fill(vetoed, 0.0)
+    log_blend = torch.cat([log_target, log_blend[:, 1:]], dim=1)
+    log_mass = log_blend.logsumexp(dim=1, keepdim=True)
+    return (log_blend - log_mass).exp(), log_mass
+
+
+def _arithmetic_pool(
+    text: Sequence[Expert], critics: Sequence[Expert], valid: Tensor, tail: str
+) -> tuple[Tensor, Tensor]:
+    """p = Σ w_i p_i on the active actions (N, A), and log 1 (N, 1); ``dense`` and ``sample`` leave it incomplete."""
+    if tail == "renormalise":
+        critics = [Expert(w, log_p.masked_fill(~valid, -torch.inf).log_softmax(dim=1)) for w, log_p in critics]
+    consensus = sum(weight * log_probs.exp() for weight, log_probs in (*text, *critics)).masked_fill(~valid, 0.0)
+    if tail == "target":
+        consensus = _with_rest_at_target(consensus, valid)
+    return consensus, torch.zeros_like(consensus[:, :1])
+
+
+def _with_rest_at_target(probs: Tensor, valid: Tensor) -> Tensor:
+    """Probabilities (N, A) of the valid actions, and at the target all that these leave."""
+    others = probs.masked_fill(~valid, 0.0)[:, 1:]
+    target = (1 - others.sum(dim=1, keepdim=True)).clamp(min=0)  # a sum may round to above 1
+    return torch.cat([target, others], dim=1)
+
+
+def _one_of_each(tokens: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``tokens`` (N, S) come for the first time and have a mass, and there the mass of all alike."""
+    same = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (N, S, S)
+    together = torch.where(same, mass.unsqueeze(1), 0.0).sum(dim=2)
+    is_first = ~same.tril(diagonal=-1).any(dim=2) & (together > 0)
+    return is_first, together.masked_fill(~is_first, 0.0)
+
+
+def _estimated_share(estimates: Sequence[Tensor], valid: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The mean over cached critics of the share of active actions that they estimate (N,); None without one."""
+    if not estimates:
+        return None
+    counts = [(estimate & valid).sum(dim=1) / valid.sum(dim=1) for estimate in estimates]
+    return torch.stack(counts).mean(dim=0).to(dtype)
+
+
+def propose(
+    player: Tensor, critics: Sequence[Tensor | StoredCritic], targets: Tensor, config: AvataRLConfig
+) -> tuple[Tensor, Tensor]:
     """Active actions under ``config``; see :func:`active_actions`.
 
     Raises:
         ValueError: ``top_k`` is larger than the vocabulary.
     """
-    vocabulary = min(logits.shape[-1] for logits in (player, *critics))
+    vocabulary = min(logits.shape[-1] for logits in (player, *(c for c in critics if isinstance(c, Tensor))))
     if config.top_k > vocabulary:
         raise ValueError(f"top_k is {config.top_k}; expected at most the vocabulary's {vocabulary} tokens")
     return active_actions(player, critics, targets, config.top_k, config.top_p)
 
 
-def judge(
-    player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a loss needs of the landscape: actions, valid and rewards (N, A) each.
-
-    ``player`` and ``critics`` are logits (N, V) in any floating dtype. No softmax of the critic is taken where the
-    rewards do not depend on it.
-    """
-    dtype = compute_dtype(player.dtype)
-    actions, valid = propose(player, critics, targets, config)
-    log_critics = [critic_scores(critic, actions, config.needs_critic_normaliser, dtype) for critic in critics]
-    _, rewards = pay(reality_expert(valid, config.smoothing, dtype), log_critics, valid, config)
-    return actions, valid, rewards
-
-
-def critic_scores(logits: Tensor, actions: Tensor, normalised: bool, dtype: torch.dtype) -> Tensor:
-    """log p_C of the actions (N, A) in ``dtype``; without ``normalised``, only up to a constant per position."""
-    scores = logits.gather(1, actions).to(dtype)
-    return scores - logits.to(dtype).logsumexp(dim=-1, keepdim=True) if normalised else scores
-
-
-def reality_expert(valid: Tensor, smoothing: float, dtype: torch.dtype) -> Tensor:
+def reality_expert(valid: Tensor, smoothing: Weight, dtype: torch.dtype) -> Tensor:
     """log p_R (N, A): the target has 1−ε, the other active actions share ε; −∞ where not valid.
 
     Alone, the target has everything.
@@ -108,48 +267,3 @@ def reality_expert(valid: Tensor, smoothing: float, dtype: torch.dtype) -> Tenso
     log_target = torch.log1p(-smoothing * (num_active > 1).to(dtype))
     log_reality = torch.cat([log_target, log_reality[:, 1:]], dim=1)
     return log_reality.masked_fill(~valid, -torch.inf)
-
-
-def pay(
-    log_reality: Tensor, log_critics: Sequence[Tensor], valid: Tensor, config: AvataRLConfig
-) -> tuple[Tensor, Tensor]:
-    """Consensus and rewards (N, A) of active actions, from the experts' log-probabilities at them.
-
-    ``log_critics`` may miss a constant per position unless ``config.needs_critic_normaliser``.
-    """
-    weights = config.critic_weights(len(log_critics))
-    experts = [(config.reality_weight, log_reality), *zip(weights, log_critics, strict=True)]
-    experts = [(weight, log_probs) for weight, log_probs in experts if weight > 0]  # never 0 · −∞
-    blend = _geometric_pool if config.pool == "geometric" else _arithmetic_pool
-    consensus, log_mass = blend(experts, valid)
-
-    num_active = valid.sum(dim=1, keepdim=True)
-    if config.threshold == "none":
-        kept = valid
-    else:
-        mass = log_mass.exp() if config.threshold == "mass" else 1.0
-        kept = (consensus > mass / num_active) | (valid & (num_active == 1))
-    rewards = torch.where(kept, config.reward_scale * consensus, 0.0)
-    if config.reward_cap is not None:
-        largest = rewards.amax(dim=1, keepdim=True)
-        rewards = torch.where(largest > config.reward_cap, rewards * (config.reward_cap / largest), rewards)
-    return consensus, rewards
-
-
-def _geometric_pool(experts: list[tuple[float, Tensor]], valid: Tensor) -> tuple[Tensor, Tensor]:
-    """p ∝ Π p_i^w_i on the active actions (N, A), and the log of its mass before normalisation (N, 1)."""
-    log_blend = sum(weight * log_probs for weight, log_probs in experts).masked_fill(~valid, -torch.inf)
-    # Experts that veto every action between them (ε = 0 and a critic that rules the target out) leave the text's.
-    vetoed = log_blend.amax(dim=1, keepdim=True) == -torch.inf
-    log_target = log_blend[:, :1].masked_fill(vetoed, 0.0)
-    log_blend = torch.cat([log_target, log_blend[:, 1:]], dim=1)
-    log_mass = log_blend.logsumexp(dim=1, keepdim=True)
-    return (log_blend - log_mass).exp(), log_mass
-
-
-def _arithmetic_pool(experts: list[tuple[float, Tensor]], valid: Tensor) -> tuple[Tensor, Tensor]:
-    """p = Σ w_i p_i on the active actions (N, A); what a critic gives to other tokens goes to the target."""
-    consensus = sum(weight * log_probs.exp() for weight, log_probs in experts).masked_fill(~valid, 0.0)
-    target = (1 - consensus[:, 1:].sum(dim=1, keepdim=True)).clamp(min=0)  # a sum may round to above 1
-    consensus = torch.cat([target, consensus[:, 1:]], dim=1)
-    return consensus, torch.zeros_like(target)

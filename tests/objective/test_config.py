@@ -16,6 +16,8 @@ ARTICLE = dict(
     top_p=None,
     smoothing=0.1,
     pool="geometric",
+    tail="renormalise",
+    tail_samples=16,
     reality_weight=0.7,
     critic_weight=0.3,
     reward_scale=100.0,
@@ -61,6 +63,8 @@ REFUSED = [
     *[("top_p", value, r"a number in \(0, 1\], or null") for value in (0, 0.0, -0.1, 1.1, math.nan, "0.9", False)],
     *[("smoothing", value, r"a number in \[0, 1\)") for value in (-0.1, 1, 1.0, math.nan, None, "0.1")],
     *[("pool", value, "'geometric', 'arithmetic'") for value in ("linear", "", None, 1)],
+    *[("tail", value, "'renormalise', 'target', 'sample', 'dense'") for value in ("drop", "", 1)],
+    *[("tail_samples", value, "a whole number of at least 1") for value in (0, -1, 2.0, None)],
     *[("reality_weight", value, "a number of at least 0") for value in (-0.1, math.inf, math.nan, None, True)],
     *[("critic_weight", value, "at least 0, or one per critic") for value in (-0.1, math.inf, math.nan, None, "0.3")],
     *[("reward_scale", value, "a number above 0") for value in (0, -1.0, math.inf, math.nan, None)],
@@ -104,6 +108,10 @@ def test_every_setting_has_refused_values():
         dict(critic_weight=0),
         dict(reality_weight=3.0, critic_weight=2.0),  # the geometric pool's weights need not sum to 1
         dict(pool="arithmetic", threshold="none"),
+        dict(pool="arithmetic", threshold="mean", tail="renormalise"),
+        dict(pool="geometric", tail="target"),
+        dict(pool="arithmetic", threshold="none", tail="dense"),
+        dict(pool="arithmetic", threshold="none", tail="sample", tail_samples=1),
     ],
 )
 def test_the_ends_of_the_ranges_are_accepted(accepted):
@@ -139,6 +147,24 @@ def test_weights_that_do_not_go_together():
         AvataRLConfig(pool="arithmetic", threshold="mass")
 
 
+def test_the_tail_is_by_default_that_of_the_pool():
+    assert AvataRLConfig(tail=None).tail == "renormalise"
+    assert AvataRLConfig(pool="arithmetic").tail == "target"
+
+
+@pytest.mark.parametrize("tail", ["sample", "dense"])
+def test_a_tail_outside_of_the_actions_asks_for_a_sum_of_all_that_is_believed(tail):
+    linear = dict(pool="arithmetic", threshold="none", tail=tail)
+    with pytest.raises(UserError, match=f"tail='{tail}' is a part of a sum of probabilities; it needs pool='arithmet"):
+        AvataRLConfig(**linear | dict(pool="geometric"))
+    with pytest.raises(UserError, match=f"tail='{tail}' .* threshold='mean' would drop it again"):
+        AvataRLConfig(**linear | dict(threshold="mean"))
+    with pytest.raises(UserError, match="per_action_mean divides by the active actions"):
+        AvataRLConfig(**linear, per_action_mean=True)
+    with pytest.raises(UserError, match="threshold='mass' is defined for tail='renormalise' only; found 'target'"):
+        AvataRLConfig(threshold="mass", tail="target")
+
+
 @pytest.mark.parametrize("name, nearest", [("avatrl", "avatarl"), ("cross-entropy", "cross_entropy"), ("PPO!", None)])
 def test_unknown_objective(name, nearest):
     with pytest.raises(UserError, match=f"objective is '{name}'; expected one of avatarl, ") as refusal:
@@ -162,6 +188,8 @@ CHANGES = dict(
     top_p=0.5,
     smoothing=0.2,
     pool="arithmetic",
+    tail="target",
+    tail_samples=5,
     reality_weight=0.6,
     critic_weight=0.4,
     reward_scale=2.5,
@@ -177,10 +205,13 @@ CHANGES = dict(
 def test_each_setting_changes_loss_and_gradient(field):
     # A scale that the cap binds for at some positions only, so that scale and cap are both seen.
     base = dataclasses.replace(BASE, reward_scale=3.0)
+    if field == "tail_samples":
+        base = dataclasses.replace(base, pool="arithmetic", tail="sample")
     results = []
     for config in (base, dataclasses.replace(base, **{field: CHANGES[field]})):
         player, critics, targets = random_inputs()
-        loss, _ = avatarl_loss(player, critics[0], targets, config)
+        draws = torch.full((len(targets), 1), 0.3, dtype=torch.float64)
+        loss, _ = avatarl_loss(player, critics[0], targets, config, uniforms=draws)
         loss.backward()
         results.append((loss.item(), player.grad))
     assert results[0][0] != pytest.approx(results[1][0], rel=1e-4)

@@ -104,14 +104,16 @@ def test_the_operator_keeps_its_word():
     for wants in ((True, True), (False, True), (False, False)):
         arguments = (
             *make_objective("avatarl", CONFIG).spec,
-            1,
+            [False],
             hidden.detach(),
             weight.detach(),
             critic_hidden,
             critic_weight,
+            [],
             targets,
             torch.full((POSITIONS,), 1 / POSITIONS),
             None,
+            [],
             *wants,
             "chunked",
         )

@@ -151,8 +151,8 @@ CONFIGS = {
 
 def assert_same_judgement(player, critics, targets, config):
     """Also where probabilities are stored as the kernels find them: masked ones earn exactly nothing."""
-    actions, valid, rewards = KERNELS.judge(player, critics, targets, config)
-    expected_actions, expected_valid, expected_rewards = PLAIN.judge(player, critics, targets, config)
+    actions, valid, rewards, *_ = KERNELS.judge(player, critics, targets, config)
+    expected_actions, expected_valid, expected_rewards, *_ = PLAIN.judge(player, critics, targets, config)
     assert torch.equal(actions, expected_actions) and torch.equal(valid, expected_valid)
     assert valid.dtype == torch.bool and rewards.dtype == expected_rewards.dtype
     assert torch.allclose(rewards, expected_rewards, rtol=2e-5, atol=1e-7)

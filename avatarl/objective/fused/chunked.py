@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..checks import compute_dtype
 from ..protocol import Objective, Rows, weighted_sums
+from ..schedule import Scheduled
+from ..stored import StoredCritic
 from .implementations import kernels
 
 # A chunk's rows: enough for the products to be efficient, few enough to hold two models' logits of them at once. Timed
@@ -29,11 +31,12 @@ class Head(NamedTuple):
 def chunked_sums(
     objective: Objective,
     player: Head,
-    critics: Sequence[Head],
+    critics: Sequence[Head | StoredCritic],
     snapshot: Head | None,
     targets: Tensor,
     weights: Tensor,
     uniforms: Tensor | None,
+    scheduled: Scheduled | None,
     wants_gradients: tuple[bool, bool],
     impl: str = "chunked",
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
@@ -43,6 +46,7 @@ def chunked_sums(
         targets: (N,) int64, a real id everywhere.
         weights: (N,) what each position counts.
         uniforms: (N, S) in [0, 1), or None.
+        scheduled: Values of settings that change over time, or None.
         wants_gradients: Whether to compute the gradient over the player's states, and over its head weight.
         impl: What reads the logits; see :mod:`.implementations`.
 
@@ -62,13 +66,13 @@ def chunked_sums(
     relative = weights / largest.clamp(min=torch.finfo(dtype).tiny)
     rows = chunk_rows(num_positions, vocabulary, player.states.device)
     # Written anew by every chunk: fresh memory would cost as much as computing what goes into it.
-    buffers = [_LogitsBuffer(head, rows) for head in (player, *critics, *([snapshot] if snapshot else []))]
+    readers = [_reader(head, rows) for head in (player, *critics, *([snapshot] if snapshot else []))]
     partial = None if grad_weight is None or player.weight.dtype == dtype else torch.empty_like(player.weight)
     totals: dict[str, Tensor] = {}
     with torch.autocast(player.states.device.type, enabled=False):
         for start in range(0, num_positions, rows) if num_positions else (0,):
             chunk = slice(start, start + rows)
-            player_logits, *others = (buffer.fill(chunk) for buffer in buffers)
+            player_logits, *others = (read(chunk) for read in readers)
             scores = objective.score(
                 Rows(
                     player_logits,
@@ -78,6 +82,7 @@ def chunked_sums(
                     others[-1] if snapshot else None,
                     None if uniforms is None else uniforms[chunk],
                     kernels(impl),
+                    scheduled,
                 ),
                 with_gradient=wants_states or wants_weight,
             )
@@ -104,15 +109,17 @@ def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int
     return max(1, -(-num_positions // num_chunks))
 
 
-class _LogitsBuffer:
-    """One model's logits of the chunk at hand, in the products' dtype."""
+def _reader(head: Head | StoredCritic, rows: int) -> Callable[[slice], Tensor | StoredCritic]:
+    """What gives one model's logits of a chunk, in the products' dtype and always in the same memory."""
+    if isinstance(head, StoredCritic):
+        return head.rows
+    memory = head.states.new_empty(rows, head.weight.shape[0])
 
-    def __init__(self, head: Head, rows: int):
-        self._head, self._memory = head, head.states.new_empty(rows, head.weight.shape[0])
+    def logits(chunk: slice) -> Tensor:
+        states = head.states[chunk]
+        return torch.mm(states, head.weight.t(), out=memory[: states.shape[0]])
 
-    def fill(self, chunk: slice) -> Tensor:
-        states, weight = self._head.states[chunk], self._head.weight
-        return torch.mm(states, weight.t(), out=self._memory[: states.shape[0]])
+    return logits
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:

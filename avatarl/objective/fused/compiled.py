@@ -5,10 +5,13 @@ Only these small functions are compiled, in seconds, and not the objective aroun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels, policy_gradient, softmax_statistics
+from ..rewards import DenseTail
 
 
 class CompiledKernels(Kernels):
@@ -18,8 +21,16 @@ class CompiledKernels(Kernels):
         return _statistics(logits, temperature)
 
     def gradient_(
-        self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+        self,
+        logits: Tensor,
+        temperature: float,
+        log_normaliser: Tensor,
+        constant: Tensor,
+        bonus: Tensor | None,
+        tails: Sequence[DenseTail] = (),
     ) -> Tensor:
+        if tails:
+            return super().gradient_(logits, temperature, log_normaliser, constant, bonus, tails)
         _write_gradient(logits, temperature, log_normaliser, constant, bonus)
         return logits
 

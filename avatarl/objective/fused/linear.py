@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import as_critics, check_floating, check_targets, compute_dtype
+from ..checks import as_critics, check_floating, check_stored, check_targets, compute_dtype
 from ..config import AvataRLConfig
 from ..losses import AvataRL
-from ..protocol import Objective, attach_gradients, position_weights
+from ..protocol import Objective, attach_gradients, kinds_of_stored, position_weights
+from ..schedule import Scheduled
+from ..stored import StoredCritic
 from .chunked import Head, chunked_sums
 from .implementations import choose
 from .operator import one_operator
@@ -19,13 +21,14 @@ from .operator import one_operator
 def linear_avatarl_loss(
     hidden: Tensor,
     head_weight: Tensor,
-    critic_hidden: Tensor | Sequence[Tensor] | None,
-    critic_head_weight: Tensor | Sequence[Tensor] | None,
+    critic_hidden: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
+    critic_head_weight: Tensor | Sequence[Tensor | None] | None,
     targets: Tensor,
     config: AvataRLConfig = AvataRLConfig.article(),
     ignore_index: int = -100,
     vocab_size: int | None = None,
     num_valid: Tensor | float | None = None,
+    uniforms: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The AvataRL loss from hidden states, in row chunks.
@@ -37,10 +40,11 @@ def linear_avatarl_loss(
     Args:
         hidden: (…, d) floating, the player's last hidden states.
         head_weight: (V, d) floating, the player's output embedding.
-        critic_hidden: (…, d_c) floating, or a list for several critics, or None.
-        critic_head_weight: (V, d_c) floating, or a list, or None. No gradient flows to the critic.
+        critic_hidden: (…, d_c) floating, or what a cache holds of the critic; a list for several critics, or None.
+        critic_head_weight: (V, d_c) floating, None for a cached critic; a list, or None. No gradient flows to the
+            critic.
         targets: (…) integer token ids.
-        config, ignore_index, vocab_size, num_valid: see :func:`avatarl.avatarl_loss`.
+        config, ignore_index, vocab_size, num_valid, uniforms: see :func:`avatarl.avatarl_loss`.
         impl: ``chunked``, ``compiled``, ``triton``, or ``auto`` for the one known to be good on this kind of device
             (:mod:`avatarl.objective.fused.implementations`).
 
@@ -61,6 +65,7 @@ def linear_avatarl_loss(
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         num_valid=num_valid,
+        uniforms=uniforms,
         impl=impl,
     )
 
@@ -69,8 +74,8 @@ def linear_objective_loss(
     objective: Objective,
     hidden: Tensor,
     head_weight: Tensor,
-    critic_hidden: Tensor | Sequence[Tensor] | None,
-    critic_head_weight: Tensor | Sequence[Tensor] | None,
+    critic_hidden: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
+    critic_head_weight: Tensor | Sequence[Tensor | None] | None,
     targets: Tensor,
     *,
     ignore_index: int = -100,
@@ -78,21 +83,28 @@ def linear_objective_loss(
     num_valid: Tensor | float | None = None,
     snapshot: tuple[Tensor, Tensor] | None = None,
     uniforms: Tensor | None = None,
+    scheduled: Scheduled | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any objective's loss from hidden states; arguments as :func:`linear_avatarl_loss`.
 
     ``snapshot`` (hidden states and head weight of an earlier player) and ``uniforms`` (N, S) in [0, 1) are for the
-    objectives that sample.
+    objectives that sample, ``scheduled`` for settings that change over time.
     """
     chosen = choose(impl, hidden.device.type)
     critic_hiddens, critic_weights = as_critics(critic_hidden), as_critics(critic_head_weight)
+    if isinstance(critic_hidden, StoredCritic) and critic_head_weight is None:
+        critic_weights = (None,)
     if len(critic_hiddens) != len(critic_weights):
         raise ValueError(f"{len(critic_hiddens)} critic_hidden but {len(critic_weights)} critic_head_weight given")
     vocabulary = head_weight.shape[0] if vocab_size is None else vocab_size
     player = _head("hidden", hidden, "head_weight", head_weight, targets, vocabulary)
     critics = []
     for states, weight in zip(critic_hiddens, critic_weights, strict=True):
+        if isinstance(states, StoredCritic):
+            check_stored(states, targets, vocabulary)
+            critics.append(states.flat())
+            continue
         if vocab_size is None and weight.shape[0] != head_weight.shape[0]:
             raise ValueError(
                 f"critic_head_weight {tuple(weight.shape)} and head_weight {tuple(head_weight.shape)} have different "
@@ -102,7 +114,8 @@ def linear_objective_loss(
     earlier = None if snapshot is None else _head("snapshot", snapshot[0], "snapshot", snapshot[1], targets, vocabulary)
 
     flat_targets = targets.reshape(-1).long()
-    objective.check_settings(vocabulary, len(critics))
+    objective.check_settings(vocabulary, len(critics), kinds_of_stored(critics))
+    uniforms = objective.draws(uniforms, player.states)
     objective.check_inputs(earlier is not None, uniforms, flat_targets.numel())
     weights, safe_targets = position_weights(flat_targets, ignore_index, num_valid, compute_dtype(hidden.dtype))
     wants = (hidden.requires_grad and torch.is_grad_enabled(), head_weight.requires_grad and torch.is_grad_enabled())
@@ -111,7 +124,7 @@ def linear_objective_loss(
         player, critics = _in_product_dtype(player), [_in_product_dtype(critic) for critic in critics]
         earlier = None if earlier is None else _in_product_dtype(earlier)
         metrics, grad_hidden, grad_weight = sums(
-            objective, player, critics, earlier, safe_targets, weights, uniforms, wants, chosen
+            objective, player, critics, earlier, safe_targets, weights, uniforms, scheduled, wants, chosen
         )
     loss = attach_gradients(
         metrics["loss"],
@@ -145,8 +158,10 @@ def _head(states_name: str, states: Tensor, weight_name: str, weight: Tensor, ta
     return Head(states.reshape(-1, states.shape[-1]), weight[:vocabulary])
 
 
-def _in_product_dtype(head: Head) -> Head:
+def _in_product_dtype(head: Head | StoredCritic) -> Head | StoredCritic:
     """Cast once what every chunk's product would cast again: to autocast's dtype where it is on (float64 stays)."""
+    if isinstance(head, StoredCritic):
+        return head
     device_type = head.states.device.type
     if not torch.is_autocast_enabled(device_type) or torch.float64 in (head.states.dtype, head.weight.dtype):
         return head

@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..config import AvataRLConfig
+from ..config import DEFAULT_TAIL, AvataRLConfig
 from ..kernels import LOWEST_LOG_PROB, Kernels
+from ..rewards import DenseTail, Judgement
+from ..schedule import Scheduled
+from ..stored import StoredCritic
 from ..top_k import blocks_to_search, top_k, top_k_in_blocks
 
 STATISTICS_TILE = 2048  # logits that one step of the softmax's statistics reads; it keeps three numbers for each
@@ -45,16 +48,25 @@ class TritonKernels(Kernels):
         return read_rows(logits, STATISTICS_TILE, temperature)[:2]
 
     def judge(
-        self, player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        player: Tensor,
+        critics: Sequence[Tensor | StoredCritic],
+        targets: Tensor,
+        config: AvataRLConfig,
+        uniforms: Tensor | None = None,
+        scheduled: Scheduled | None = None,
+    ) -> Judgement:
         """Actions int64, valid bool and rewards float32, (N, A) each, as :func:`avatarl.objective.rewards.judge`.
 
-        Each model's logits are read once, and at the active actions.
+        Each model's logits are read once, and at the active actions. What is said above of ``top_p`` holds for cached
+        critics, settings that change over time and tails other than the pool's own.
         """
         self.check_device(player.device.type)
         cuts = config.top_p is not None and config.top_p < 1
-        if cuts or torch.float64 in (logits.dtype for logits in (player, *critics)):
-            return super().judge(player, critics, targets, config)
+        is_plain = cuts or scheduled is not None or config.tail != DEFAULT_TAIL[config.pool]
+        is_plain |= any(isinstance(critic, StoredCritic) for critic in critics)
+        if is_plain or torch.float64 in (logits.dtype for logits in (player, *critics)):
+            return super().judge(player, critics, targets, config, uniforms, scheduled)
         lists = [targets.unsqueeze(1), proposals(player, config.top_k, False)[0]]
         experts = []
         for logits, weight in zip(critics, config.critic_weights(len(critics)), strict=True):
@@ -64,15 +76,21 @@ class TritonKernels(Kernels):
             if weight > 0:  # never 0 · −∞
                 experts.append((logits, log_normaliser, weight))
         actions = torch.cat(lists, dim=1)
-        return actions, *pay(actions, experts, config)
+        return Judgement(actions, *pay(actions, experts, config))
 
     def gradient_(
-        self, logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+        self,
+        logits: Tensor,
+        temperature: float,
+        log_normaliser: Tensor,
+        constant: Tensor,
+        bonus: Tensor | None,
+        tails: Sequence[DenseTail] = (),
     ) -> Tensor:
         """Write π · (constant + bonus · log π) over ``logits`` (N, V), in their dtype; the rest is (N,)."""
         self.check_device(logits.device.type)
-        if logits.dtype == torch.float64:
-            return super().gradient_(logits, temperature, log_normaliser, constant, bonus)
+        if tails or logits.dtype == torch.float64:
+            return super().gradient_(logits, temperature, log_normaliser, constant, bonus, tails)
         num_positions, vocabulary = logits.shape
         tile = min(GRADIENT_TILE, triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(logits):

@@ -1,0 +1,85 @@
+"""What rewards ask of a critic, answered by its logits or by what a cache kept of them.
+
+Three questions: which tokens it proposes, how probable it finds given tokens, and, where its distribution is not cut to
+the active actions, a sample of what lies outside of them.
+
+Shapes: N positions, V vocabulary, A active actions, S sampled tokens. Probabilities are over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+from .stored import StoredCritic, reaching
+from .top_k import top_k as largest
+
+
+class LiveCritic:
+    """A critic that is asked itself, by its logits (N, V) in any floating dtype."""
+
+    def __init__(self, logits: Tensor):
+        self.logits = logits
+        self._log_normaliser: Tensor | None = None
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """Of its softmax (N,); taken when first asked for."""
+        if self._log_normaliser is None:
+            self._log_normaliser = self.logits.to(compute_dtype(self.logits.dtype)).logsumexp(dim=1)
+        return self._log_normaliser
+
+    def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
+        """Its ``k`` most likely tokens in falling order, and which of them ``top_p`` keeps; both (N, k)."""
+        return proposals(self.logits, k, top_p)
+
+    def log_probs_at(
+        self, actions: Tensor, dtype: torch.dtype, normalised: bool = True, by_draws: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (N, A), only up to a constant per position unless ``normalised``; none is an estimate."""
+        scores = self.logits.gather(1, actions).to(dtype)
+        if normalised:
+            scores = scores - self.log_normaliser.to(dtype).unsqueeze(1)
+        return scores, None
+
+    def sample_outside(self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens drawn from what the critic believes outside of the valid actions, and the mass each stands for.
+
+        They are drawn systematically, at the points (u + 0) / S, (u + 1) / S, … of the distribution: a token's expected
+        mass is its probability, as with independent draws, and its variance smaller.
+
+        Args:
+            actions: (N, A) int64.
+            valid: (N, A) bool.
+            samples: S.
+            uniforms: (N, 1) in [0, 1).
+
+        Returns:
+            tokens: (N, S) int64; some may be alike.
+            mass: (N, S), each 1/S of the probability outside of the actions.
+        """
+        dtype = self.log_normaliser.dtype
+        probs = (self.logits - self.log_normaliser.unsqueeze(1)).exp_()
+        # Repeated columns write where the valid one of their token writes.
+        probs.scatter_(1, torch.where(valid, actions, actions[:, :1]), 0.0)
+        cumulative = probs.cumsum(dim=1)
+        outside = cumulative[:, -1:]
+        steps = torch.arange(samples, device=probs.device, dtype=dtype)
+        points = ((uniforms.to(dtype) + steps) / samples * outside).contiguous()
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
+        return tokens, (outside / samples).expand(-1, samples)
+
+
+def as_asked(critic: Tensor | StoredCritic) -> LiveCritic | StoredCritic:
+    """A critic that answers, from its logits (N, V) or from what is stored."""
+    return critic if isinstance(critic, StoredCritic) else LiveCritic(critic)
+
+
+def proposals(logits: Tensor, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """A model's ``k`` most likely tokens in falling order, and which of them ``top_p`` keeps; both (N, k)."""
+    values, tokens = largest(logits, k)
+    if top_p is None or top_p == 1:  # a sum that reaches exactly 1 would be an accident of rounding
+        return tokens, torch.ones_like(tokens, dtype=torch.bool)
+    dtype = compute_dtype(logits.dtype)
+    return tokens, reaching((values.to(dtype) - logits.to(dtype).logsumexp(dim=-1, keepdim=True)).exp(), top_p)

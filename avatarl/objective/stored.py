@@ -1,0 +1,124 @@
+"""What a cache keeps of a critic at a position, and what can still be answered from that.
+
+Shapes: N positions, A active actions, P most likely tokens, S drawn tokens. Probabilities are over the
+whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StoredCritic(NamedTuple):
+    """What a cache holds of a critic at positions with any leading dimensions (…).
+
+    The target is always among the stored tokens. What the others leave out is known by its mass alone, or by tokens
+    that were drawn from it, each of which then stands for an equal part of that mass.
+    """
+
+    tokens: Tensor  # (…, 1 + P) int64: the target, then the critic's P most likely tokens in falling order
+    log_probs: Tensor  # (…, 1 + P) float32
+    log_rest: Tensor  # (…) float32, log of the mass outside of the stored tokens; −∞ where there is none
+    draws: Tensor  # (…, S) int64, drawn outside of the stored tokens; some may be alike
+    entropy: Tensor  # (…) float32, nats, of the critic's whole distribution
+    vocab_size: int
+
+    @property
+    def num_top(self) -> int:
+        """P, how many of the critic's most likely tokens are kept."""
+        return self.tokens.shape[-1] - 1
+
+    @property
+    def num_draws(self) -> int:
+        """S, how many tokens were drawn at a position."""
+        return self.draws.shape[-1]
+
+    def flat(self) -> StoredCritic:
+        """The same with the leading dimensions as one."""
+        return self._replace(
+            tokens=self.tokens.flatten(0, -2),
+            log_probs=self.log_probs.flatten(0, -2),
+            log_rest=self.log_rest.flatten(),
+            draws=self.draws.flatten(0, -2),
+            entropy=self.entropy.flatten(),
+        )
+
+    def rows(self, chunk: slice) -> StoredCritic:
+        """Some of the positions."""
+        return self.map(lambda tensor: tensor[chunk])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> StoredCritic:
+        """The same with each of its tensors changed, as for another device."""
+        return StoredCritic(*(change(tensor) for tensor in self[:-1]), self.vocab_size)
+
+    def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
+        """See :meth:`LiveCritic.proposals`; where fewer than ``k`` are stored, the rest is filled up and not kept."""
+        tokens, log_probs = self.tokens[:, 1 : 1 + k], self.log_probs[:, 1 : 1 + k]
+        kept = torch.ones_like(tokens, dtype=torch.bool)
+        if top_p is not None and top_p < 1:
+            kept = reaching(log_probs.exp(), top_p)
+        missing = k - tokens.shape[1]
+        if missing:
+            tokens = torch.cat([tokens, self.tokens[:, :1].expand(-1, missing)], dim=1)
+            kept = torch.nn.functional.pad(kept, (0, missing))
+        return tokens, kept
+
+    def log_probs_at(
+        self, actions: Tensor, dtype: torch.dtype, normalised: bool = True, by_draws: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N, A), and which of them are estimates, bool (N, A).
+
+        A stored token has its own. Another has an equal part of the mass that is left or, ``by_draws``, its part of the
+        tokens that were drawn, −∞ for none: its expected probability is then its probability.
+        """
+        same = actions.unsqueeze(2) == self.tokens.unsqueeze(1)  # (N, A, 1 + P)
+        is_stored = same.any(dim=2)
+        # The target may be stored twice, with the same number.
+        log_probs = torch.where(same, self.log_probs.to(dtype).unsqueeze(1), -torch.inf).amax(dim=2)
+        log_rest = self.log_rest.to(dtype).unsqueeze(1)  # (N, 1)
+        if by_draws:
+            times = (actions.unsqueeze(2) == self.draws.unsqueeze(1)).sum(dim=2).to(dtype)
+            estimate = log_rest + (times / self.num_draws).log()
+        else:
+            estimate = log_rest - math.log(max(1, self.vocab_size - self.num_top - 1))
+        return torch.where(is_stored, log_probs, estimate), ~is_stored
+
+    def estimate(self) -> tuple[Tensor, Tensor]:
+        """The distribution as far as it is known: tokens and their mass, (N, 1 + P + S) each.
+
+        A token may come several times, and its mass is the sum. With drawn tokens the expected mass of each token is
+        its probability.
+        """
+        probs = self.log_probs.exp()
+        # The target counts in its own place, not again among the most likely.
+        others = probs[:, 1:].masked_fill(self.tokens[:, 1:] == self.tokens[:, :1], 0.0)
+        each = (self.log_rest.exp() / max(1, self.num_draws)).unsqueeze(1).expand_as(self.draws)
+        return torch.cat([self.tokens, self.draws], dim=1), torch.cat([probs[:, :1], others, each], dim=1)
+
+    def sample_outside(
+        self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`LiveCritic.sample_outside`: what is stored outside of the actions, then the draws outside of them.
+
+        Nothing is drawn here. Places that hold an action have no mass, since that has it already.
+        """
+        tokens = torch.cat([self.tokens[:, 1:], self.draws], dim=1)  # (N, P + S)
+        mass = self.log_probs[:, 1:].exp()
+        if self.num_draws:
+            each = (self.log_rest.exp() / self.num_draws).unsqueeze(1).expand(-1, self.num_draws)
+            mass = torch.cat([mass, each], dim=1)
+        inside = ((tokens.unsqueeze(2) == actions.unsqueeze(1)) & valid.unsqueeze(1)).any(dim=2)
+        return tokens, mass.masked_fill(inside, 0.0)
+
+
+def reaching(probs: Tensor, top_p: float) -> Tensor:
+    """Which of ``probs`` (N, k), in falling order, make the shortest prefix that reaches ``top_p``."""
+    before = probs.cumsum(dim=-1) - probs
+    # The first token stays whatever the rounding of a sum minus its only term.
+    before[:, :1].zero_()
+    return before < top_p
