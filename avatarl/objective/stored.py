@@ -6,7 +6,6 @@ whole vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,7 +84,9 @@ class StoredCritic(NamedTuple):
             times = (actions.unsqueeze(2) == self.draws.unsqueeze(1)).sum(dim=2).to(dtype)
             estimate = log_rest + (times / self.num_draws).log()
         else:
-            estimate = log_rest - math.log(max(1, self.vocab_size - self.num_top - 1))
+            is_among_top = (self.tokens[:, 1:] == self.tokens[:, :1]).any(dim=1, keepdim=True)
+            num_others = self.vocab_size - 1 - self.num_top + is_among_top.to(dtype)
+            estimate = log_rest - num_others.clamp(min=1).log()
         return torch.where(is_stored, log_probs, estimate), ~is_stored
 
     def estimate(self) -> tuple[Tensor, Tensor]:

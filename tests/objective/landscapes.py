@@ -15,6 +15,8 @@ LANDSCAPE_SETTINGS = (
     "top_p",
     "smoothing",
     "pool",
+    "tail",
+    "tail_samples",
     "reality_weight",
     "critic_weight",
     "reward_scale",
@@ -51,7 +53,7 @@ def oracle(objective, player: Tensor, critics, targets: Tensor, **arguments) -> 
     return loss, gradient
 
 
-PER_POSITION = ("uniforms", "snapshot")
+PER_POSITION = ("uniforms", "uniform", "snapshot")
 
 
 def _positions(objective, player, critics, targets):

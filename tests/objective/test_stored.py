@@ -1,0 +1,185 @@
+"""Critics that answer from what a cache holds: exact where all is stored, unbiased where tokens were drawn."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
+from avatarl.objective import BaselineConfig, StoredCritic, make_objective, objective_loss
+from avatarl.objective.critics import LiveCritic
+
+from .landscapes import random_inputs
+
+VOCABULARY = 29
+CONFIG = AvataRLConfig(top_k=3, threshold="none")
+RULES = {
+    "geometric, renormalise": CONFIG,
+    "geometric, mass": AvataRLConfig.released(),
+    "geometric, target": dataclasses.replace(CONFIG, tail="target"),
+    "arithmetic, renormalise": dataclasses.replace(CONFIG, pool="arithmetic", tail="renormalise"),
+    "arithmetic, target": dataclasses.replace(CONFIG, pool="arithmetic", tail="target"),
+    "top_p": dataclasses.replace(CONFIG, top_p=0.7),
+}
+DENSE = dataclasses.replace(CONFIG, pool="arithmetic", tail="dense")
+SAMPLE = dataclasses.replace(DENSE, tail="sample")
+
+
+def stored(logits: Tensor, targets: Tensor, top: int, draws: int = 0, uniforms: Tensor | None = None) -> StoredCritic:
+    """What a cache would hold of a critic, without rounding."""
+    critic = LiveCritic(logits)
+    tokens = torch.cat([targets.unsqueeze(1), logits.topk(top, dim=1).indices], dim=1)
+    log_probs, _ = critic.log_probs_at(tokens, logits.dtype)
+    is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :1]], dim=1)
+    rest = (1 - log_probs.exp().masked_fill(~is_new, 0.0).sum(dim=1)).clamp(min=0)
+    drawn = critic.sample_outside(tokens, is_new, draws, uniforms)[0] if draws else tokens[:, :0]
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    return StoredCritic(tokens, log_probs, rest.log(), drawn, entropy, logits.shape[1])
+
+
+def gradient(critic, player, targets, config, **arguments) -> Tensor:
+    loss, _ = avatarl_loss(player, critic, targets, config, **arguments)
+    return torch.autograd.grad(loss, player)[0]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_whole_distribution_in_store_is_the_critic(rule):
+    player, (critic,), targets = random_inputs()
+    held, config = stored(critic, targets, VOCABULARY), RULES[rule]
+    live, metrics = avatarl_loss(player, critic, targets, config)
+    cached, found = avatarl_loss(player, held, targets, config)
+    assert cached.item() == pytest.approx(live.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(held, player, targets, config), gradient(critic, player, targets, config))
+    assert found.pop("estimated_share") == 0
+    assert found.keys() == metrics.keys() and found["critic_wins"] == metrics["critic_wins"]
+    landscapes = [reward_landscape(player, each, targets, config) for each in (held, critic)]
+    for one, other in zip(*landscapes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "top_p"])
+def test_the_rest_in_equal_parts_is_exact_where_it_is_in_equal_parts(rule):
+    player, (critic,), targets = random_inputs()
+    fifth = critic.topk(5, dim=1).values[:, -1:]
+    critic = torch.where(critic >= fifth, critic, -2.0)  # all beyond the five largest alike
+    found = gradient(stored(critic, targets, 5), player, targets, RULES[rule])
+    torch.testing.assert_close(found, gradient(critic, player, targets, RULES[rule]))
+
+
+def test_the_share_that_is_estimated():
+    """By hand: the player proposes 0, 1 and 2, the critic 2, 3 and 4, the target is 1 or 5."""
+    player = torch.tensor([[9.0, 8, 7, 0, 0, 0, 0]] * 2, requires_grad=True)
+    critic = torch.tensor([[0.0, 0, 9, 8, 7, 0, 0]] * 2)
+    targets = torch.tensor([1, 5])
+    _, metrics = avatarl_loss(player, stored(critic, targets, 3), targets, CONFIG)
+    # Of {1, 0, 2, 3, 4} it has to guess 0; of {5, 0, 1, 2, 3, 4} it has to guess 0 and 1.
+    assert metrics["estimated_share"].item() == pytest.approx((1 / 5 + 2 / 6) / 2)
+    _, metrics = avatarl_loss(player, [critic, stored(critic, targets, 3)], targets, CONFIG)
+    assert metrics["estimated_share"].item() == pytest.approx((1 / 5 + 2 / 6) / 2)  # of cached critics alone
+
+
+@pytest.mark.parametrize("top", [0, 2, 6])
+def test_drawn_tokens_are_unbiased(top):
+    """The mean over many caches has the gradient of the whole distribution; that of one cut to its top has not.
+
+    ε = 0: with ε the text's share among the actions depends on which of them the cache lets the critic propose.
+    """
+    player, (critic,), targets = random_inputs(positions=8, spread=1.5)
+    dense, sample = (dataclasses.replace(config, smoothing=0.0, reward_cap=None) for config in (DENSE, SAMPLE))
+    expected = gradient(critic, player, targets, dense)
+    total, single, count = torch.zeros_like(player), [], 300
+    for i in range(count):
+        uniforms = torch.full((8, 1), (i + 0.5) / count, dtype=torch.float64)
+        held = stored(critic, targets, top, draws=4, uniforms=uniforms)
+        found = gradient(held, player, targets, sample)
+        total += found / count
+        single.append((found - expected).abs().max())
+    assert max(single) > 0.02 * expected.abs().max()
+    assert (total - expected).abs().max() < 0.03 * max(single)
+    if top:
+        cut = gradient(stored(critic, targets, 6), player, targets, dataclasses.replace(dense, tail="renormalise"))
+        assert (cut - expected).abs().max() > 0.3 * max(single)
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_distillation_from_drawn_tokens_is_unbiased(top):
+    player, (critic,), targets = random_inputs(positions=8, spread=1.5)
+    objective = make_objective("distillation", baseline=BaselineConfig(distillation_alpha=0.3))
+    loss, _ = objective_loss(objective, player, critic, targets)
+    (expected,) = torch.autograd.grad(loss, player)
+    mean, total, count = 0.0, torch.zeros_like(player), 300
+    for i in range(count):
+        uniforms = torch.full((8, 1), (i + 0.5) / count, dtype=torch.float64)
+        held = stored(critic, targets, top, draws=3, uniforms=uniforms)
+        found, _ = objective_loss(objective, player, held, targets)
+        total += torch.autograd.grad(found, player)[0] / count
+        mean += found.item() / count
+    assert mean == pytest.approx(loss.item(), rel=1e-3)
+    assert (total - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_live_and_cached_critics_in_their_order():
+    player, critics, targets = random_inputs(critics=3)
+    held = [stored(critic, targets, VOCABULARY) for critic in critics]
+    config = dataclasses.replace(CONFIG, critic_weight=(0.25, 0.0, 0.05))
+    expected = gradient(critics, player, targets, config)
+    for mixed in ([critics[0], held[1], critics[2]], [held[0], critics[1], held[2]]):
+        torch.testing.assert_close(gradient(mixed, player, targets, config), expected)
+    swapped = gradient([held[2], critics[1], held[0]], player, targets, config)
+    assert (swapped - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_fused_path_takes_both(compiles):
+    generator = torch.Generator().manual_seed(3)
+    hidden, critic_hidden = (torch.randn(3, 7, 16, generator=generator) for _ in range(2))
+    head, critic_head = (torch.randn(VOCABULARY, 16, generator=generator) for _ in range(2))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(VOCABULARY, (3, 7), generator=generator)
+    critic_logits = critic_hidden @ critic_head.t()
+    flat = stored(critic_logits.flatten(0, 1), targets.flatten(), 6)
+    held = flat.map(lambda tensor: tensor.unflatten(0, (3, 7)))
+    config = dataclasses.replace(CONFIG, critic_weight=(0.2, 0.1))
+
+    def fused(hidden, head):
+        return linear_avatarl_loss(hidden, head, [held, critic_hidden], [None, critic_head], targets, config)
+
+    plain, metrics = avatarl_loss(hidden @ head.t(), [held, critic_logits], targets, config)
+    found, same = (torch.compile(fused, fullgraph=True, backend="eager") if compiles else fused)(hidden, head)
+    assert found.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert same.keys() == metrics.keys() and same["estimated_share"] == metrics["estimated_share"] > 0
+    expected = torch.autograd.grad(plain, (hidden, head))
+    for one, other in zip(torch.autograd.grad(found, (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    alone, _ = linear_avatarl_loss(hidden, head, held, None, targets, CONFIG)
+    assert alone.item() == pytest.approx(avatarl_loss(hidden @ head.t(), held, targets, CONFIG)[0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (DENSE, "tail='dense' needs the critic itself, and a cached one is given; use tail='sample'"),
+        (SAMPLE, r"tail='sample' needs a cache with drawn tokens \(kind sample\); found one of kind top"),
+        (dataclasses.replace(CONFIG, top_k=6), "has 5 of its most likely tokens at a position; top_k=6 .* as many"),
+    ],
+)
+def test_what_a_cache_cannot_answer(config, message):
+    player, (critic,), targets = random_inputs()
+    with pytest.raises(ValueError, match=message):
+        avatarl_loss(player, stored(critic, targets, 5), targets, config)
+
+
+def test_distillation_refuses_a_distribution_that_is_cut():
+    player, (critic,), targets = random_inputs()
+    with pytest.raises(ValueError, match="most likely tokens alone would teach another distribution"):
+        objective_loss(make_objective("distillation"), player, stored(critic, targets, 5), targets)
+
+
+def test_what_is_stored_of_other_positions_or_tokens():
+    player, (critic,), targets = random_inputs()
+    held = stored(critic, targets, 5)
+    with pytest.raises(ValueError, match=r"stored critic \(24,\) does not fit targets \(23,\)"):
+        avatarl_loss(player[1:], held, targets[1:], CONFIG)
+    with pytest.raises(ValueError, match="stored critic has 29 tokens; expected the player's 28"):
+        avatarl_loss(player, held, targets.clamp(max=27), CONFIG, vocab_size=28)

@@ -1,0 +1,186 @@
+"""What becomes of a critic's probability outside of the active actions: each rule against the oracle and the others."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
+from avatarl.objective import BaselineConfig, make_objective, objective_loss, reference
+from avatarl.objective.fused import chunked
+
+from .landscapes import LANDSCAPE_SETTINGS, oracle, random_inputs, settings_of
+
+LINEAR = AvataRLConfig(top_k=3, pool="arithmetic", threshold="none")
+RULES = {
+    "geometric, renormalise": AvataRLConfig(top_k=3),
+    "geometric, target": AvataRLConfig(top_k=3, tail="target", threshold="none"),
+    "arithmetic, renormalise": AvataRLConfig(top_k=3, pool="arithmetic", tail="renormalise"),
+    "arithmetic, target": AvataRLConfig(top_k=3, pool="arithmetic"),
+    "arithmetic, sample": dataclasses.replace(LINEAR, tail="sample", tail_samples=5),
+    "arithmetic, dense": dataclasses.replace(LINEAR, tail="dense"),
+    "dense without a cap": dataclasses.replace(LINEAR, tail="dense", reward_cap=None, reward_scale=2.0),
+    "dense, tempered": dataclasses.replace(LINEAR, tail="dense", temperature=1.3, smoothing=0.0),
+}
+
+
+def draws(positions: int, seed: int = 5) -> torch.Tensor:
+    return torch.rand(positions, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("critics", [1, 2])
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_and_gradient_are_the_oracles(rule, critics):
+    config = RULES[rule]
+    player, judges, targets = random_inputs(critics=critics)
+    uniforms = draws(len(targets))
+    loss, metrics = avatarl_loss(player, judges, targets, config, uniforms=uniforms)
+    loss.backward()
+    expected, gradient = oracle(
+        "avatarl", player, judges, targets, **settings_of(config), uniform=uniforms.squeeze(1).tolist()
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+    torch.testing.assert_close(player.grad, gradient, rtol=1e-9, atol=1e-12)
+    expected = expected_metrics(config, player.detach(), judges, targets, uniforms)
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, rel=1e-9), name
+
+
+def expected_metrics(config, player, judges, targets, uniforms) -> dict[str, float]:
+    """From the oracle's landscape: means over positions."""
+    shares = {"expected_reward": 0.0, "other_reward_share": 0.0}
+    for i, target in enumerate(targets.tolist()):
+        judged = reference.landscape(
+            player[i].tolist(),
+            [judge[i].tolist() for judge in judges],
+            target,
+            **settings_of(config, LANDSCAPE_SETTINGS),
+            uniform=uniforms[i].item(),
+        )
+        rewards = dict(zip(judged["actions"], judged["rewards"], strict=True)) | judged["tail_rewards"]
+        probs = reference.softmax(player[i].tolist())
+        total = sum(rewards.values())
+        shares["expected_reward"] += sum(probs[token] * reward for token, reward in rewards.items()) / len(targets)
+        shares["other_reward_share"] += (total - rewards[target]) / total / len(targets)
+    return shares
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_landscape_says_where_the_tail_is(rule):
+    config = RULES[rule]
+    player, (critic,), targets = random_inputs()
+    landscape = reward_landscape(player, critic, targets, config, uniforms=draws(len(targets)))
+    torch.testing.assert_close(landscape.consensus.sum(1) + landscape.tail_mass, torch.ones(24, dtype=torch.float64))
+    active = 1 + 2 * config.top_k
+    sampled = landscape.consensus[:, active:]
+    if config.tail == "dense":
+        inside = landscape.critic.sum(1)
+        torch.testing.assert_close(landscape.tail_mass, 0.3 * (1 - inside))
+        assert landscape.tail_mass.max() > 0.01
+    else:
+        assert not landscape.tail_mass.any()
+    assert (sampled.numel() > 0 and sampled.max() > 0.001) == (config.tail == "sample")
+    assert not landscape.reality[:, active:].any()
+    ids = [row[kept].tolist() for row, kept in zip(landscape.actions, landscape.valid, strict=True)]
+    assert all(len(set(row)) == len(row) for row in ids)
+
+
+@pytest.mark.parametrize("critics", [1, 2])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_sample_has_the_gradient_of_dense_in_expectation(samples, critics):
+    """Systematic draws over a fine grid of their one number are a grid over the distribution: the mean is exact to the
+    grid's width."""
+    dense = dataclasses.replace(LINEAR, tail="dense")
+    sample = dataclasses.replace(LINEAR, tail="sample", tail_samples=samples)
+    player, judges, targets = random_inputs(critics=critics, positions=8, spread=1.5)
+    (expected,) = torch.autograd.grad(avatarl_loss(player, judges, targets, dense)[0], player)
+    total, count = torch.zeros_like(player), 400
+    single = []
+    for i in range(count):
+        uniforms = torch.full((8, 1), (i + 0.5) / count, dtype=torch.float64)
+        loss, _ = avatarl_loss(player, judges, targets, sample, uniforms=uniforms)
+        (gradient,) = torch.autograd.grad(loss, player)
+        total += gradient
+        single.append((gradient - expected).abs().max().item())
+    assert max(single) > 0.02 * expected.abs().max()  # no single draw has it
+    assert (total / count - expected).abs().max() < 0.05 * max(single)
+
+
+def test_sample_without_draws_takes_torchs_own():
+    config = dataclasses.replace(LINEAR, tail="sample")
+    player, (critic,), targets = random_inputs()
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(avatarl_loss(player, critic, targets, config)[0].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_dense_without_cap_and_bonus_is_distillation():
+    """w_R · cross-entropy + w_C · KL has the gradient of a linear mixture of text and critic."""
+    config = dataclasses.replace(
+        LINEAR, tail="dense", reward_scale=1.0, reward_cap=None, smoothing=0.0, entropy_coef=0.0
+    )
+    player, (critic,), targets = random_inputs()
+    (found,) = torch.autograd.grad(avatarl_loss(player, critic, targets, config)[0], player)
+    distillation = make_objective("distillation", baseline=BaselineConfig(distillation_alpha=0.7))
+    (expected,) = torch.autograd.grad(objective_loss(distillation, player, critic, targets)[0], player)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_complete_active_set_leaves_no_tail():
+    player, (critic,), targets = random_inputs(vocabulary=11)
+    losses = {
+        tail: avatarl_loss(player, critic, targets, dataclasses.replace(LINEAR, top_k=11, tail=tail))[0].item()
+        for tail in ("renormalise", "target", "sample", "dense")
+    }
+    assert all(loss == pytest.approx(losses["dense"], rel=1e-9) for loss in losses.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if "sample" in rule or "dense" in rule])
+def test_the_fused_path(rule, dtype, monkeypatch):
+    """In ragged chunks, judged by the excess of its error over that of the plain path in the same precision."""
+    monkeypatch.setitem(chunked.CHUNK_ROWS, "cpu", 8)
+    config, generator = RULES[rule], torch.Generator().manual_seed(3)
+    hidden, critic_hidden = (torch.randn(23, 16, generator=generator) for _ in range(2))
+    head, critic_head = (torch.randn(31, 16, generator=generator) for _ in range(2))
+    targets = torch.randint(29, (23,), generator=generator)
+    targets[4] = -100
+    uniforms = torch.rand(23, 1, generator=generator)
+    found = {}
+    for name, kind in (("exact", torch.float64), ("plain", dtype), ("fused", dtype)):
+        inputs = [x.to(dtype).to(kind) for x in (hidden, head, critic_hidden, critic_head)]
+        inputs[0].requires_grad_(), inputs[1].requires_grad_()
+        if name == "fused":
+            loss, _ = linear_avatarl_loss(*inputs, targets, config, vocab_size=29, uniforms=uniforms)
+        else:
+            logits = inputs[0] @ inputs[1].t(), inputs[2] @ inputs[3].t()
+            loss, _ = avatarl_loss(*logits, targets, config, vocab_size=29, uniforms=uniforms)
+        found[name] = [loss.detach(), *torch.autograd.grad(loss, inputs[:2])]
+    errors = {
+        name: [(x.double() - y).norm() / y.norm() for x, y in zip(found[name], found["exact"], strict=True)]
+        for name in ("plain", "fused")
+    }
+    for plain, fused in zip(errors["plain"], errors["fused"], strict=True):
+        assert fused <= 1.5 * plain + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["expected_reward", "reinforce", "ppo"])
+def test_objectives_that_do_not_pay_every_token_say_so(name):
+    player, critics, targets = random_inputs()
+    objective = make_objective(name, dataclasses.replace(LINEAR, tail="dense"), BaselineConfig(samples=2))
+    with pytest.raises(ValueError, match=f"tail='dense' pays every token, which '{name}' does not"):
+        objective_loss(objective, player, critics, targets, snapshot_logits=player.detach())
+
+
+@pytest.mark.parametrize("name", ["expected_reward", "reinforce"])
+def test_sampled_actions_are_paid_by_the_other_objectives_too(name):
+    player, critics, targets = random_inputs()
+    objective = make_objective(name, dataclasses.replace(LINEAR, tail="sample"), BaselineConfig(samples=4))
+    losses = []
+    for point in (0.1, 0.9):
+        uniforms = torch.full((24, objective.num_draws), 0.4, dtype=torch.float64)
+        uniforms[:, -1] = point
+        losses.append(objective_loss(objective, player, critics, targets, uniforms=uniforms)[1]["expected_reward"])
+    assert losses[0] != losses[1]
