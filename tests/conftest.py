@@ -13,7 +13,7 @@ import transformers
 
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
-from avatarl.models import PlayerConfig, build_player
+from avatarl.models import PlayerConfig, build_player, cache_critic
 from avatarl.objective import AvataRLConfig, BaselineConfig
 from avatarl.training import OptimConfig, TrainConfig
 
@@ -66,6 +66,17 @@ def critic_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
         critic.get_output_embeddings().weight.mul_(20)
     critic.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def critic_cache(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, critic_folder: Path) -> Path:
+    """All that the critic says of the prepared folder: its whole distribution, and so as good as the critic."""
+    folder = tmp_path_factory.mktemp("cache") / "critic"
+    every_token = 6 + 4 * 300
+    cache_critic(
+        str(critic_folder), data_folder, folder, block=BLOCK, bytes_per_token=every_token, precision="fp32", quiet=True
+    )
     return folder
 
 

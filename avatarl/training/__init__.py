@@ -1,6 +1,6 @@
 """One readable loop for every objective, on native PyTorch."""
 
-from .config import GuardConfig, OptimConfig, TrainConfig
+from .config import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig
 from .trainer import train
 
-__all__ = ["GuardConfig", "OptimConfig", "TrainConfig", "train"]
+__all__ = ["GuardConfig", "OptimConfig", "Schedule", "ScheduleConfig", "TrainConfig", "train"]

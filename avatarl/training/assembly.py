@@ -7,24 +7,28 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.data import PreparedData, WindowOrder, Windows
+from avatarl.device import pick_device, pick_precision
 from avatarl.errors import UserError
-from avatarl.models import build_player, count_parameters, load_critic, training_flops_per_token
+from avatarl.models import CriticCache, build_player, count_parameters, load_critic, training_flops_per_token
 from avatarl.models.counting import forward_flops_per_token
+from avatarl.models.critic_cache import is_cache
+from avatarl.models.critics import parse_ema_critic
 from avatarl.models.loading import longest_sequence
 from avatarl.objective import Objective, make_objective
 from avatarl.objective.fused.implementations import check_implementation
 
+from .batch import Batch
 from .config import TrainConfig
-from .device import pick_device, pick_precision
 from .draws import uniform_draws
 from .folder.identity import identity_of_run
 from .optim import Optimisers, build_optimisers
 from .processes import Processes
-from .rewarded_player import FrozenModel, RewardedPlayer
+from .rewarded_player import AveragedPlayer, FrozenModel, RewardedPlayer
+from .schedule import Schedules
 from .validation import Validation
 
 
@@ -42,6 +46,8 @@ class Assembly:
     order: WindowOrder
     objective: Objective
     critic_names: list[str]  # of those that judge
+    caches: dict[int, CriticCache]  # of those of them that are not asked themselves, by place
+    schedules: Schedules
     player: PreTrainedModel
     model: RewardedPlayer  # player and objective
     step_model: nn.Module  # what training calls: the model, compiled and wrapped as asked for
@@ -65,23 +71,21 @@ class Assembly:
         """The places in the endless order of training that optimiser step ``step``, counted from 1, reads."""
         return range((step - 1) * self.config.windows_per_step, step * self.config.windows_per_step)
 
-    def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """This process's inputs, targets and draws of one optimiser step, a micro-batch at a time.
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This process's windows of one optimiser step, a micro-batch at a time.
 
         Which windows a step has does not depend on the number of processes.
         """
+        stage, scheduled = self.schedules.stage(step), self.schedules.values(step)
+        caches = [self.caches[i] for i in stage.critics if i in self.caches]
         mine = self.processes.share(self.windows_of_step(step))
         size = largest_divisor(len(mine), self.config.batch_windows)
         for start in range(0, len(mine), size):
             places = mine[start : start + size]
-            inputs, targets = self.windows.batch(self.order.indices(places.start, size))
-            draws = uniform_draws(self.config.seed, places, self.config.block, self.objective.num_draws)
-            yield tuple(None if x is None else self._to_device(x) for x in (inputs, targets, draws))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        # From pinned memory a GPU fetches it by itself; from other memory the host would wait for its turn.
-        source = tensor.pin_memory() if self.device.type == "cuda" else tensor
-        return source.to(self.device, non_blocking=True)
+            indices = self.order.indices(places.start, size)
+            draws = uniform_draws(self.config.seed, places, self.config.block, stage.objective.num_draws)
+            stored = [cache.rows("train", indices) for cache in caches]
+            yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
 
     def describe(self) -> str:
         """One line that says what is being trained on what."""
@@ -114,32 +118,45 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     critic_names = config.critics if objective.needs_critic else []
     if objective.needs_critic and not critic_names:
         raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
-    critics = open_critics(critic_names, tokenizer, config.block, precision, device)
+    critics = open_critics(critic_names, config, data, tokenizer, precision, device)
     loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
     try:
-        objective.check_settings(len(tokenizer), len(critics))
+        stored = [(cache.record.num_top, cache.record.num_draws) for cache in critics if isinstance(cache, CriticCache)]
+        objective.check_settings(len(tokenizer), len(critics), stored)
         check_implementation(loss_impl, device.type)
     except ValueError as error:
         raise UserError(str(error)) from error
     player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
-    player_flops = training_flops_per_token(player, config.block)
-    tokens = total_steps * config.windows_per_step * config.block
+    start_steps = [critic.start_step if isinstance(critic, AveragedPlayer) else 0 for critic in critics]
+    for name, start in zip(critic_names, start_steps, strict=True):
+        if start >= total_steps:
+            raise UserError(f"critic {name} judges from step {start + 1} on; the run takes {total_steps} steps")
+    schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
+    tokens_per_step, caches = config.windows_per_step * config.block, {}
+    critic_flops = 0
+    for place, critic in enumerate(critics):
+        if isinstance(critic, CriticCache):
+            caches[place] = critic
+        else:
+            per_token = forward_flops_per_token(critic.model, config.block)
+            critic_flops += schedules.steps_of(place) * tokens_per_step * per_token
     sizes = {
         "parameters": count_parameters(player).total,
         "non_embedding_parameters": count_parameters(player).non_embedding,
-        "player_flops": tokens * player_flops,
-        "critic_flops": tokens * sum(forward_flops_per_token(critic, config.block) for critic in critics),
+        "player_flops": total_steps * tokens_per_step * training_flops_per_token(player, config.block),
+        "critic_flops": critic_flops,
+        "cached_critic_flops": sum(cache.flops for cache in caches.values()),
     }
     identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
 
-    frozen = [FrozenModel(critic) for critic in critics]
+    asked = [None if place in caches else critic for place, critic in enumerate(critics)]
     snapshot = None
     if objective.needs_snapshot:
         snapshot = FrozenModel(build_player(config.player, tokenizer, config.block, config.seed).to(device))
-    model = RewardedPlayer(player, objective, frozen, len(tokenizer), loss_impl, snapshot)
+    model = RewardedPlayer(player, objective, asked, len(tokenizer), loss_impl, snapshot)
     if config.parallel == "fsdp" and processes.count > 1:
-        divided = [*(frozen if config.shard_critics else []), *([snapshot] if snapshot else [])]
-        for judge in divided:
+        others = [critic for critic in asked if critic and (config.shard_critics or critic in model.averages)]
+        for judge in (*others, *([snapshot] if snapshot else [])):
             processes.shard(judge, judge.model, device, keep_root=True)
         processes.shard(model, player, device)
     step_model = torch.compile(model) if config.compile else model
@@ -154,11 +171,13 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         order=WindowOrder(len(windows), config.seed),
         objective=objective,
         critic_names=critic_names,
+        caches=caches,
+        schedules=schedules,
         player=player,
         model=model,
         step_model=processes.wrap(step_model, config.parallel, device),
         optimisers=build_optimisers(player, config.optim, total_steps),
-        validation=Validation(valid_windows, config, device, processes),
+        validation=Validation(valid_windows, config, device, processes, caches),
         total_steps=total_steps,
         identity=identity,
         sizes=sizes,
@@ -167,22 +186,33 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
 
 def open_critics(
     names: Sequence[str],
+    config: TrainConfig,
+    data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
-    block: int,
     precision: str,
     device: torch.device,
-) -> list[PreTrainedModel]:
+) -> list[FrozenModel | CriticCache]:
     """The critics of these names.
 
     Raises:
-        UserError: One cannot be opened, or reads sequences shorter than ``block``.
+        UserError: One cannot be opened, or reads sequences shorter than a window.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    critics = [load_critic(name, tokenizer, dtype, device) for name in names]
-    for name, critic in zip(names, critics, strict=True):
-        longest = longest_sequence(critic)
-        if longest is not None and longest < block:
-            raise UserError(f"critic {name} reads at most {longest} tokens; expected at least block, {block}")
+    critics: list[FrozenModel | CriticCache] = []
+    for name in names:
+        if is_cache(name):
+            critics.append(CriticCache.open(name, data, config.block))
+        elif name.startswith("ema:"):
+            average = build_player(config.player, tokenizer, config.block, config.seed).to(device)
+            critics.append(AveragedPlayer(average, *parse_ema_critic(name)))
+        else:
+            critic = load_critic(name, tokenizer, dtype, device, config.critic_quantization)
+            longest = longest_sequence(critic)
+            if longest is not None and longest < config.block:
+                raise UserError(
+                    f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}"
+                )
+            critics.append(FrozenModel(critic))
     return critics
 
 

@@ -12,7 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from avatarl.models.loading import head_weight, last_hidden
-from avatarl.objective import Objective, linear_objective_loss
+from avatarl.objective import Objective, Scheduled, StoredCritic, linear_objective_loss
+
+from .processes import local
 
 
 class HiddenAndHead(NamedTuple):
@@ -35,6 +37,32 @@ class FrozenModel(nn.Module):
         return HiddenAndHead(last_hidden(self.model, input_ids), head_weight(self.model))
 
 
+class AveragedPlayer(FrozenModel):
+    """The player's own moving average as a critic: after each step θ̄ ← decay · θ̄ + (1 − decay) · θ.
+
+    It begins as a copy of the player after ``start_step``, and judges from the step after that.
+    """
+
+    def __init__(self, model: PreTrainedModel, decay: float, start_step: int):
+        """``model`` is one like the player, whose weights are replaced."""
+        super().__init__(model)
+        self.decay, self.start_step = decay, start_step
+
+    @torch.no_grad()
+    def follow(self, player: nn.Module, step: int) -> None:
+        """Take in the player as it is after ``step``, which is 0 before the first one."""
+        if step < self.start_step:
+            return
+        if isinstance(self, FSDPModule):
+            self.reshard()  # what was gathered of the earlier one is no longer wanted
+        averages = [local(weight) for weight in self.model.parameters()]  # tied ones once
+        weights = [local(weight) for weight in player.parameters()]
+        if step == self.start_step:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+
 class RewardedPlayer(nn.Module):
     """Tokens in, loss and metrics out.
 
@@ -45,7 +73,7 @@ class RewardedPlayer(nn.Module):
         self,
         player: PreTrainedModel,
         objective: Objective,
-        critics: Sequence[PreTrainedModel | FrozenModel],
+        critics: Sequence[PreTrainedModel | FrozenModel | None],
         vocab_size: int,
         loss_impl: str = "auto",
         snapshot: FrozenModel | None = None,
@@ -54,7 +82,8 @@ class RewardedPlayer(nn.Module):
         Args:
             player: The model that learns.
             objective: What it learns by.
-            critics: The models that judge, for objectives that need one.
+            critics: The models that judge, for objectives that need one; None for one whose answers come with the
+                windows.
             vocab_size: Tokens; heads may have more rows.
             loss_impl: What computes the loss.
             snapshot: What holds the earlier player that ``ppo`` samples from; made when first asked for if None.
@@ -64,12 +93,19 @@ class RewardedPlayer(nn.Module):
         self.objective = objective
         self.vocab_size = vocab_size
         self.loss_impl = loss_impl
-        frozen = (critic if isinstance(critic, FrozenModel) else FrozenModel(critic) for critic in critics)
-        self._critics = tuple(frozen) if objective.needs_critic else ()
+        frozen = (FrozenModel(critic) if isinstance(critic, PreTrainedModel) else critic for critic in critics)
+        self._critics = list(frozen) if objective.needs_critic else []
+        self._judging = tuple(range(len(self._critics)))
         self._snapshot = (snapshot,) if snapshot else ()
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, num_valid: Tensor | int | None = None, uniforms: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        num_valid: Tensor | int | None = None,
+        uniforms: Tensor | None = None,
+        stored: Sequence[StoredCritic] = (),
+        scheduled: Scheduled | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of windows.
 
@@ -78,23 +114,43 @@ class RewardedPlayer(nn.Module):
             targets: (B, T) int64, the tokens that follow.
             num_valid: Positions of the whole optimiser step (those of ``targets`` when None).
             uniforms: (B·T, S) in [0, 1), for the objectives that sample.
+            stored: What caches hold of these windows (B, T), for each of the judging critics that has one.
+            scheduled: Values of settings that change over time.
         """
         hidden = last_hidden(self.player, input_ids)
-        critics = [critic(input_ids) for critic in self._critics]
+        answers, heads, held = [], [], iter(stored)
+        for critic in (self._critics[i] for i in self._judging):
+            states, head = (next(held), None) if critic is None else critic(input_ids)
+            answers.append(states)
+            heads.append(head)
         snapshot = [model(input_ids) for model in self._snapshot]
         return linear_objective_loss(
             self.objective,
             hidden,
             head_weight(self.player),
-            [critic.hidden for critic in critics],
-            [critic.head for critic in critics],
+            answers,
+            heads,
             targets,
             vocab_size=self.vocab_size,
             num_valid=num_valid,
             snapshot=snapshot[0] if snapshot else None,
             uniforms=uniforms,
+            scheduled=scheduled,
             impl=self.loss_impl,
         )
+
+    def consult(self, judging: tuple[int, ...], objective: Objective) -> None:
+        """Let these critics judge from now on, by an objective for so many."""
+        self._judging, self.objective = judging, objective
+
+    def dismiss_critics(self) -> None:
+        """Forget the critics that do not judge, and their memory."""
+        self._critics = [critic if i in self._judging else None for i, critic in enumerate(self._critics)]
+
+    @property
+    def averages(self) -> list[AveragedPlayer]:
+        """The critics that are averages of the player."""
+        return [critic for critic in self._critics if isinstance(critic, AveragedPlayer)]
 
     @property
     def snapshot(self) -> FrozenModel | None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from avatarl import UserError
 from avatarl.errors import RunFailed
 from avatarl.objective import OBJECTIVES
-from avatarl.training import GuardConfig, OptimConfig, TrainConfig, train
+from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
 from avatarl.training.assembly import largest_divisor
 from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
@@ -29,6 +29,7 @@ from .runs import Interrupted, assert_same_weights, lines_of, weights_of
 # Sixteen windows a step, so that two processes take micro-batches of another size and number than one.
 COMMON = dict(batch_windows=4, accumulate_steps=4, steps=20, log_every_steps=1, eval_every_steps=10, eval_windows=7)
 LONG = dict(checkpoint_every_steps=20)
+FALLING = ScheduleConfig(critic_weight=Schedule("linear", end_step=15))
 # The tiny player has one layer and few tokens, and few thresholds to fall to another side of.
 CASES: dict[str, dict] = {
     **{f"ddp {name}": dict(objective=name, parallel="ddp", **LONG) for name in sorted(OBJECTIVES)},
@@ -40,6 +41,13 @@ CASES: dict[str, dict] = {
 ELASTIC = {
     parallel: dict(parallel=parallel, objective="ppo", checkpoint_every_steps=4, keep_last=9)
     for parallel in ("ddp", "fsdp")
+}
+# A cache is read by each process for its own windows; an average is kept by each, in the parts that it holds.
+CRITICS = {
+    "ddp, cached": dict(parallel="ddp", critic="CACHE", **LONG),
+    "ddp, average": dict(parallel="ddp", critic="ema:0.5:3", **LONG),
+    "fsdp, average": dict(parallel="fsdp", critic="ema:0.5:3", schedules=FALLING, **LONG),
+    "fsdp, cached and live": dict(parallel="fsdp", critic=["CACHE", "random:1m:7"], **LONG),
 }
 BACKGROUND = dict(parallel="fsdp", checkpoint_every_steps=20, checkpoint_in_background=True)
 
@@ -77,10 +85,24 @@ def process(rank: int, count: int, rendezvous: str, jobs: list[tuple[TrainConfig
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_config) -> Path:
+def cases(critic_cache: Path) -> dict[str, dict]:
+    """All cases, with the place of the cache."""
+
+    def placed(critic):
+        return (
+            [placed(name) for name in critic]
+            if isinstance(critic, list)
+            else critic.replace("CACHE", str(critic_cache))
+        )
+
+    return CASES | {name: {**case, "critic": placed(case["critic"])} for name, case in CRITICS.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_config, cases) -> Path:
     """Every case as ``CASE/2/run`` by two processes, started once for all of them."""
     folder = tmp_path_factory.mktemp("runs")
-    jobs = [(tiny_config(folder / name / "2", **COMMON, **case), False, None) for name, case in CASES.items()]
+    jobs = [(tiny_config(folder / name / "2", **COMMON, **case), False, None) for name, case in cases.items()]
     for name, case in ELASTIC.items():
         config = tiny_config(folder / f"elastic {name}", **COMMON, **case)
         repair = interrupt_after(6)
@@ -102,9 +124,9 @@ def assert_same_numbers(ours: Path, theirs: Path) -> None:
         }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(runs: Path, tiny_config, tmp_path: Path, case: str):
-    train(tiny_config(tmp_path, **COMMON, **CASES[case]), quiet=True)
+@pytest.mark.parametrize("case", [*CASES, *CRITICS])
+def test_two_processes_train_as_one(runs: Path, tiny_config, cases, tmp_path: Path, case: str):
+    train(tiny_config(tmp_path, **COMMON, **cases[case]), quiet=True)
     assert_same_numbers(runs / case / "2" / "run", tmp_path / "run")
     ours, theirs = weights_of(runs / case / "2" / "run" / "final"), weights_of(tmp_path / "run" / "final")
     assert ours.keys() == theirs.keys()
@@ -172,13 +194,13 @@ def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_co
     from avatarl.training.assembly import assemble
 
     assembly = assemble(tiny_config(tmp_path, **COMMON), Processes())
-    whole = torch.cat([inputs for inputs, _, _ in assembly.batches(3)])
+    whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
     assert whole.shape == (16, BLOCK)
     for count in (2, 4, 8):
         parts = []
         for rank in range(count):
             assembly.processes = Processes(rank, count)
-            parts += [inputs for inputs, _, _ in assembly.batches(3)]
+            parts += [batch.inputs for batch in assembly.batches(3)]
         assert torch.equal(torch.cat(parts), whole)
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import PreTrainedModel
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
+from avatarl.models import CriticCache
+from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 
 from ..config import TrainConfig
+from ..rewarded_player import FrozenModel
 from .checkpoint import CHECKPOINTS, steps_found
 from .durable import replace_file
 from .lock import LOCK
@@ -90,36 +91,26 @@ def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[
 
 
 def identity_of_run(
-    config: TrainConfig, precision: str, data: PreparedData, critics: Mapping[str, PreTrainedModel]
+    config: TrainConfig, precision: str, data: PreparedData, critics: Mapping[str, FrozenModel | CriticCache]
 ) -> dict[str, str]:
     """All that decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
-    tokenizer_files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
     return {
         "settings": settings_digest(config.as_dict()),
         "precision": precision,
         "data": data.digest,
-        "tokenizer": _digest(tokenizer_files),
-        **{f"critic {name}": digest_of_model(model) for name, model in critics.items()},
+        "tokenizer": digest_of_tokenizer(data),
+        **{f"critic {name}": _digest_of_critic(critic) for name, critic in critics.items()},
     }
+
+
+def _digest_of_critic(critic: FrozenModel | CriticCache) -> str:
+    """SHA-256 of all that a critic will say, as far as it is known when the run starts."""
+    return critic.digest if isinstance(critic, CriticCache) else digest_of_model(critic.model)
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 of all settings but where the run lies."""
     return _digest({name: value for name, value in settings.items() if name != "out"})
-
-
-def digest_of_model(model: PreTrainedModel) -> str:
-    """SHA-256 over a model's configuration and weights, wherever it was loaded from."""
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()
-        if name not in ("_name_or_path", "transformers_version", "dtype")
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_start(run: Path, config: TrainConfig, environment: dict) -> None:

@@ -48,6 +48,7 @@ def run_state(model: RewardedPlayer, optimisers: Optimisers) -> dict[str, dict[s
     """Every tensor that a run goes on from, by file and name; the run's own memory, not copies."""
     parts = {"player": tensors_of_model(model.player), "optimiser": optimiser_tensors(model.player, optimisers)}
     parts |= {"snapshot": tensors_of_model(model.snapshot.model)} if model.snapshot else {}
+    parts |= {f"average{number}": tensors_of_model(mean.model) for number, mean in enumerate(model.averages)}
     return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
 
 
@@ -87,6 +88,9 @@ def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimiser
         _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved["snapshot"]))
     elif model.snapshot:
         model.refresh_snapshot()
+    for number, average in enumerate(model.averages):
+        source = saved.get(f"average{number}", saved.get("player", []))  # another critic before: it starts anew
+        _copy_into(tensors_of_model(average.model), SavedTensors(source))
     kept = SavedTensors(saved.get("optimiser", []))
     names = {id(parameter): name for name, parameter in model.player.named_parameters()}
     for optimiser in optimisers.optimisers:

@@ -1,0 +1,135 @@
+"""The folder of a cache: its parts, each there whole or not at all, and the manifest that comes last.
+
+While it is being made it holds ``cache.partial.json``, which says what it is to become, and the parts that are done,
+each with a record beside it. Finished, it holds ``cache.json`` with the size and SHA-256 of every part. Processes share
+the parts without talking to each other: whoever finds all of them done writes the manifest, the same for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from avatarl.errors import RunFailed, UserError
+from avatarl.outside import parse_json, read_regular_file
+
+FORMAT_VERSION = 1
+LARGEST_MANIFEST_BYTES = 1 << 28
+MANIFEST, UNFINISHED = "cache.json", "cache.partial.json"
+SPLITS = ("train", "valid")
+# A part is what a process that is stopped has to do again: about a hundredth of the whole, within these sizes.
+SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS = 1 << 20, 1 << 26, 100
+
+
+class Part(NamedTuple):
+    """Some windows of a split, one file."""
+
+    split: str
+    number: int
+    windows: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05d}.bin"
+
+
+def parts_of(identity: dict) -> Iterator[Part]:
+    """The parts of a cache, in order."""
+    bytes_per_window = identity["block"] * identity["bytes_per_token"]
+    all_windows = sum(identity["windows"].values())
+    size = max(
+        SMALLEST_PART_BYTES // bytes_per_window, min(LARGEST_PART_BYTES // bytes_per_window, all_windows // PARTS)
+    )
+    size = max(1, size)
+    for split, count in identity["windows"].items():
+        for number, first in enumerate(range(0, count, size)):
+            yield Part(split, number, range(first, min(first + size, count)))
+
+
+def start(out: Path, identity: dict, parts: list[Part]) -> None:
+    """Make the folder, or find in it what this same command has left.
+
+    Raises:
+        UserError: It holds something else.
+        RunFailed: There is no room for the cache.
+    """
+    if os.path.exists(out) and not out.is_dir():
+        raise UserError(f"out is {out}, which is a file; expected a folder to make")
+    names = os.listdir(out) if out.is_dir() else []
+    described = next((name for name in (MANIFEST, UNFINISHED) if name in names), None)
+    if described:
+        check_same_cache(out / described, identity)
+    elif any(not name.startswith(".") for name in names):
+        raise UserError(f"out is {out}, which already holds files; give another folder, or that of this cache")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / UNFINISHED, json.dumps(identity, indent=1))
+    missing = sum(len(part.windows) for part in parts if not is_done(out, part))
+    needed = missing * identity["block"] * identity["bytes_per_token"]
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise RunFailed(
+            f"{out} needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free; a smaller bytes_per_token "
+            "needs less"
+        )
+
+
+def check_same_cache(path: Path, identity: dict) -> None:
+    """Refuse to go on with a cache that was begun as another."""
+    try:
+        found = parse_json(read_regular_file(path, LARGEST_MANIFEST_BYTES))
+        found.pop("files", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not what `avatarl critic cache` writes; give another folder") from error
+    if found != identity:
+        raise UserError(f"out is {path.parent}, a cache of {difference(found, identity)}; give another folder")
+
+
+def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
+    """Write the manifest where every part is done; return what is known by then."""
+    try:
+        if all(is_done(out, part) for part in parts) and not os.path.isfile(out / MANIFEST):
+            files = {part.name: json.loads(record_path(out, part).read_text(encoding="utf-8")) for part in parts}
+            write_whole(out / MANIFEST, json.dumps({**identity, "files": files}, indent=1) + "\n")
+            for path in (out / UNFINISHED, *out.glob(".*.partial"), *(record_path(out, part) for part in parts)):
+                path.unlink(missing_ok=True)
+    except FileNotFoundError:  # another process has written it meanwhile, and tidied up
+        if not os.path.isfile(out / MANIFEST):
+            raise
+    is_finished = os.path.isfile(out / MANIFEST)
+    return json.loads((out / MANIFEST).read_text(encoding="utf-8")) if is_finished else identity
+
+
+def is_done(out: Path, part: Part) -> bool:
+    """Whether a part is there."""
+    return os.path.isfile(out / part.name) and (
+        os.path.isfile(record_path(out, part)) or os.path.isfile(out / MANIFEST)
+    )
+
+
+def record_path(out: Path, part: Part) -> Path:
+    """Where size and SHA-256 of a part are kept until the manifest has them."""
+    return out / f"{part.name}.json"
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Give ``path`` this content; a reader finds all of it or nothing, and several writers may write the same."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def difference(found: dict, wanted: dict) -> str:
+    """The first setting in which two caches differ, as a person would say it."""
+    for name in ("tokenizer", "data", "critic"):
+        if found.get(name) != wanted[name]:
+            return f"another {name}"
+    name = next((name for name in wanted if found.get(name) != wanted[name]), "format_version")
+    return f"{name} {found.get(name)!r}, where {wanted[name]!r} is asked for"

@@ -1,0 +1,166 @@
+"""A finished cache as training asks it: verified, memory-mapped, and of these very data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from avatarl.data import PreparedData, Windows
+from avatarl.data.dataset import file_record
+from avatarl.errors import UserError
+from avatarl.objective import StoredCritic
+from avatarl.outside import parse_json, read_regular_file
+
+from ..digest import digest_of_tokenizer, weight_files
+from .parts import FORMAT_VERSION, LARGEST_MANIFEST_BYTES, MANIFEST, SPLITS, UNFINISHED, Part, is_done, parts_of
+from .record import RecordFormat
+
+# Enough to keep a disk busy; hashing leaves the interpreter free.
+HASHING_THREADS = 4
+AGAIN = "make it anew with `avatarl critic cache`"
+
+
+def is_cache(path: str | Path) -> bool:
+    """Whether a folder is a cache, finished or not."""
+    return any(os.path.isfile(Path(path) / name) for name in (MANIFEST, UNFINISHED))
+
+
+class CriticCache:
+    """What a critic said of every window of the data; make one with :meth:`open`."""
+
+    def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData):
+        self.path, self.manifest, self.digest = path, manifest, digest
+        self.record = RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
+        self._windows = {split: Windows(getattr(data, split), manifest["block"]) for split in SPLITS}
+        self._parts: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
+        for part in parts_of(manifest):
+            self._parts[part.split].append(np.memmap(path / part.name, self.record.dtype, mode="r"))
+
+    @classmethod
+    def open(cls, path: str | Path, data: PreparedData, block: int) -> CriticCache:
+        """Open a cache after comparing it with the data, and every file of it with its size and SHA-256.
+
+        Args:
+            path: The folder that ``avatarl critic cache`` made.
+            data: What it has to be of.
+            block: Tokens in the windows that will be asked for.
+
+        Raises:
+            UserError: It is not finished, damaged, of another version, of other data, another tokenizer or other
+                windows, or of a critic that has changed since.
+        """
+        path = Path(path)
+        if not os.path.isfile(path / MANIFEST):
+            raise UserError(unfinished(path))
+        try:
+            content = read_regular_file(path / MANIFEST, LARGEST_MANIFEST_BYTES)
+            manifest = parse_json(content)
+            version = manifest["format_version"]
+            if version == FORMAT_VERSION:
+                check_kinds(manifest)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path / MANIFEST}: not what `avatarl critic cache` writes; {AGAIN}") from error
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
+        if manifest["data"] != data.digest:
+            also = " and another tokenizer" if manifest["tokenizer"] != digest_of_tokenizer(data) else ""
+            raise UserError(f"{path}: a cache of other data{also} than {data.path}; {AGAIN}")
+        if manifest["block"] != block:
+            raise UserError(
+                f"{path}: a cache of windows of {manifest['block']} tokens; expected block, {block}; {AGAIN}, --block "
+                f"{block}"
+            )
+        windows = {split: len(Windows(getattr(data, split), block)) for split in SPLITS}
+        if manifest["windows"] != windows:
+            found = manifest["windows"]
+            raise UserError(
+                f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected all, "
+                f"{windows['train']} and {windows['valid']}; {AGAIN}"
+            )
+        name, files = manifest["critic"]["name"], manifest["critic"]["files"]
+        now = weight_files(name) if files else None
+        if now is not None and now != files:
+            raise UserError(f"{path}: critic {name} has changed since the cache was made of it; {AGAIN}")
+        verify(path, manifest)
+        return cls(path, manifest, hashlib.sha256(content).hexdigest(), data)
+
+    @property
+    def flops(self) -> int:
+        """Of the critic's forward passes that made it."""
+        return (
+            self.manifest["critic"]["flops_per_token"] * sum(self.manifest["windows"].values()) * self.manifest["block"]
+        )
+
+    def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> StoredCritic:
+        """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory."""
+        records = np.stack([self._window(split, int(index)) for index in indices])  # (B, T)
+        _, targets = self._windows[split].batch(indices)
+        return self.record.unpack(records, targets)
+
+    def _window(self, split: str, index: int) -> np.ndarray:
+        windows = self._windows[split]
+        if not 0 <= index < len(windows):
+            raise IndexError(f"window {index} of {len(windows)}")
+        parts = self._parts[split]
+        number, start = divmod(index * windows.block, len(parts[0]))  # all but the last are of one size
+        return parts[number][start : start + windows.block]
+
+
+def unfinished(path: Path) -> str:
+    """What to say of a folder without a manifest."""
+    try:
+        identity = parse_json(read_regular_file(path / UNFINISHED, LARGEST_MANIFEST_BYTES))
+        parts = list(parts_of(identity))
+        done = sum(len(part.windows) for part in parts if is_done(path, part))
+        total = sum(len(part.windows) for part in parts)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{path}: not a finished cache; expected a folder made by `avatarl critic cache`"
+    return f"{path}: not finished, it covers {done:,} of {total:,} windows; repeat the command that began it"
+
+
+def check_kinds(manifest: dict) -> None:
+    """Raise a ValueError, KeyError or TypeError unless everything is of the kind that is written."""
+    numbers = ("block", "num_top", "num_draws", "vocab_size", "bytes_per_token")
+    counts = [*(manifest[name] for name in numbers), *(manifest["windows"][split] for split in SPLITS)]
+    counts += [manifest["critic"]["flops_per_token"]]
+    if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
+        raise ValueError("a count is no whole number")
+    if min(manifest["block"], manifest["vocab_size"]) < 1 or manifest["num_top"] > manifest["vocab_size"]:
+        raise ValueError("a count is out of range")
+    record = RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
+    if manifest["num_draws"] > 1 << 16 or record.dtype.itemsize != manifest["bytes_per_token"]:
+        raise ValueError("bytes_per_token is another")
+    critic, files = manifest["critic"], manifest["files"]
+    if not isinstance(critic["name"], str) or not isinstance(critic["files"], (dict, type(None))):
+        raise ValueError("critic")
+    if set(files) != {part.name for part in parts_of(manifest)}:
+        raise ValueError("files")
+    for entry in files.values():
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError("files")
+
+
+def verify(path: Path, manifest: dict) -> None:
+    """Refuse a cache with a file that is not as it was written.
+
+    Raises:
+        UserError: naming the file.
+    """
+
+    def check(part: Part) -> None:
+        file, expected = path / part.name, manifest["files"][part.name]
+        if not os.path.isfile(file):
+            raise UserError(f"{file}: missing; {AGAIN}")
+        size = len(part.windows) * manifest["block"] * manifest["bytes_per_token"]
+        if file.stat().st_size != size or expected["bytes"] != size:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes; {size} are expected; {AGAIN}")
+        if file_record(file) != expected:
+            raise UserError(f"{file}: changed since it was written (its SHA-256 is another); {AGAIN}")
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        list(pool.map(check, parts_of(manifest)))

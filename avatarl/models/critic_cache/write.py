@@ -1,0 +1,249 @@
+"""Reading the data once with a critic, and keeping what objectives will ask of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from avatarl.data import PreparedData, Windows
+from avatarl.data.dataset import file_record
+from avatarl.device import pick_device, pick_precision
+from avatarl.errors import RunFailed, UserError
+from avatarl.inert import one_line
+from avatarl.objective import StoredCritic
+from avatarl.objective.config import require_choice, require_whole
+from avatarl.objective.critics import LiveCritic
+from avatarl.objective.fused.chunked import chunk_rows
+from avatarl.objective.kernels import PLAIN
+
+from ..counting import count_parameters, forward_flops_per_token
+from ..critics import load_critic
+from ..digest import digest_of_model, digest_of_tokenizer, weight_files
+from ..loading import head_weight, last_hidden, longest_sequence
+from .parts import FORMAT_VERSION, SPLITS, Part, finish, is_done, parts_of, record_path, start, write_whole
+from .record import KINDS, RecordFormat
+
+
+def cache_critic(
+    critic: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    block: int = 256,
+    kind: str = "top",
+    bytes_per_token: int = 134,
+    keep_top: int = 0,
+    seed: int = 1,
+    batch_windows: int = 16,
+    precision: str = "auto",
+    device: str = "auto",
+    quiet: bool = False,
+) -> dict:
+    """Store what objectives will ask of a critic at every position of the data.
+
+    Repeat the same command to go on after an interruption. Under ``torchrun`` each process takes its share.
+
+    Args:
+        critic: A run folder, a model folder, a hub id, or ``random:PRESET:SEED``.
+        data: A prepared data folder; both splits are read.
+        out: The folder to make.
+        block: Tokens in a window, as in the runs that will use it.
+        kind: ``top``, the critic's most likely tokens and the mass of the rest, or ``sample``, tokens drawn from its
+            distribution: an unbiased estimate of it (Anshumann et al., "Sparse Logit Sampling", arXiv 2503.16870).
+        bytes_per_token: The budget of a position; :mod:`.record` says what it buys.
+        keep_top: With ``sample``, keep so many most likely tokens exactly, and draw from the rest.
+        seed: Decides the drawn tokens.
+        batch_windows: Windows in a forward pass.
+        precision: ``bf16``, ``fp32`` or ``auto``, as in the runs that will use it.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        quiet: Print nothing.
+
+    Returns:
+        What ``cache.json`` says; without ``files`` where other processes are still at work.
+
+    Raises:
+        UserError: The critic, the data, a setting or ``out`` cannot be used.
+        RunFailed: ``out`` cannot be written, or has no room.
+    """
+    require_choice("kind", kind, KINDS)
+    for name, value, minimum in (
+        ("block", block, 1),
+        ("bytes_per_token", bytes_per_token, 1),
+        ("keep_top", keep_top, 0),
+        ("seed", seed, 0),
+        ("batch_windows", batch_windows, 1),
+    ):
+        require_whole(name, value, minimum)
+    if kind == "top" and keep_top:
+        raise UserError(
+            f"keep_top is {keep_top}, which kind='sample' uses; kind='top' keeps what bytes_per_token allows"
+        )
+    require_choice("precision", precision, ("auto", "bf16", "fp32"))
+    rank, count, local_rank = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    out, prepared = Path(out), PreparedData.open(data)
+    splits = {split: Windows(getattr(prepared, split), block) for split in SPLITS}
+    record = RecordFormat.within(kind, bytes_per_token, keep_top, prepared.vocab_size)
+    chosen = pick_device(device, local_rank)
+    precision = pick_precision(precision, chosen)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen)
+    longest = longest_sequence(model)
+    if longest is not None and longest < block:
+        raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "block": block,
+        "num_top": record.num_top,
+        "num_draws": record.num_draws,
+        "seed": seed if record.num_draws else None,
+        "bytes_per_token": record.dtype.itemsize,
+        "vocab_size": prepared.vocab_size,
+        "precision": precision,
+        "data": prepared.digest,
+        "windows": {split: len(windows) for split, windows in splits.items()},
+        "tokenizer": digest_of_tokenizer(prepared),
+        "critic": {
+            "name": critic,
+            "sha256": digest_of_model(model),
+            "files": weight_files(critic),
+            "parameters": count_parameters(model).total,
+            "flops_per_token": forward_flops_per_token(model, block),
+        },
+    }
+    parts = list(parts_of(identity))
+    with _failures_in_one_line(out):
+        start(out, identity, parts)
+        todo = [part for part in parts[rank::count] if not is_done(out, part)]
+        with _progress(out, parts[rank::count], todo, block, quiet or rank > 0) as advance:
+            for part in todo:
+                fill_part(out, part, splits[part.split], model, record, seed, batch_windows, precision, advance, rank)
+        return finish(out, identity, parts)
+
+
+def fill_part(
+    out: Path,
+    part: Part,
+    windows: Windows,
+    model: PreTrainedModel,
+    record: RecordFormat,
+    seed: int,
+    batch_windows: int,
+    precision: str,
+    advance: Callable[[int], None],
+    rank: int,
+) -> None:
+    """Compute a part and put it in its place; its record, beside it, comes last."""
+    partial = out / f".{part.name}.{rank}.partial"
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    with partial.open("wb") as file:
+        for first in range(part.windows.start, part.windows.stop, batch_windows):
+            chosen = range(first, min(first + batch_windows, part.windows.stop))
+            inputs, targets = (x.to(model.device) for x in windows.batch(chosen))
+            draws = draw_uniforms(seed, part.split, chosen, windows.block) if record.num_draws else None
+            with torch.no_grad(), autocast:
+                hidden = last_hidden(model, inputs).flatten(0, 1)
+                answers = answers_of(hidden, head_weight(model), targets.flatten(), record, draws)
+            for answer in answers:
+                file.write(record.pack(answer).tobytes())
+            advance(len(chosen))
+        file.flush()
+        os.fsync(file.fileno())
+    described = json.dumps(file_record(partial))
+    partial.replace(out / part.name)
+    write_whole(record_path(out, part), described)
+
+
+def answers_of(
+    hidden: Tensor, head: Tensor, targets: Tensor, record: RecordFormat, uniforms: Tensor | None
+) -> Iterator[StoredCritic]:
+    """What to store of positions with hidden states (N, d) and targets (N,), a chunk of them at a time.
+
+    ``uniforms`` (N, 1) in [0, 1) decide the drawn tokens.
+    """
+    head = head[: record.vocab_size].to(hidden.dtype)
+    rows = chunk_rows(len(hidden), record.vocab_size, hidden.device)
+    for first in range(0, len(hidden), rows):
+        logits, target = hidden[first : first + rows] @ head.t(), targets[first : first + rows].unsqueeze(1)
+        critic = LiveCritic(logits)
+        tokens = torch.cat([target, critic.proposals(record.num_top, None)[0]], dim=1) if record.num_top else target
+        log_probs, _ = critic.log_probs_at(tokens, torch.float32)
+        is_new = torch.cat([torch.ones_like(target, dtype=torch.bool), tokens[:, 1:] != target], dim=1)
+        known = log_probs.exp().masked_fill(~is_new, 0.0).sum(dim=1)
+        draws = tokens[:, :0]
+        if uniforms is not None:
+            points = uniforms[first : first + rows].to(hidden.device)
+            draws, _ = critic.sample_outside(tokens, is_new, record.num_draws, points)
+        _, entropy = PLAIN.statistics(logits, 1.0)
+        yield StoredCritic(tokens, log_probs, (1 - known).clamp(min=0).log(), draws, entropy, record.vocab_size)
+
+
+def draw_uniforms(seed: int, split: str, windows: range, block: int) -> Tensor:
+    """One number in [0, 1) for each position (windows · block, 1), whoever draws it."""
+    drawn = [
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, SPLITS.index(split), window, 0])).random(
+            (block, 1), dtype=np.float32
+        )
+        for window in windows
+    ]
+    return torch.from_numpy(np.concatenate(drawn))
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(
+    out: Path, mine: list[Part], todo: list[Part], block: int, quiet: bool
+) -> Iterator[Callable[[int], None]]:
+    """Progress in tokens on stderr; yields what is told of each window that is read."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    total, waiting = (block * sum(len(part.windows) for part in parts) for parts in (mine, todo))
+    done = total - waiting
+    if done and not quiet:
+        console.print(
+            f"{out} goes on after {done:,} of {total:,} tokens", markup=False, highlight=False, soft_wrap=True
+        )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task(one_line(out.name), total=total, completed=done, rate="")
+        started = time.monotonic()
+
+        def advance(windows: int) -> None:
+            progress.advance(task, windows * block)
+            rate = (progress.tasks[0].completed - done) / (time.monotonic() - started)
+            progress.update(task, rate=f"{rate:,.0f} tokens/s")
+
+        yield advance
+
+
+@contextmanager
+def _failures_in_one_line(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{out} cannot be written ({error.strerror or error}); the parts that are done stay, and the same command "
+            "goes on"
+        ) from error

@@ -1,0 +1,50 @@
+"""What a model, its files and a tokenizer are, as SHA-256: to know them again wherever they were loaded from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from avatarl.data import PreparedData
+from avatarl.data.dataset import file_record
+from avatarl.errors import UserError
+
+from .loading import resolve_model
+from .quantisation import plain_tensors
+
+
+def digest_of_model(model: PreTrainedModel) -> str:
+    """SHA-256 over a model's configuration and weights, wherever it was loaded from."""
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        for plain in plain_tensors(tensor.detach()):
+            digest.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_of_tokenizer(data: PreparedData) -> str:
+    """SHA-256 over the files of a prepared folder's tokenizer."""
+    files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def weight_files(model: str) -> dict[str, dict] | None:
+    """Size and SHA-256 of a model folder's configuration and weights, by name; None where it is not a folder here."""
+    try:
+        folder = Path(resolve_model(model))
+    except UserError:
+        return None
+    if not folder.is_dir():
+        return None
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {path.name: file_record(path) for path in paths}

@@ -1,0 +1,142 @@
+"""Settings over the steps of a run: which critics judge, how much they weigh, ε and β. Functions of the step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from avatarl.errors import UserError
+from avatarl.objective import Objective, Scheduled, make_objective
+
+from .config import Schedule, ScheduleConfig
+
+
+class Stage(NamedTuple):
+    """What holds for a stretch of steps: the critics that judge, by their place in the recipe, and what they judge by.
+
+    A critic that does not judge yet, or no longer, costs nothing, and the text has its weight.
+    """
+
+    critics: tuple[int, ...]
+    objective: Objective
+
+
+class Schedules:
+    """Stages and values of every optimiser step, counted from 1."""
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        objective: Objective,
+        start_steps: Sequence[int],
+        total_steps: int,
+        device: torch.device | str = "cpu",
+    ):
+        """
+        Args:
+            config: How the settings change.
+            objective: What is minimised while all critics judge.
+            start_steps: For each critic, the last step that it does not judge.
+            total_steps: Of the run.
+            device: Where values are wanted.
+
+        Raises:
+            UserError: A schedule ends after the run, or what it changes is not there.
+        """
+        self._config, self._objective, self._device = config, objective, device
+        self._start_steps, self._total_steps = start_steps, total_steps
+        self._stages: dict[tuple[int, ...], Stage] = {}
+        for name, schedule in config.items():
+            if schedule.end_step is not None and schedule.end_step > total_steps:
+                raise UserError(f"schedules.{name}.end_step is {schedule.end_step}; the run takes {total_steps} steps")
+        if not config.critic_weight.is_constant and not start_steps:
+            raise UserError(f"schedules.critic_weight has no critic to weigh: objective {objective.name!r} asks none")
+
+    @property
+    def last_critic_step(self) -> int:
+        """The last step in which a critic may judge."""
+        schedule = self._config.critic_weight
+        falls_to_nothing = not schedule.is_constant and schedule.final_fraction == 0 and schedule.end_step is not None
+        return schedule.end_step if falls_to_nothing else self._total_steps
+
+    def stage(self, step: int) -> Stage:
+        """Which critics judge in ``step``."""
+        judging = tuple(i for i, start in enumerate(self._start_steps) if start < step <= self.last_critic_step)
+        if judging not in self._stages:
+            self._stages[judging] = Stage(judging, self._objective_of(judging))
+        return self._stages[judging]
+
+    def steps_of(self, critic: int) -> int:
+        """In how many steps a critic judges."""
+        return max(0, self.last_critic_step - self._start_steps[critic])
+
+    def values(self, step: int) -> Scheduled | None:
+        """What the settings are in ``step``, on the device; None where all of them are as the objective says.
+
+        They are written there by the device itself, which a copy would have to wait for.
+        """
+        if all(schedule.is_constant for _, schedule in self._config.items()):
+            return None
+        now = self._now(step)
+        factors = [self._on_device(now["critic_weight"])] * len(self.stage(step).critics)
+        return Scheduled(
+            torch.stack(factors) if factors else torch.zeros(0, device=self._device),
+            self._on_device(now["smoothing"] * self._objective.avatarl.smoothing),
+            self._on_device(now["entropy_coef"] * self._objective.avatarl.entropy_coef),
+        )
+
+    def logged(self, step: int) -> dict[str, float]:
+        """What of a line of metrics depends on the step: the values of settings that change, by their names."""
+        now, settings = self._now(step), self._objective.avatarl
+        values = {name: now[name] * getattr(settings, name) for name in ("smoothing", "entropy_coef")}
+        values = {name: value for name, value in values.items() if not getattr(self._config, name).is_constant}
+        if not self._config.critic_weight.is_constant or any(self._start_steps):
+            shares = self._shares()
+            values["critic_weight"] = now["critic_weight"] * sum(shares[i] for i in self.stage(step).critics)
+        return values
+
+    def _now(self, step: int) -> dict[str, float]:
+        return {name: factor(schedule, step, self._total_steps) for name, schedule in self._config.items()}
+
+    def _on_device(self, value: float) -> Tensor:
+        return torch.full((), value, device=self._device)
+
+    def _shares(self) -> tuple[float, ...]:
+        """Each critic's weight where all of them judge."""
+        count = len(self._start_steps)
+        if self._objective.name == "distillation":
+            return ((1 - self._objective.baseline.distillation_alpha) / max(1, count),) * count
+        return self._objective.avatarl.critic_weights(count)
+
+    def _objective_of(self, judging: tuple[int, ...]) -> Objective:
+        """The objective with these critics alone; the weights of the others are the text's."""
+        if len(judging) == len(self._start_steps):
+            return self._objective
+        shares = self._shares()
+        left = sum(share for i, share in enumerate(shares) if i not in judging)
+        avatarl, baseline = self._objective.avatarl, self._objective.baseline
+        if self._objective.name == "distillation":
+            baseline = dataclasses.replace(baseline, distillation_alpha=min(1.0, baseline.distillation_alpha + left))
+        else:
+            weights = tuple(shares[i] for i in judging)
+            avatarl = dataclasses.replace(
+                avatarl, critic_weight=weights or 0.0, reality_weight=avatarl.reality_weight + left
+            )
+        return make_objective(self._objective.name, avatarl, baseline)
+
+
+def factor(schedule: Schedule, step: int, total_steps: int) -> float:
+    """What the setting is multiplied by in optimiser step ``step``, counted from 1."""
+    end = total_steps if schedule.end_step is None else schedule.end_step
+    if schedule.shape == "constant":
+        return 1.0
+    if schedule.shape == "first":
+        return 1.0 if step <= end else schedule.final_fraction
+    progress = min(1.0, max(0.0, (step - 1 - schedule.start_step) / (end - schedule.start_step)))
+    fall = (1 - math.cos(math.pi * progress)) / 2 if schedule.shape == "cosine" else progress
+    return 1 - (1 - schedule.final_fraction) * fall
