@@ -16,32 +16,50 @@ from avatarl.process import set_up_process
 set_up_process()
 
 import argparse
+import atexit
+import dataclasses
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timing import DEVICE, RESULTS, Ready, measure, record
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from avatarl.data.dataset import DTYPES, TokenStream, WindowOrder, Windows
-from avatarl.models import PRESETS, PlayerConfig, build_player, forward_flops_per_token, training_flops_per_token
+from avatarl.device import pick_precision
+from avatarl.models import (
+    PRESETS,
+    CriticCache,
+    PlayerConfig,
+    build_player,
+    forward_flops_per_token,
+    training_flops_per_token,
+)
+from avatarl.models.critic_cache import RecordFormat
+from avatarl.models.critic_cache.parts import parts_of
+from avatarl.models.critic_cache.write import fill_part
 from avatarl.models.loading import head_weight, last_hidden
-from avatarl.objective import linear_objective_loss, make_objective
+from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective
 from avatarl.objective.fused.implementations import IMPLEMENTATIONS
+from avatarl.training.batch import Batch
 from avatarl.training.config import GuardConfig, OptimConfig
-from avatarl.training.device import pick_precision
 from avatarl.training.guard import Guard
 from avatarl.training.optim import build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
 from avatarl.training.rewarded_player import RewardedPlayer
 
 AVATARL, CROSS_ENTROPY, FLOOR = "avatarl", "cross_entropy", "cross_entropy and critic's logits"
+CACHED, SAMPLED, ALONE = "avatarl, cached critic", "avatarl, cached sample", "avatarl without a critic"
+CACHED_BYTES = 134  # of a position: 32 most likely tokens, or 64 drawn ones
 OF_LOGITS = "F.cross_entropy of logits"
 PART, MATMUL = "part: ", "large product"
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -94,11 +112,17 @@ class Training:
         self._windows, self._order = random_windows(case), WindowOrder(NUM_WINDOWS, seed=1)
         self._position = 0
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T), each time others."""
-        inputs, targets = self._windows.batch(self._order.indices(self._position, self.case.batch_windows))
+    def batch(self, cache: CriticCache | None = None) -> Batch:
+        """Inputs and targets (B, T), each time others, and what a cache holds of them."""
+        indices = self._order.indices(self._position, self.case.batch_windows)
         self._position += self.case.batch_windows
-        return tuple(x.to(self.case.device, non_blocking=True) for x in (inputs, targets))
+        stored = [cache.rows("train", indices)] if cache else []
+        return Batch(*self._windows.batch(indices), None, stored, None).to(torch.device(self.case.device))
+
+    @functools.cache  # noqa: B019 - there is one training at a time
+    def cache(self, kind: str) -> CriticCache:
+        """The critic's answers on disk, as ``avatarl critic cache`` writes them."""
+        return random_cache(self.case, kind, self.critic, self._windows)
 
     def update(self) -> None:
         """What follows the backward pass, as in training."""
@@ -106,32 +130,51 @@ class Training:
         refused = self.guard.judge(1, norm, norm)  # what it judges does not matter here
         self.optimisers.step(1, refused)
 
-    def model(self, objective: str) -> Callable[[Tensor, Tensor], Tensor]:
-        """Tokens and targets in, loss out, as in training."""
-        critics = [self.critic]
-        model = RewardedPlayer(self.player, make_objective(objective), critics, self.case.vocabulary, self.impl)
+    def model(
+        self, objective: str, critic: PreTrainedModel | None = None, settings: AvataRLConfig | None = None
+    ) -> Callable[[Batch], Tensor]:
+        """A batch in, loss out, as in training."""
+        made = make_objective(objective, settings)
+        model = RewardedPlayer(
+            self.player, made, [critic] if made.needs_critic else [], self.case.vocabulary, self.impl
+        )
         model, num_valid = self.compiled(model), self.case.block * self.case.batch_windows
-        return lambda inputs, targets: model(inputs, targets, num_valid)[0]
+        return lambda batch: model(batch.inputs, batch.targets, num_valid, *batch[2:])[0]
 
-    def step(self, model: Callable[[Tensor, Tensor], Tensor], beside: Callable[[Tensor], object] | None = None):
+    def step(
+        self,
+        model: Callable[[Batch], Tensor],
+        beside: Callable[[Tensor], object] | None = None,
+        cache: CriticCache | None = None,
+    ):
         """A function that does one optimiser step, and something else with its inputs."""
 
         def run() -> None:
-            inputs, targets = self.batch()
+            batch = self.batch(cache)
             with self._autocast:
-                loss = model(inputs, targets)
+                loss = model(batch)
             loss.backward()
             self.update()
             if beside is not None:
                 with torch.no_grad(), self._autocast:
-                    beside(inputs)
+                    beside(batch.inputs)
 
         return run
 
     # --- whole steps -----------------------------------------------------------------------------------------------
 
     def avatarl(self) -> Callable[[], object]:
-        return self.step(self.model("avatarl"))
+        return self.step(self.model("avatarl", self.critic))
+
+    def avatarl_cached(self) -> Callable[[], object]:
+        return self.step(self.model("avatarl"), cache=self.cache("top"))
+
+    def avatarl_sampled(self) -> Callable[[], object]:
+        settings = AvataRLConfig(pool="arithmetic", threshold="none", tail="sample")
+        return self.step(self.model("avatarl", settings=settings), cache=self.cache("sample"))
+
+    def avatarl_alone(self) -> Callable[[], object]:
+        return self.step(self.model("avatarl", settings=AvataRLConfig(critic_weight=0.0, reality_weight=1.0)))
 
     def cross_entropy(self) -> Callable[[], object]:
         return self.step(self.model("cross_entropy"))
@@ -141,16 +184,17 @@ class Training:
         return self.step(self.model("cross_entropy"), critic)
 
     def cross_entropy_of_logits(self) -> Callable[[], object]:
-        def model(inputs: Tensor, targets: Tensor) -> Tensor:
+        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             logits = self.player(inputs, use_cache=False).logits
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        return self.step(self.compiled(model))
+        loss = self.compiled(loss)
+        return self.step(lambda batch: loss(batch.inputs, batch.targets))
 
     # --- parts of AvataRL's step -------------------------------------------------------------------------------------
 
     def player_part(self) -> Callable[[], object]:
-        inputs, _ = self.batch()
+        inputs = self.batch().inputs
         hidden_states = self.compiled(lambda inputs: last_hidden(self.player, inputs))
         gradient = torch.randn(*inputs.shape, self.player.config.hidden_size, device=inputs.device)
 
@@ -163,7 +207,7 @@ class Training:
         return run
 
     def critic_part(self) -> Callable[[], object]:
-        inputs, _ = self.batch()
+        inputs = self.batch().inputs
         hidden_states = self.compiled(lambda inputs: last_hidden(self.critic, inputs))
 
         def run() -> None:
@@ -173,7 +217,7 @@ class Training:
         return run
 
     def loss_part(self) -> Callable[[], object]:
-        inputs, targets = self.batch()
+        inputs, targets, *_ = self.batch()
         with torch.no_grad(), self._autocast:
             hidden, critic_hidden = last_hidden(self.player, inputs), last_hidden(self.critic, inputs)
         hidden.requires_grad_()
@@ -207,6 +251,9 @@ class Training:
 
 WHOLE = {
     AVATARL: Training.avatarl,
+    CACHED: Training.avatarl_cached,
+    SAMPLED: Training.avatarl_sampled,
+    ALONE: Training.avatarl_alone,
     CROSS_ENTROPY: Training.cross_entropy,
     FLOOR: Training.cross_entropy_and_critic,
     OF_LOGITS: Training.cross_entropy_of_logits,
@@ -237,6 +284,23 @@ def random_windows(case: Case) -> Windows:
     stream = TokenStream([Path(file.name)], DTYPES["uint32"])
     Path(file.name).unlink()  # the mapping keeps it
     return Windows(stream, case.block)
+
+
+def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Windows) -> CriticCache:
+    """What a critic says of ``windows``, in a folder that goes with the process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    record = RecordFormat.within(kind, CACHED_BYTES, 0, case.vocabulary)
+    manifest = {
+        "block": case.block,
+        "bytes_per_token": record.dtype.itemsize,
+        "windows": {"train": len(windows)},
+        **dataclasses.asdict(record),
+    }
+    precision = "bf16" if case.dtype == "bfloat16" else "fp32"
+    for part in parts_of(manifest):
+        fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None, 0)
+    return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream))
 
 
 def operations(name: str, case: Case) -> tuple[float | None, float | None]:

@@ -19,9 +19,9 @@ from .top_k import top_k as largest
 class LiveCritic:
     """A critic that is asked itself, by its logits (N, V) in any floating dtype."""
 
-    def __init__(self, logits: Tensor):
-        self.logits = logits
-        self._log_normaliser: Tensor | None = None
+    def __init__(self, logits: Tensor, log_normaliser: Tensor | None = None):
+        """``log_normaliser`` (N,) of its softmax, where it is known already."""
+        self.logits, self._log_normaliser = logits, log_normaliser
 
     @property
     def log_normaliser(self) -> Tensor:

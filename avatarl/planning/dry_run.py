@@ -23,9 +23,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from avatarl.errors import UserError
 from avatarl.models import ParameterCount, count_parameters, forward_flops_per_token, training_flops_per_token
+from avatarl.models.critic_cache import RecordFormat
 from avatarl.models.loading import one_line
 from avatarl.models.players import check_size, model_from_config
-from avatarl.objective import kernels, make_objective
+from avatarl.objective import StoredCritic, kernels, make_objective
 from avatarl.objective.fused import chunked
 from avatarl.training.config import TrainConfig
 from avatarl.training.optim import Optimisers, build_optimisers, clip_gradients
@@ -82,7 +83,8 @@ class DryRun:
 def dry_run(
     config: TrainConfig,
     player_config: PreTrainedConfig,
-    critic_configs: Sequence[PreTrainedConfig],
+    critic_configs: Sequence[PreTrainedConfig | RecordFormat],
+    averaged: Sequence[bool],
     vocab_size: int,
     windows: int,
     micro_batches: int,
@@ -95,7 +97,8 @@ def dry_run(
 
     Args:
         config: The run; its sizes of batches are not looked at.
-        player_config, critic_configs: The models' shapes.
+        player_config, critic_configs: The models' shapes, and what is stored of cached critics.
+        averaged: Which critics are the player's averages.
         vocab_size: Tokens of the vocabulary.
         precision: ``bf16`` or ``fp32``.
         device_type: ``cpu`` or ``cuda``: whose chunks of logits are held.
@@ -114,16 +117,24 @@ def dry_run(
         check_size(player, vocab_size, config.block)
         live.part = "critics"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        critics = [FrozenModel(model_from_config(shape, dtype)) for shape in critic_configs]
+        asked = [
+            None
+            if isinstance(shape, RecordFormat)
+            else FrozenModel(model_from_config(shape, torch.float32 if is_average else dtype))
+            for shape, is_average in zip(critic_configs, averaged, strict=True)
+        ]
+        critics = [critic for critic in asked if critic]
         objective = make_objective(config.objective, config.avatarl, config.baseline)
         live.part = "snapshot"
         snapshot = FrozenModel(model_from_config(player_config)) if objective.needs_snapshot else None
-        model = RewardedPlayer(player, objective, critics, vocab_size, "chunked", snapshot)
+        model = RewardedPlayer(player, objective, asked, vocab_size, "chunked", snapshot)
         _follow_parts(live, player, [*critics, *([snapshot] if snapshot else [])])
 
         live.part = "batches"
         tokens = torch.zeros(windows, config.block, dtype=torch.int64)
         draws = torch.zeros(tokens.numel(), objective.num_draws) if objective.num_draws else None
+        formats = [shape for shape in critic_configs if isinstance(shape, RecordFormat)]
+        stored = [empty_record(form, tokens) for form in formats]
         optimisers = build_optimisers(player, config.optim, total_steps=2)
         refused = torch.zeros((), dtype=torch.bool)
         live.part = "gradients"
@@ -138,7 +149,7 @@ def dry_run(
             # The second one finds gradients; a third would find nothing new.
             for _ in range(min(2, micro_batches)):
                 with autocast:
-                    loss, metrics = model(tokens, tokens, tokens.numel(), draws)
+                    loss, metrics = model(tokens, tokens, tokens.numel(), draws, stored)
                 live.phase = live.part = "backward"
                 loss.backward()
                 del loss, metrics
@@ -163,8 +174,24 @@ def dry_run(
         gathered_critics=sum(gathered_bytes(critic.model) for critic in critics),
         parameters=count_parameters(player),
         player_flops=training_flops_per_token(player, config.block),
-        critic_flops=tuple(forward_flops_per_token(critic.model, config.block) for critic in critics),
+        critic_flops=tuple(forward_flops_per_token(c.model, config.block) if c else 0 for c in asked),
         snapshot_flops=forward_flops_per_token(player, config.block) if snapshot else 0,
+    )
+
+
+def empty_record(record: RecordFormat, tokens: torch.Tensor) -> StoredCritic:
+    """What is read of a cache for windows of ``tokens`` (B, T)."""
+
+    def of(count: int | None, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, *([] if count is None else [count]), dtype=dtype)
+
+    return StoredCritic(
+        of(1 + record.num_top, torch.int64),
+        of(1 + record.num_top, torch.float32),
+        of(None, torch.float32),
+        of(record.num_draws, torch.int64),
+        of(None, torch.float32),
+        record.vocab_size,
     )
 
 

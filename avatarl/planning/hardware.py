@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from avatarl.device import pick_device, pick_precision
 from avatarl.errors import UserError, nearest_name
-from avatarl.training.device import pick_device, pick_precision
 
 GIB = 2**30
 # What a process holds beside its tensors, roughly: Python with its libraries; on a GPU the context, the workspaces of

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from avatarl.errors import UserError
 from avatarl.models import PRESETS, ParameterCount, PlayerConfig
+from avatarl.models.critic_cache import RecordFormat
+from avatarl.models.critics import parse_ema_critic
 from avatarl.models.players import player_shape
 from avatarl.objective import make_objective
 from avatarl.objective.config import require_number, require_whole
 from avatarl.training.assembly import largest_divisor
 from avatarl.training.config import TrainConfig
 from avatarl.training.processes import Processes
+from avatarl.training.schedule import Schedules
 
 from .dry_run import DryRun, dry_run
 from .hardware import Hardware, find_hardware
@@ -146,8 +149,11 @@ def plan(
     critic_names = config.critics if objective.needs_critic else []
     critics = [critic_shape(name, vocab_size, config, critic_preset, recipe, warnings) for name in critic_names]
     stand_in = player_shape(PlayerConfig(settings=_STAND_IN), vocab_size, config.block)
+    stored = [(critic.num_top, critic.num_draws) for critic in critics if isinstance(critic, RecordFormat)]
+    start_steps = [parse_ema_critic(name)[1] if name.startswith("ema:") else 0 for name in critic_names]
     try:
-        objective.check_settings(vocab_size, len(critics))
+        objective.check_settings(vocab_size, len(critics), stored)
+        schedules = Schedules(config.schedules, objective, start_steps, steps)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -157,14 +163,19 @@ def plan(
         raise UserError(f"precision is {precision!r}, which {hardware.name} has not natively; expected fp32 or auto")
     shape = player_shape(config.player, vocab_size, config.block)
     shapes = [critic or stand_in for critic in critics]
-    step = dry_run(config, shape, shapes, vocab_size, windows, micro_batches, precision, hardware.kind)
+    averaged = [name.startswith("ema:") for name in critic_names]
+    step = dry_run(config, shape, shapes, averaged, vocab_size, windows, micro_batches, precision, hardware.kind)
     moment, memory = _memory_of_a_process(step, config, processes, micro_batches, hardware.kind)
     if not any(critics):  # what stood in for them is none of the run's
         memory["critics"] = memory["critics' activations"] = 0
 
     tokens = steps * config.windows_per_step * config.block
-    critic_flops = sum(flops for flops, critic in zip(step.critic_flops, critics, strict=True) if critic)
-    flops = {"player": tokens * step.player_flops, "critic": tokens * critic_flops}
+    critic_flops = sum(
+        schedules.steps_of(place) * config.windows_per_step * config.block * step.critic_flops[place]
+        for place, critic in enumerate(critics)
+        if critic
+    )
+    flops = {"player": tokens * step.player_flops, "critic": critic_flops}
     if step.snapshot_flops:
         flops["snapshot"] = tokens * step.snapshot_flops
     return Plan(
@@ -182,7 +193,7 @@ def plan(
         memory=memory,
         moment=moment,
         utilisation=utilisation,
-        checkpoint=step.weights + step.optimiser_state + step.snapshot,
+        checkpoint=step.weights * (1 + sum(averaged)) + step.optimiser_state + step.snapshot,
         checkpoints=kept_checkpoints(config, steps),
         model_folder=step.weights,
         warnings=tuple(warnings),

@@ -10,7 +10,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from avatarl.data.dataset import MANIFEST, read_manifest
 from avatarl.errors import UserError
 from avatarl.models import PRESETS, PlayerConfig
-from avatarl.models.critics import RANDOM_CRITIC
+from avatarl.models.critic_cache import RecordFormat, is_cache
+from avatarl.models.critic_cache.read import read_manifest as read_cache_manifest
+from avatarl.models.critics import RANDOM_CRITIC, parse_ema_critic
 from avatarl.models.loading import one_line, resolve_model
 from avatarl.models.players import player_shape
 from avatarl.training.config import TrainConfig
@@ -50,8 +52,10 @@ def critic_shape(
     preset: str | None,
     recipe: str | Path | None,
     warnings: list[str],
-) -> PreTrainedConfig | None:
+) -> PreTrainedConfig | RecordFormat | None:
     """The shape of a critic: as it lies on this machine, else as ``preset`` or a recipe says, else None.
+
+    That of a cache is what it stores of a position, and that of an average the player's.
 
     Args:
         name: The critic, as a recipe names it.
@@ -64,6 +68,14 @@ def critic_shape(
     Raises:
         UserError: It has fewer output rows than there are tokens, or names no random critic.
     """
+    if is_cache(name):
+        manifest = read_cache_manifest(Path(name))[1]
+        if manifest["vocab_size"] != vocab_size:
+            raise UserError(f"critic {name} is a cache of {manifest['vocab_size']} tokens; expected {vocab_size}")
+        return RecordFormat(manifest["num_top"], manifest["num_draws"], vocab_size)
+    if name.startswith("ema:"):
+        parse_ema_critic(name)
+        return player_shape(config.player, vocab_size, config.block)
     if name.startswith("random:"):
         match = RANDOM_CRITIC.fullmatch(name)
         if match is None:

@@ -15,6 +15,7 @@ from avatarl.objective.fused import chunked
 from avatarl.planning import UTILISATION, Plan, plan, plan_table
 from avatarl.planning.hardware import measure_flops
 from avatarl.planning.plan import kept_checkpoints
+from avatarl.training import Schedule, ScheduleConfig
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +138,29 @@ def test_a_random_critic_costs_what_its_preset_does(tiny_config, tmp_path: Path)
     assert drawn.flops == named.flops and not drawn.warnings
     with pytest.raises(UserError, match="expected random:PRESET:SEED"):
         plan(tiny_config(tmp_path, critic="random:1m"))
+
+
+def test_a_cached_critic_costs_no_forward_pass(tiny_config, tmp_path: Path, critic_cache: Path):
+    live, cached = plan(tiny_config(tmp_path)), plan(tiny_config(tmp_path, critic=str(critic_cache)))
+    assert live.flops["critic"] > 0 and cached.flops["critic"] == 0
+    assert cached.memory["critics"] == cached.memory["critics' activations"] == 0 and not cached.warnings
+    twin = plan(tiny_config(tmp_path, objective="cross_entropy"))
+    assert cached.flops == twin.flops and cached.total_memory > twin.total_memory  # what is read of the cache
+
+
+def test_an_average_is_another_player(tiny_config, tmp_path: Path):
+    planned, twin = (
+        plan(tiny_config(tmp_path, **run)) for run in (dict(critic="ema:0.9:2"), dict(critic="random:1m:7"))
+    )
+    assert planned.flops["critic"] == pytest.approx(planned.flops["player"] / 3 * 6 / 8)  # from step 3 of 8 on
+    assert planned.memory["critics"] == planned.memory["weights"]
+    assert planned.checkpoint == twin.checkpoint + planned.model_folder
+
+
+def test_a_critic_that_is_let_go_costs_less(tiny_config, tmp_path: Path):
+    schedules = ScheduleConfig(critic_weight=Schedule("first", end_step=2))
+    first, constant = (plan(tiny_config(tmp_path, **run)) for run in (dict(schedules=schedules), {}))
+    assert first.flops["critic"] == constant.flops["critic"] / 4 > 0
 
 
 @pytest.mark.parametrize(

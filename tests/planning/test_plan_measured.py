@@ -177,9 +177,9 @@ def test_flops_are_those_of_a_real_step(wide_config, objective: str, models: set
     player = PlayerConfig("1m", architecture=architecture)
     config = wide_config(player=player, objective=objective, block=128, batch_windows=2, steps=1)
     parts = assemble(config, Processes())
-    inputs, targets, draws = next(parts.batches(1))
+    inputs, targets, *others = next(parts.batches(1))
     with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        loss, _ = parts.model(inputs, targets, targets.numel(), draws)
+        loss, _ = parts.model(inputs, targets, targets.numel(), *others)
         loss.backward()
     planned = plan(config).flops
     print(f"planned {sum(planned.values()):.4g}, counted {counter.get_total_flops():.4g} FLOPs")

@@ -55,18 +55,7 @@ class CriticCache:
                 windows, or of a critic that has changed since.
         """
         path = Path(path)
-        if not os.path.isfile(path / MANIFEST):
-            raise UserError(unfinished(path))
-        try:
-            content = read_regular_file(path / MANIFEST, LARGEST_MANIFEST_BYTES)
-            manifest = parse_json(content)
-            version = manifest["format_version"]
-            if version == FORMAT_VERSION:
-                check_kinds(manifest)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST}: not what `avatarl critic cache` writes; {AGAIN}") from error
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
+        content, manifest = read_manifest(path)
         if manifest["data"] != data.digest:
             also = " and another tokenizer" if manifest["tokenizer"] != digest_of_tokenizer(data) else ""
             raise UserError(f"{path}: a cache of other data{also} than {data.path}; {AGAIN}")
@@ -109,6 +98,27 @@ class CriticCache:
         parts = self._parts[split]
         number, start = divmod(index * windows.block, len(parts[0]))  # all but the last are of one size
         return parts[number][start : start + windows.block]
+
+
+def read_manifest(path: Path) -> tuple[bytes, dict]:
+    """The manifest of a finished cache, as bytes and as what they say; the parts are not looked at.
+
+    Raises:
+        UserError: The cache is not finished, of another version, or the manifest is not one.
+    """
+    if not os.path.isfile(path / MANIFEST):
+        raise UserError(unfinished(path))
+    try:
+        content = read_regular_file(path / MANIFEST, LARGEST_MANIFEST_BYTES)
+        manifest = parse_json(content)
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            check_kinds(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path / MANIFEST}: not what `avatarl critic cache` writes; {AGAIN}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
+    return content, manifest
 
 
 def unfinished(path: Path) -> str:

@@ -178,7 +178,8 @@ def answers_of(
     rows = chunk_rows(len(hidden), record.vocab_size, hidden.device)
     for first in range(0, len(hidden), rows):
         logits, target = hidden[first : first + rows] @ head.t(), targets[first : first + rows].unsqueeze(1)
-        critic = LiveCritic(logits)
+        log_normaliser, entropy = PLAIN.statistics(logits, 1.0)
+        critic = LiveCritic(logits, log_normaliser)
         tokens = torch.cat([target, critic.proposals(record.num_top, None)[0]], dim=1) if record.num_top else target
         log_probs, _ = critic.log_probs_at(tokens, torch.float32)
         is_new = torch.cat([torch.ones_like(target, dtype=torch.bool), tokens[:, 1:] != target], dim=1)
@@ -187,7 +188,6 @@ def answers_of(
         if uniforms is not None:
             points = uniforms[first : first + rows].to(hidden.device)
             draws, _ = critic.sample_outside(tokens, is_new, record.num_draws, points)
-        _, entropy = PLAIN.statistics(logits, 1.0)
         yield StoredCritic(tokens, log_probs, (1 - known).clamp(min=0).log(), draws, entropy, record.vocab_size)
 
 
