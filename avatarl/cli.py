@@ -80,6 +80,7 @@ def prepare_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--tokenizer", default="bpe:4096", help="bpe:SIZE to train one, gpt2, a folder or a hub id")
     parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of the text held out")
     parser.add_argument("--text_field", default="text", help="the field of jsonl, parquet and hub: that holds the text")
+    parser.add_argument("--processes", type=int, default=1, help="read so many files or shards at once")
     manifest = prepare(**_parse(parser, arguments))
     tokens, documents = manifest["tokens"], manifest["documents"]
     print(
@@ -105,6 +106,36 @@ def train_command(arguments: Sequence[str]) -> None:
         print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
 
 
+def critic_command(arguments: Sequence[str]) -> None:
+    """cache a critic's answers, so that training needs no critic in memory"""
+    from .models import cache_critic
+
+    action = arguments[0] if arguments else "--help"
+    if action not in ("cache", "-h", "--help"):
+        raise UserError(f"critic is followed by {action!r}; expected cache{nearest_name(action, ['cache'])}")
+    parser = _parser("critic", "cache")
+    parser.add_argument("--critic", required=True, help="a run folder, a model folder or a hub id")
+    parser.add_argument("--data", required=True, help="a prepared data folder; both splits are read")
+    parser.add_argument("--out", required=True, help="folder to make; the same command goes on after an interruption")
+    parser.add_argument("--block", type=int, default=256, help="tokens in a window, as in the runs that will use it")
+    parser.add_argument("--kind", default="top", help="top, its most likely tokens, or sample, tokens drawn from it")
+    parser.add_argument("--bytes_per_token", type=int, default=134, help="budget of a position (6 + 4 or 2 a token)")
+    parser.add_argument("--keep_top", type=int, default=0, help="with sample: so many most likely tokens besides")
+    parser.add_argument("--seed", type=int, default=1, help="decides the drawn tokens")
+    parser.add_argument("--batch_windows", type=int, default=16, help="windows in a forward pass")
+    parser.add_argument("--precision", default="auto", help="bf16, fp32 or auto, as in the runs that will use it")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    settings = _parse(parser, list(arguments[1:]) if action == "cache" else ["--help"])
+    manifest = cache_critic(**settings)
+    if not _process():
+        tokens = manifest["block"] * sum(manifest["windows"].values())
+        state = "finished" if "files" in manifest else "this process's part of it is finished"
+        print(
+            f"{settings['out']}: {state}; {tokens:,} tokens at {manifest['bytes_per_token']} bytes: "
+            f"{manifest['num_top']} most likely and {manifest['num_draws']} drawn tokens a position"
+        )
+
+
 def plan_command(arguments: Sequence[str]) -> None:
     """what a recipe takes on a device: FLOPs, memory, time and disk"""
     from .planning import UTILISATION, plan, plan_table
@@ -124,20 +155,47 @@ def plan_command(arguments: Sequence[str]) -> None:
 
 
 def evaluate_command(arguments: Sequence[str]) -> None:
-    """likelihood, accuracy and calibration on held-out text, as JSON"""
+    """held-out text, minimal pairs and tasks of the lm-evaluation-harness, as JSON"""
     from .objective import AvataRLConfig
-    from .results import evaluate
+    from .results import evaluate, open_tasks, read_pairs, run_tasks, score_pairs
 
     parser = _parser("evaluate")
     parser.add_argument("model", help="a run folder, a model folder or a hub id")
-    parser.add_argument("--data", required=True, help="a prepared data folder")
-    parser.add_argument("--critic", nargs="+", help="critics: adds the reward metrics")
-    parser.add_argument("--split", default="valid", help="valid or train")
-    parser.add_argument("--block", type=int, help="tokens in a window (default: the model's context)")
-    parser.add_argument("--max_windows", type=int, help="look at the first so many windows only")
+    parser.add_argument("--data", help="a prepared data folder: likelihood, accuracy and calibration on its text")
+    parser.add_argument("--critic", nargs="+", help="critics: adds the reward metrics on data")
+    parser.add_argument("--split", help="of data: valid (default) or train")
+    parser.add_argument("--block", type=int, help="of data: tokens in a window (default: the model's context)")
+    parser.add_argument("--max_windows", type=int, help="of data: look at the first so many windows only")
+    parser.add_argument("--pairs", help="minimal pairs: a .jsonl file or a folder of them")
+    parser.add_argument("--tasks", help="tasks of the lm-evaluation-harness: NAME,NAME")
+    parser.add_argument("--include_path", help="of tasks: a folder with your own (YAML)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_class_arguments(AvataRLConfig, "avatarl")
-    print(json.dumps(evaluate(**_parse(parser, arguments)), indent=1))
+    settings = {name: value for name, value in _parse(parser, arguments).items() if value is not None}
+    _check_what_to_evaluate(settings)
+    model, device = settings.pop("model"), settings.pop("device")
+    names, include_path = settings.pop("tasks", None), settings.pop("include_path", None)
+    source = settings.pop("pairs", None)
+    # What is quickly found wrong comes before what takes long.
+    pairs = None if source is None else read_pairs(source)
+    tasks = None if names is None else open_tasks(names, include_path)
+    result = evaluate(model, device=device, **settings) if "data" in settings else {}
+    if pairs is not None:
+        result["minimal_pairs"] = score_pairs(model, pairs, device=device)
+    if tasks is not None:
+        result["harness"] = run_tasks(model, tasks, device=device)
+    print(json.dumps(result, indent=1))
+
+
+def _check_what_to_evaluate(settings: dict) -> None:
+    """Refuse an evaluation on nothing, and an option of one that is not asked for."""
+    if not {"data", "pairs", "tasks"} & settings.keys():
+        raise UserError("nothing to evaluate on; expected data (a prepared folder), pairs (.jsonl) or tasks (by name)")
+    options = {"data": ("critic", "split", "block", "max_windows"), "tasks": ("include_path",)}
+    for what, names in options.items():
+        for name in names:
+            if what not in settings and name in settings:
+                raise UserError(f"{name} is {settings[name]!r}, which is an option of {what}; expected {what} too")
 
 
 def generate_command(arguments: Sequence[str]) -> None:
@@ -157,13 +215,26 @@ def generate_command(arguments: Sequence[str]) -> None:
     print(visible("\n\n---\n\n".join(generate(**_parse(parser, arguments)))))
 
 
+def push_command(arguments: Sequence[str]) -> None:
+    """send a finished player to the Hugging Face Hub"""
+    from .results import push_to_hub
+
+    parser = _parser("push")
+    parser.add_argument("model", help="a run folder (its best player) or a model folder")
+    parser.add_argument("--repo", required=True, help="OWNER/NAME on the Hub, made where there is none")
+    parser.add_argument("--private", action="store_true", help="whether nobody else may see it")
+    print(push_to_hub(**_parse(parser, arguments)))
+
+
 COMMANDS = {
     "demo": demo_command,
     "prepare": prepare_command,
     "train": train_command,
+    "critic": critic_command,
     "plan": plan_command,
     "evaluate": evaluate_command,
     "generate": generate_command,
+    "push": push_command,
 }
 
 
@@ -182,12 +253,15 @@ def _help() -> str:
     )
 
 
-def _parser(command: str):
+def _parser(command: str, action: str = ""):
     from jsonargparse import ArgumentParser
 
     # Options are not abbreviated: a launcher before ours would take prefixes for its own.
     return ArgumentParser(
-        prog=f"avatarl {command}", description=COMMANDS[command].__doc__, exit_on_error=False, allow_abbrev=False
+        prog=f"avatarl {command} {action}".rstrip(),
+        description=COMMANDS[command].__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
@@ -266,7 +340,11 @@ def _process() -> str:
 
 def _quiet_libraries() -> None:
     """Our progress is enough: no bars of the libraries below, no advice about the hub."""
+    from logging import getLogger
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    for quantiser in ("bitsandbytes", "torchao"):  # which warn of every layer in every step
+        getLogger(quantiser).setLevel("ERROR")

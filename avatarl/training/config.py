@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -78,6 +78,65 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How a setting changes over the steps of a run: it is multiplied by a factor that begins at 1.
+
+    Args:
+        shape: ``constant``; ``linear`` or ``cosine``, a fall over steps; ``first``, all at once after ``end_step``.
+        final_fraction: The factor in the end.
+        start_step: After this step a linear or cosine fall begins.
+        end_step: After this step the factor is the final one (None: the run's last step, so that it is not reached).
+    """
+
+    shape: Literal["constant", "linear", "cosine", "first"] = "constant"
+    final_fraction: float = 0.0
+    start_step: int = 0
+    end_step: int | None = None
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing changes."""
+        return self.shape == "constant"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Settings that change over the steps.
+
+    Args:
+        critic_weight: The weight of every critic; the text gains what they lose. At 0 they are not asked any more, and
+            forgotten.
+        smoothing: ε of the reality expert.
+        entropy_coef: β, the weight of the policy's entropy.
+    """
+
+    critic_weight: Schedule = Schedule()
+    smoothing: Schedule = Schedule()
+    entropy_coef: Schedule = Schedule()
+
+    def items(self) -> tuple[tuple[str, Schedule], ...]:
+        """Each schedule with its name."""
+        return tuple((name, getattr(self, name)) for name in ("critic_weight", "smoothing", "entropy_coef"))
+
+    def __post_init__(self):
+        for name, schedule in self.items():
+            field = f"schedules.{name}"
+            require_choice(f"{field}.shape", schedule.shape, ("constant", "linear", "cosine", "first"))
+            is_weight = name == "critic_weight"
+            require_number(
+                f"{field}.final_fraction",
+                schedule.final_fraction,
+                lambda x, is_weight=is_weight: 0 <= x <= 1 or (x >= 0 and not is_weight),
+                "a number in [0, 1]" if is_weight else "a number of at least 0",
+            )
+            require_whole(f"{field}.start_step", schedule.start_step, minimum=0)
+            if schedule.end_step is not None:
+                require_whole(f"{field}.end_step", schedule.end_step, minimum=schedule.start_step + 1)
+            if schedule.shape == "first" and schedule.end_step is None:
+                raise UserError(f"{field}.end_step is null; shape 'first' needs the step after which it changes")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -86,10 +145,14 @@ class TrainConfig:
         out: The run folder to make.
         objective: What is minimised: avatarl, cross_entropy, label_smoothing, distillation, expected_reward, reinforce
             or ppo.
-        critic: A critic, or several: run folders, model folders, hub ids, or ``random:PRESET:SEED``, one that knows
-            nothing.
+        critic: A critic, or several: run folders, model folders, hub ids, caches of critics (``avatarl critic cache``),
+            ``ema:DECAY:START_STEP``, the player's own moving average from that step on, or ``random:PRESET:SEED``, one
+            that knows nothing.
+        critic_quantization: How to quantise the critics' weights, as transformers writes it in config.json:
+            ``{quant_method: bitsandbytes, load_in_8bit: true}`` or torchao's (None: not, but for those saved so).
         avatarl: Settings of the rewards and the AvataRL loss.
         baseline: Settings of the other objectives.
+        schedules: Critic weight, ε and entropy coefficient over the steps.
         player: Which model to train.
         optim: Optimiser and learning rate.
         guard: Updates that are not taken.
@@ -117,14 +180,17 @@ class TrainConfig:
         keep_last: How many of the newest checkpoints to keep.
         keep_every: Also keep those of steps divisible by this (None: no others).
         tensorboard: Whether to write TensorBoard events beside metrics.jsonl.
+        tracker: Also follow the run in ``trackio`` or ``wandb`` (None: in neither); docs/publishing.md.
     """
 
     data: str
     out: str
     objective: str = "avatarl"
     critic: str | list[str] | None = None
+    critic_quantization: dict[str, Any] | None = None
     avatarl: AvataRLConfig = field(default_factory=AvataRLConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    schedules: ScheduleConfig = field(default_factory=ScheduleConfig)
     player: PlayerConfig = field(default_factory=PlayerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -148,6 +214,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int | None = None
     tensorboard: bool = True
+    tracker: Literal["trackio", "wandb"] | None = None
 
     def __post_init__(self):
         for name in ("data", "out"):  # a Path is welcome, and a string is what a YAML file holds
@@ -176,6 +243,10 @@ class TrainConfig:
         require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
         require_choice("loss_impl", self.loss_impl, IMPLEMENTATIONS)
         require_choice("parallel", self.parallel, ("ddp", "fsdp"))
+        if self.shard_critics and self.critic_quantization is not None:
+            raise UserError("shard_critics is true, and critic_quantization is given; expected one of them at most")
+        if self.tracker is not None:
+            require_choice("tracker", self.tracker, ("trackio", "wandb"))
         for name in ("eval_windows", "keep_every"):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), minimum=1)

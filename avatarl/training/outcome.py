@@ -15,8 +15,10 @@ from avatarl.errors import RunFailed
 
 from .assembly import Assembly
 from .folder.checkpoint import describe
+from .folder.curve import draw_curve
 from .folder.durable import replace_folder
-from .folder.model_card import CARD_FILE, write_model_folder
+from .folder.log import evaluations_of
+from .folder.model_card import CARD_FILE, CURVE_FILE, model_card, write_model_folder
 from .folder.tensors import tensors_of_model
 from .guard import Guard
 from .processes import whole
@@ -32,11 +34,14 @@ def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) ->
     weights = whole_weights(parts)
     if not parts.processes.is_main:
         return None
-    folder = Path(parts.config.out) / name
-    write_model_folder(
-        folder, parts.player, weights, parts.tokenizer, parts.config, parts.critic_names, step, cross_entropy
-    )
-    return describe_folder(folder)
+    run = Path(parts.config.out)
+    curve = evaluations_of(run)
+    if not curve or curve[-1]["step"] != step:  # somebody took the metrics away
+        curve.append({"step": step, "tokens": step * parts.tokens_per_step, "cross_entropy": cross_entropy})
+    tokens, cross_entropies = zip(*((line["tokens"], line["cross_entropy"]) for line in curve), strict=True)
+    pages = {CARD_FILE: model_card(parts, curve[-1]), CURVE_FILE: draw_curve(tokens, cross_entropies)}
+    write_model_folder(run / name, parts.player, weights, parts.tokenizer, pages)
+    return describe_folder(run / name)
 
 
 def whole_weights(parts: Assembly) -> dict[str, Tensor]:
@@ -80,9 +85,13 @@ def is_final_as_trained(run: Path, weights: Mapping[str, Tensor]) -> bool:
 
 
 def describe_folder(folder: Path) -> dict[str, dict]:
-    """Size and SHA-256 of each file of a model folder but its card, which names the run's folder."""
+    """Size and SHA-256 of each file of a model folder but its card and picture, which only people read.
+
+    The card names the run's folder, and its owner may write into it.
+    """
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: describe(path) for path in paths if path.is_file() and path.name != CARD_FILE}
+    paths = [path for path in paths if path.is_file() and path.name not in (CARD_FILE, CURVE_FILE)]
+    return {path.name: describe(path) for path in paths}
 
 
 def leave_for_study(parts: Assembly, guard: Guard) -> str:

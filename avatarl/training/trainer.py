@@ -38,6 +38,7 @@ from .folder.identity import (
 from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog
 from .folder.tensors import load_run, run_state
+from .folder.tracker import check_tracker
 from .guard import Guard
 from .optim import clip_gradients
 from .outcome import check_players, describe_folder, leave_for_study, write_player
@@ -74,6 +75,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
         StopRequest(has_launcher=processes.count > 1) as stop,
     ):
         processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
+        processes.ask_main(lambda: check_tracker(config.tracker))
         parts = assemble(config, processes)
         with _written_by_one_run(run, processes):
             # Once more, now that nobody else can have begun to write it meanwhile.
@@ -159,9 +161,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
     # Every position of a window counts, so M is known before the first forward pass; wrappers average over processes.
     num_valid = parts.tokens_per_step // processes.count
     with (
-        RunLog(
-            run, total_steps, progress["step"], config.tensorboard and not is_finished, quiet, processes.is_main
-        ) as log,
+        RunLog(config, total_steps, progress["step"], quiet, processes.is_main) as log,
         Checkpoints(
             run, parts.identity, processes, config.keep_last, config.keep_every, config.checkpoint_in_background
         ) as checkpoints,
@@ -176,25 +176,34 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
+        if progress["step"] == 0:
+            for average in parts.model.averages:
+                average.follow(player, 0)
         for step in range(progress["step"] + 1, total_steps + 1):
             if signum:
                 break
             if parts.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
                 parts.model.refresh_snapshot()
 
+            stage = parts.schedules.stage(step)
+            parts.model.consult(*stage)
+            if step > parts.schedules.last_critic_step:
+                parts.model.dismiss_critics()
+
             parts.model.train()
             seed_dropout(config.seed, step, processes.rank)
             metrics = MetricSums()
-            for is_last, batch in with_last(parts.batches(step)):
+            for is_last, (inputs, targets, *others) in with_last(parts.batches(step)):
                 with gradients_are_summed_later(parts.step_model, is_last):
                     with parts.autocast:
-                        inputs, targets, draws = batch
-                        loss, values = parts.step_model(inputs, targets, num_valid, draws)
+                        loss, values = parts.step_model(inputs, targets, num_valid, *others)
                     loss.backward()
                 metrics.add(values)
             grad_norm = clip_gradients(player.parameters(), config.optim.clip_norm, processes)
             refused = guard.judge(step, processes.mean(metrics["loss"]), grad_norm)
             learning_rate = parts.optimisers.step(step, refused)
+            for average in parts.model.averages:
+                average.follow(player, step)
             since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)
 
             # Once in a while.
@@ -209,6 +218,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                     {
                         "tokens": step * parts.tokens_per_step,
                         "learning_rate": learning_rate,
+                        **parts.schedules.logged(step),
                         "tokens_per_second": (step - logged_at) * parts.tokens_per_step / seconds,
                         "skipped_steps": guard.refused,
                         **({name: value / taken for name, value in values.items()} if taken else {}),
@@ -222,7 +232,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
 
             started = time.monotonic()
             if step % config.eval_every_steps == 0 or step == total_steps:
-                values = parts.validation.evaluate(parts.model, parts.autocast)
+                values = parts.validation.evaluate(parts.model, stage, parts.schedules.values(step), parts.autocast)
                 if not math.isfinite(values["cross_entropy"]):
                     raise RunFailed(
                         f"validation cross-entropy is {values['cross_entropy']} at step {step}; "

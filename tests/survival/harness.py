@@ -324,7 +324,8 @@ def content(path: Path) -> object:
     if path.name == "config.yaml":
         return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("out:")]
     if path.name == "README.md":
-        return path.read_text(encoding="utf-8").replace(path.parents[1].name, "")
+        own = ("# ", "- name: ", "| made with ")  # the run folder's name, twice, and the revision it was started by
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(own)]
     return path.read_bytes()
 
 

@@ -29,6 +29,7 @@ from .test_config import read_config
 MODEL_FILES = {
     "README.md",
     "config.json",
+    "curve.svg",
     "generation_config.json",
     "model.safetensors",
     "tokenizer.json",

@@ -1,10 +1,11 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard events and a line of progress."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, a tracker's run and a line of progress."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ..config import TrainConfig
 from ..processes import Processes
 from .durable import replace_file
+from .tracker import Tracker
+
+METRICS = "metrics.jsonl"
+LARGEST_NUMBER = 1e30  # far beyond what a run logs
 
 
 class MetricSums:
@@ -49,16 +55,20 @@ class RunLog:
     ``writes`` is False in all processes but one: they are silent and touch no file.
     """
 
-    def __init__(self, run: Path, total_steps: int, start_step: int, tensorboard: bool, quiet: bool, writes: bool):
-        quiet = quiet or not writes
-        self._file = self._writer = None
+    def __init__(self, config: TrainConfig, total_steps: int, start_step: int, quiet: bool, writes: bool):
+        run, quiet = Path(config.out), quiet or not writes
+        self._console = Console(stderr=True, quiet=quiet)
+        self._file = self._writer = self._tracker = None
         if writes:
-            path = run / "metrics.jsonl"
+            path, is_finished = run / METRICS, start_step == total_steps
             is_lost = start_step > 0 and not path.exists()
+            if config.tracker and not is_finished:
+                last_steps = {line.get("event"): line["step"] for _, line in lines_of(path)}
+                self._tracker = Tracker(config.tracker, run, start_step, last_steps, config.as_dict(), self.say)
             forget_lines_after(path, start_step)
             self._file = path.open("a", encoding="utf-8")
-            self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1) if tensorboard else None
-        self._console = Console(stderr=True, quiet=quiet)
+            if config.tensorboard and not is_finished:
+                self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # a run's name may look like markup
             BarColumn(),
@@ -84,6 +94,8 @@ class RunLog:
             with contextlib.suppress(OSError):  # a full disk has been reported by who wrote
                 if file:
                     file.close()
+        if self._tracker:
+            self._tracker.close()
 
     def write(self, event: str, step: int, values: dict[str, float]) -> None:
         """Add one line of numbers; ``event`` is ``train`` or ``eval``."""
@@ -93,6 +105,8 @@ class RunLog:
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(f"{event}/{name}", value, step)
+        if self._tracker:
+            self._tracker.log(event, step, values)
         if event == "train":
             self._progress.update(self._task, completed=step, rate=f"{values['tokens_per_second']:,.0f} tokens/s")
         else:
@@ -108,17 +122,39 @@ class RunLog:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
+def lines_of(path: Path, having: str = "") -> Iterator[tuple[str, dict]]:
+    """The lines of a file of metrics that hold a text, as they are and as read; what no run writes is left out."""
+    if not path.exists():
+        return
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if having not in text:
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            yield text, line
+
+
 def forget_lines_after(path: Path, step: int) -> None:
     """Cut the lines of steps that will be taken again, and a torn last line."""
     if not path.exists():
         return
-    content = path.read_text(encoding="utf-8", errors="replace")
-    kept = ""
-    for line in content.split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept += line + "\n"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    if kept != content:
+    kept = "".join(text + "\n" for text, line in lines_of(path) if line["step"] <= step)
+    if kept.encode() != path.read_bytes():
         replace_file(path, kept)
+
+
+def evaluations_of(run: Path) -> list[dict[str, float]]:
+    """Step, tokens and metrics of a run's evaluations so far, in order, as far as they are finite numbers."""
+    evaluations = []
+    for _, line in lines_of(run / METRICS, having='"event": "eval"'):
+        numbers = {
+            name: value
+            for name, value in line.items()
+            if isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER
+        }
+        if {"step", "tokens", "cross_entropy"} <= numbers.keys() and numbers["tokens"] > 0:
+            evaluations.append(numbers)
+    return evaluations

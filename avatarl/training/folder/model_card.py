@@ -1,24 +1,31 @@
-"""A finished player as an ordinary model folder: weights, configuration, tokenizer and a card."""
+"""A finished player as an ordinary model folder: weights, configuration, tokenizer, a card and its picture."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avatarl.inert import markdown_code
-from avatarl.models import count_parameters
+from avatarl.inert import backticks_around, markdown_code, one_line
 
-from ..config import TrainConfig
 from .durable import replace_folder
+from .identity import ENVIRONMENT
 
-CARD_FILE = "README.md"
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
+if TYPE_CHECKING:
+    from ..assembly import Assembly
+
+CARD_FILE, CURVE_FILE = "README.md", "curve.svg"
+MOST_SOURCES = 5  # that a card lists
+CARD = """\
+---
+{metadata}
 ---
 
 # {name}
@@ -30,8 +37,15 @@ with avatarl by the objective `{objective}`.
 |---|---|
 | validation cross-entropy | {cross_entropy:.4f} nats per token at step {step} |
 | training tokens at that step | {tokens:,} |
+| FLOPs until then | {player_flops:.3g} of the player, {critic_flops:.3g} of critics |
 | context | {block} tokens |
+| precision | {precision} |
 | critic | {critic} |
+| data | {sources} |
+| tokens of the data | {train_tokens:,} for training, {valid_tokens:,} for validation |
+| SHA-256 of its manifest | `{data_digest}` |
+| tokenizer | {tokenizer}, {vocab_size:,} entries |
+{record}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +54,22 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-The cross-entropy is that of its own validation windows and tokenizer; it says nothing about other text.
+## Evaluation
+
+![Validation cross-entropy over training tokens]({curve})
+
+The means of the evaluation at step {step}, over validation windows of the run's own; avatarl's docs/metrics.md says
+what each is. They depend on that text and on the tokenizer, and say nothing about other text.
+
+| metric | value |
+|---|---|
+{metrics}
+
+## Recipe
+
+Every setting but where the run lies; `avatarl train --config RECIPE.yaml --out FOLDER` trains it again.
+
+{recipe}
 """
 
 
@@ -49,10 +78,7 @@ def write_model_folder(
     player: PreTrainedModel,
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    critics: Sequence[str],
-    step: int,
-    cross_entropy: float,
+    pages: Mapping[str, str],
 ) -> None:
     """Write ``folder`` whole and only then put it in place of the one before.
 
@@ -61,33 +87,126 @@ def write_model_folder(
         player: The model; its weights may be divided among processes.
         weights: They, whole, as its ``state_dict`` names them.
         tokenizer: Saved with it.
-        config: For the card.
-        critics: Those that judged.
-        step: After how many steps.
-        cross_entropy: On validation windows, nats, of the player as it is now.
+        pages: Texts for people to read, by file name.
     """
-    count = count_parameters(player)
-    card = CARD.format(
-        name=markdown_code(Path(config.out).name),
-        objective=config.objective,
-        tags=", ".join(dict.fromkeys(["avatarl", config.objective])),
-        total=count.total,
-        non_embedding=count.non_embedding,
-        cross_entropy=cross_entropy,
-        step=step,
-        tokens=step * config.windows_per_step * config.block,
-        block=config.block,
-        critic=", ".join(map(markdown_code, critics)) or "none",
-    )
 
     def fill(partial: Path) -> None:
         cached = player.config.use_cache
-        player.config.use_cache = True  # who opens the folder wants to generate
+        player.config.use_cache = player.generation_config.use_cache = True  # who opens the folder wants to generate
         try:
             player.save_pretrained(partial, state_dict=dict(weights))
         finally:
             player.config.use_cache = cached
         tokenizer.save_pretrained(partial)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        _name_class_for_older_readers(partial / "tokenizer_config.json")
+        for name, text in pages.items():
+            (partial / name).write_text(text, encoding="utf-8")
 
     replace_folder(folder, fill)
+
+
+def _name_class_for_older_readers(path: Path) -> None:
+    """Call the tokenizer's class what transformers 4 calls it (llama.cpp's converter pins 4); 5 knows both names."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
+    """The README.md of the player as it was evaluated: front matter for the Hub, what it is, and its whole recipe.
+
+    What comes from outside (names, paths, the data's manifest) is shown as code or quoted, and cannot leave its place.
+
+    Args:
+        parts: The run.
+        evaluation: ``step``, ``tokens`` and the means of its metrics.
+    """
+    config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
+    sources = sources_of(manifest)
+    recipe = yaml.safe_dump({name: value for name, value in config.as_dict().items() if name != "out"}, sort_keys=False)
+    fence = backticks_around(recipe, fewest=3)
+    more = f" and {len(sources) - MOST_SOURCES} more" if len(sources) > MOST_SOURCES else ""
+    return CARD.format(
+        metadata=metadata(Path(config.out).name, config.objective, sources, evaluation["cross_entropy"]),
+        name=markdown_code(Path(config.out).name),
+        objective=config.objective,
+        total=parts.sizes["parameters"],
+        non_embedding=parts.sizes["non_embedding_parameters"],
+        cross_entropy=evaluation["cross_entropy"],
+        step=step,
+        tokens=step * parts.tokens_per_step,
+        player_flops=parts.sizes["player_flops"] * step / parts.total_steps,
+        critic_flops=parts.sizes["critic_flops"] * step / parts.total_steps,
+        block=config.block,
+        precision=parts.precision,
+        critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
+        sources=(", ".join(map(markdown_code, sources[:MOST_SOURCES])) or "unknown") + more,
+        train_tokens=manifest["tokens"]["train"],
+        valid_tokens=manifest["tokens"]["valid"],
+        data_digest=parts.data.digest,
+        tokenizer=markdown_code(str(manifest.get("tokenizer"))),
+        vocab_size=parts.data.vocab_size,
+        record="\n".join(f"| {name} | {value} |" for name, value in record_of(Path(config.out))),
+        curve=CURVE_FILE,
+        metrics="\n".join(
+            f"| {markdown_code(name)} | {value:.6g} |"
+            for name, value in evaluation.items()
+            if name not in ("step", "tokens")
+        ),
+        recipe=f"{fence}yaml\n{recipe}{fence}",
+    )
+
+
+def metadata(name: str, objective: str, sources: Sequence[str], cross_entropy: float) -> str:
+    """The front matter that the Hub reads, as YAML; the result is marked as being of the data's validation split."""
+    datasets = [dataset for source in sources if (dataset := hub_dataset(source))]
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type=datasets[0] if len(datasets) == len(sources) == 1 else "text",
+        dataset_name=one_line(", ".join(sources[:MOST_SOURCES])) or "unknown",
+        dataset_split="validation",
+        metric_type="cross_entropy",
+        metric_name="cross-entropy, nats per token",
+        metric_value=round(cross_entropy, 4),
+    )
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["avatarl", objective])),
+        datasets=datasets or None,
+        model_name=one_line(name),
+        eval_results=[result],
+    ).to_yaml()
+
+
+def sources_of(manifest: Mapping[str, Any]) -> list[str]:
+    """Where prepared data came from, as far as its manifest says."""
+    sources = manifest.get("sources")
+    return list(map(str, sources)) if isinstance(sources, list) else []
+
+
+def hub_dataset(source: str) -> str | None:
+    """The Hub's id of a source ``hub:ID`` or ``hub:ID@CONFIG``; None of another one, ``hub:FOLDER`` among them."""
+    scheme, _, rest = source.partition(":")
+    dataset = rest.partition("@")[0]
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError:
+        return None
+    return dataset if scheme == "hub" and not Path(dataset).exists() else None
+
+
+def record_of(run: Path) -> list[tuple[str, str]]:
+    """What the run's record says: revision and versions it last started with, and what was changed on the way."""
+    try:
+        record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+        last = [record, *record["resumed"]][-1]
+        versions = {name: last["versions"][name] for name in ("avatarl", "torch", "transformers")}
+        versions["avatarl"] = " ".join(filter(None, [versions["avatarl"], last["revision"]]))
+        changed = [start for start in record["resumed"] if start["changes"]]
+        changes = [f"from step {start['step']}: {'; '.join(start['changes'])}" for start in changed]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [("made with", "unknown")]
+    made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [("made with", markdown_code(made_with)), *[("changed", markdown_code(change)) for change in changes]]

@@ -1,0 +1,60 @@
+"""Sending a finished player to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from avatarl.errors import RunFailed, UserError
+from avatarl.inert import one_line
+from avatarl.models.loading import check_rows, load_model, load_tokenizer, resolve_model
+
+
+def push_to_hub(model: str | Path, repo: str, private: bool = False) -> str:
+    """Upload a model folder as it is, and return the address of its page.
+
+    All that can be checked here is checked before anything is sent. The repository is made where there is none; files
+    of the same names are replaced, others stay.
+
+    Args:
+        model: A run folder, which stands for its best player, or a model folder.
+        repo: ``OWNER/NAME`` on the Hub.
+        private: Whether nobody else may see it.
+
+    Raises:
+        UserError: The folder is none that can be opened, the name is none, nobody is logged in, or the Hub refuses.
+        RunFailed: The Hub cannot be reached, or the upload broke off.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"repo is {repo!r}; expected OWNER/NAME ({error})") from error
+    if repo.count("/") != 1:
+        raise UserError(f"repo is {repo!r}; expected OWNER/NAME")
+    folder = resolve_model(model)
+    if not os.path.isdir(folder):
+        raise UserError(f"{model}: no such folder; expected a run folder or a model folder")
+    token = get_token()
+    if token is None:
+        raise UserError("nobody is logged in at the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+    check_rows(load_model(folder), load_tokenizer(folder), folder)
+    api = HfApi(token=token)
+    try:
+        page = api.create_repo(repo, private=private or None, exist_ok=True)
+        is_public = private and not api.repo_info(repo).private
+    except HfHubHTTPError as error:
+        raise UserError(f"repo is {repo!r}, which the Hub refuses ({one_line(str(error))})") from error
+    except Exception as error:  # of whichever HTTP library is below
+        raise RunFailed(f"{api.endpoint} cannot be reached ({one_line(str(error))}); nothing was sent") from error
+    if is_public:
+        raise UserError(f"repo is {repo!r}, which is there and public; expected a private one, or a name not taken yet")
+    try:
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a player of avatarl")
+    except Exception as error:
+        reason = one_line(" ".join(str(part) for part in (error, error.__cause__) if part))
+        raise RunFailed(f"{folder} was not uploaded to {page} ({reason}); the same command begins again") from error
+    return str(page)
