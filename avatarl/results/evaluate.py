@@ -13,12 +13,12 @@ from torch import Tensor
 
 from avatarl.data import PreparedData, Windows
 from avatarl.data.tokenizer import token_byte_lengths
+from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
 from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
 from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
-from avatarl.training.device import pick_device
 
 RELIABILITY_BINS = 15
 ACCURACY_RANKS = (1, 16)

@@ -8,11 +8,11 @@ import torch
 from transformers import GenerationConfig
 
 from avatarl.data.tokenizer import encode_texts, end_of_text_id
+from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.models import load_model, load_tokenizer
 from avatarl.models.loading import check_rows
 from avatarl.objective.config import require_number, require_whole
-from avatarl.training.device import pick_device
 
 from .evaluate import context_length
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from avatarl import AvataRLConfig, UserError, avatarl_loss
+from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
-from avatarl.results import evaluate
+from avatarl.results import evaluate, read_pairs, score_pairs
 from avatarl.results.evaluate import PositionScores, summarise
 from avatarl.training import train
 
@@ -300,3 +302,37 @@ def test_data_that_is_too_short_or_no_data_is_refused(tmp_path: Path, player_fol
     (tmp_path / "copy" / "valid-00000.bin").write_bytes(b"")
     with pytest.raises(UserError, match="valid-00000.bin: has 0 bytes"):
         evaluate(player_folder, tmp_path / "copy", device="cpu")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_puts_together_what_is_asked_for(tmp_path: Path, data_folder: Path, player_folder: Path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"good": "old oak", "bad": "oak old"}\n{"good": "wise owl", "bad": "wise oak"}\n')
+    model = ["evaluate", str(player_folder), "--device", "cpu"]
+    on_pairs = {"minimal_pairs": score_pairs(player_folder, read_pairs(pairs), device="cpu")}
+    assert main([*model, "--pairs", str(pairs)]) == 0
+    assert json.loads(capsys.readouterr().out) == on_pairs
+    assert main([*model, "--pairs", str(pairs), "--data", str(data_folder), "--split", "train"]) == 0
+    on_text = evaluate(player_folder, data_folder, split="train", device="cpu")
+    assert json.loads(capsys.readouterr().out) == on_text | on_pairs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to evaluate on; expected data (a prepared folder), pairs (.jsonl) or tasks (by name)"),
+        (["--pairs", "p", "--critic", "c"], "critic is ['c'], which is an option of data; expected data too"),
+        (["--pairs", "p", "--max_windows", "3"], "max_windows is 3, which is an option of data; expected data too"),
+        (["--tasks", "t", "--split", "train"], "split is 'train', which is an option of data; expected data too"),
+        (
+            ["--data", "d", "--include_path", "i"],
+            "include_path is 'i', which is an option of tasks; expected tasks too",
+        ),
+        (["--data", "d", "--pairs", "nowhere"], "pairs 'nowhere': a .jsonl file, or a folder of them, is expected"),
+    ],
+)
+def test_a_command_that_cannot_be_put_together_is_refused(options: list[str], message: str, capsys):
+    assert main(["evaluate", "model", *options]) == 2
+    assert capsys.readouterr().err == f"avatarl: {message}\n"
