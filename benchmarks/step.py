@@ -45,7 +45,7 @@ from avatarl.models import (
     training_flops_per_token,
 )
 from avatarl.models.critic_cache import RecordFormat
-from avatarl.models.critic_cache.parts import parts_of
+from avatarl.models.critic_cache.parts import FREQUENCIES, parts_of
 from avatarl.models.critic_cache.write import fill_part
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective
@@ -298,6 +298,7 @@ def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Window
         **dataclasses.asdict(record),
     }
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
+    np.full(case.vocabulary, -np.log(case.vocabulary), "<f4").tofile(folder / FREQUENCIES)
     for part in parts_of(manifest):
         fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None, 0)
     return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream))

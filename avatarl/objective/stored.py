@@ -1,6 +1,6 @@
 """What a cache keeps of a critic at a position, and what can still be answered from that.
 
-Shapes: N positions, A active actions, P most likely tokens, S drawn tokens. Probabilities are over the
+Shapes: N positions, V vocabulary, A active actions, P most likely tokens, S drawn tokens. Probabilities are over the
 whole vocabulary.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 class StoredCritic(NamedTuple):
     """What a cache holds of a critic at positions with any leading dimensions (…).
 
-    The target is always among the stored tokens. What the others leave out is known by its mass alone, or by tokens
-    that were drawn from it, each of which then stands for an equal part of that mass.
+    The target is always among the stored tokens. What the stored ones leave out is known by its mass, which is shared
+    among other tokens by their frequency, or by tokens that were drawn from it, each standing for an equal part.
     """
 
     tokens: Tensor  # (…, 1 + P) int64: the target, then the critic's P most likely tokens in falling order
@@ -25,7 +25,12 @@ class StoredCritic(NamedTuple):
     log_rest: Tensor  # (…) float32, log of the mass outside of the stored tokens; −∞ where there is none
     draws: Tensor  # (…, S) int64, drawn outside of the stored tokens; some may be alike
     entropy: Tensor  # (…) float32, nats, of the critic's whole distribution
-    vocab_size: int
+    log_frequencies: Tensor  # (V,) float32, of tokens in the training text, the same for all positions
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.log_frequencies)
 
     @property
     def num_top(self) -> int:
@@ -49,11 +54,11 @@ class StoredCritic(NamedTuple):
 
     def rows(self, chunk: slice) -> StoredCritic:
         """Some of the positions."""
-        return self.map(lambda tensor: tensor[chunk])
+        return StoredCritic(*(tensor[chunk] for tensor in self[:-1]), self.log_frequencies)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> StoredCritic:
         """The same with each of its tensors changed, as for another device."""
-        return StoredCritic(*(change(tensor) for tensor in self[:-1]), self.vocab_size)
+        return StoredCritic(*(change(tensor) for tensor in self))
 
     def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
         """See :meth:`LiveCritic.proposals`; where fewer than ``k`` are stored, the rest is filled up and not kept."""
@@ -72,8 +77,9 @@ class StoredCritic(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N, A), and which of them are estimates, bool (N, A).
 
-        A stored token has its own. Another has an equal part of the mass that is left or, ``by_draws``, its part of the
-        tokens that were drawn, −∞ for none: its expected probability is then its probability.
+        A stored token has its own. Another has a part of the mass that is left, in proportion to its frequency (as
+        Katz, 1987, backs off to unigrams), but no more than the least likely of the stored ones. Or, ``by_draws``, its
+        part of the tokens that were drawn, −∞ for none: its expected probability is then its probability.
         """
         same = actions.unsqueeze(2) == self.tokens.unsqueeze(1)  # (N, A, 1 + P)
         is_stored = same.any(dim=2)
@@ -84,9 +90,13 @@ class StoredCritic(NamedTuple):
             times = (actions.unsqueeze(2) == self.draws.unsqueeze(1)).sum(dim=2).to(dtype)
             estimate = log_rest + (times / self.num_draws).log()
         else:
-            is_among_top = (self.tokens[:, 1:] == self.tokens[:, :1]).any(dim=1, keepdim=True)
-            num_others = self.vocab_size - 1 - self.num_top + is_among_top.to(dtype)
-            estimate = log_rest - num_others.clamp(min=1).log()
+            frequencies = self.log_frequencies.to(dtype)
+            known = frequencies[self.tokens].exp()
+            known[:, 1:].masked_fill_(self.tokens[:, 1:] == self.tokens[:, :1], 0.0)  # the target counts once
+            log_others = (1 - known.sum(dim=1, keepdim=True)).clamp(min=torch.finfo(dtype).eps).log()
+            estimate = frequencies[actions] + log_rest - log_others
+            if self.num_top:
+                estimate = torch.minimum(estimate, self.log_probs[:, -1:].to(dtype))
         return torch.where(is_stored, log_probs, estimate), ~is_stored
 
     def estimate(self) -> tuple[Tensor, Tensor]:

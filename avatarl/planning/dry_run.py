@@ -191,7 +191,7 @@ def empty_record(record: RecordFormat, tokens: torch.Tensor) -> StoredCritic:
         of(None, torch.float32),
         of(record.num_draws, torch.int64),
         of(None, torch.float32),
-        record.vocab_size,
+        torch.zeros(record.vocab_size),
     )
 
 

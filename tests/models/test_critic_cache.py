@@ -96,10 +96,15 @@ def test_records_there_and_back(vocabulary):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary, (5, 1 + 4 + 3), generator=generator)
     held = StoredCritic(
-        ids[:, :5], -torch.rand(5, 5, generator=generator), -torch.rand(5), ids[:, 5:], torch.rand(5) * 8, vocabulary
+        ids[:, :5],
+        -torch.rand(5, 5, generator=generator),
+        -torch.rand(5),
+        ids[:, 5:],
+        torch.rand(5) * 8,
+        torch.zeros(vocabulary),
     )
     record = RecordFormat(4, 3, vocabulary)
-    found = record.unpack(record.pack(held), ids[:, 0])
+    found = record.unpack(record.pack(held), ids[:, 0], held.log_frequencies)
     assert torch.equal(found.tokens, held.tokens) and torch.equal(found.draws, held.draws)
     for one, other in (
         (found.log_probs, held.log_probs),
@@ -125,6 +130,8 @@ def test_what_is_stored_is_what_the_critic_says(caches, critic_folder, data, nam
     assert torch.equal(held.tokens[..., 1:], probs.topk(num_top).indices)
     others = probs.scatter(-1, held.tokens, 0.0)
     torch.testing.assert_close(held.log_rest.double(), others.sum(-1).log(), rtol=0, atol=2 * NATS_PER_UNIT)
+    counts = torch.bincount(torch.from_numpy(data.train.slice(0, len(data.train))), minlength=data.vocab_size) + 1.0
+    torch.testing.assert_close(held.log_frequencies, (counts / counts.sum()).log())
     entropy = -(probs * probs.log()).sum(-1)
     torch.testing.assert_close(held.entropy.double(), entropy, rtol=0, atol=NATS_PER_UNIT)
     assert not (held.draws.unsqueeze(-1) == held.tokens.unsqueeze(-2)).any()  # drawn outside of what is stored
@@ -182,7 +189,8 @@ def test_going_on_after_an_interruption(tmp_path, caches, data_folder, critic_fo
         CriticCache.open(tmp_path / "parts", data, BLOCK)
     assert is_cache(tmp_path / "parts")
     cache_critic(str(critic_folder), data_folder, tmp_path / "parts", **settings)
-    assert len(begun) == 3 + len(whole["files"]) - 2  # two were there
+    num_parts = len(whole["files"]) - 1
+    assert len(begun) == 3 + num_parts - 2  # two were there
     contents = [{path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("whole", "parts")]
     assert contents[0] == contents[1]
     begun.clear()

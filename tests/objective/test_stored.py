@@ -1,6 +1,7 @@
 """Critics that answer from what a cache holds: exact where all is stored, unbiased where tokens were drawn."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -26,8 +27,15 @@ DENSE = dataclasses.replace(CONFIG, pool="arithmetic", tail="dense")
 SAMPLE = dataclasses.replace(DENSE, tail="sample")
 
 
-def stored(logits: Tensor, targets: Tensor, top: int, draws: int = 0, uniforms: Tensor | None = None) -> StoredCritic:
-    """What a cache would hold of a critic, without rounding."""
+def stored(
+    logits: Tensor,
+    targets: Tensor,
+    top: int,
+    draws: int = 0,
+    uniforms: Tensor | None = None,
+    log_frequencies: Tensor | None = None,
+) -> StoredCritic:
+    """What a cache would hold of a critic, without rounding, in a text where all tokens are as frequent."""
     critic = LiveCritic(logits)
     tokens = torch.cat([targets.unsqueeze(1), logits.topk(top, dim=1).indices], dim=1)
     log_probs, _ = critic.log_probs_at(tokens, logits.dtype)
@@ -35,7 +43,9 @@ def stored(logits: Tensor, targets: Tensor, top: int, draws: int = 0, uniforms: 
     rest = (1 - log_probs.exp().masked_fill(~is_new, 0.0).sum(dim=1)).clamp(min=0)
     drawn = critic.sample_outside(tokens, is_new, draws, uniforms)[0] if draws else tokens[:, :0]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
-    return StoredCritic(tokens, log_probs, rest.log(), drawn, entropy, logits.shape[1])
+    if log_frequencies is None:
+        log_frequencies = torch.full(logits.shape[1:], -math.log(logits.shape[1]), dtype=logits.dtype)
+    return StoredCritic(tokens, log_probs, rest.log(), drawn, entropy, log_frequencies)
 
 
 def gradient(critic, player, targets, config, **arguments) -> Tensor:
@@ -59,12 +69,25 @@ def test_a_whole_distribution_in_store_is_the_critic(rule):
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "top_p"])
-def test_the_rest_in_equal_parts_is_exact_where_it_is_in_equal_parts(rule):
+def test_the_rest_by_frequency_is_exact_where_it_is_by_frequency(rule):
     player, (critic,), targets = random_inputs()
+    frequencies = torch.randn(VOCABULARY, dtype=torch.float64, generator=torch.Generator().manual_seed(8)).log_softmax(
+        0
+    )
     fifth = critic.topk(5, dim=1).values[:, -1:]
-    critic = torch.where(critic >= fifth, critic, -2.0)  # all beyond the five largest alike
-    found = gradient(stored(critic, targets, 5), player, targets, RULES[rule])
+    critic = torch.where(critic >= fifth, critic + 20, frequencies)
+    found = gradient(stored(critic, targets, 5, log_frequencies=frequencies), player, targets, RULES[rule])
     torch.testing.assert_close(found, gradient(critic, player, targets, RULES[rule]))
+
+
+def test_an_estimate_is_no_more_than_the_least_likely_stored():
+    critic = torch.tensor([[5.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0]])
+    targets = torch.tensor([0])
+    frequent = torch.tensor([-9.0, -9, -9, -9, -9, 0, -9]).log_softmax(0)
+    held = stored(critic, targets, 2, log_frequencies=frequent)
+    log_probs, is_estimate = held.log_probs_at(torch.tensor([[0, 1, 5, 6]]), torch.float32)
+    assert is_estimate.tolist() == [[False, False, True, True]]
+    assert log_probs[0, 2] == log_probs[0, 1] > log_probs[0, 3]
 
 
 def test_the_share_that_is_estimated():
@@ -139,7 +162,7 @@ def test_the_fused_path_takes_both(compiles):
     targets = torch.randint(VOCABULARY, (3, 7), generator=generator)
     critic_logits = critic_hidden @ critic_head.t()
     flat = stored(critic_logits.flatten(0, 1), targets.flatten(), 6)
-    held = flat.map(lambda tensor: tensor.unflatten(0, (3, 7)))
+    held = StoredCritic(*(tensor.unflatten(0, (3, 7)) for tensor in flat[:-1]), flat.log_frequencies)
     config = dataclasses.replace(CONFIG, critic_weight=(0.2, 0.1))
 
     def fused(hidden, head):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from avatarl.training import train
+from avatarl import AvataRLConfig
+from avatarl.training import Schedule, ScheduleConfig, train
 
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
 
@@ -42,3 +43,22 @@ def test_a_compiled_run_resumes_exactly(tiny_config, tmp_path: Path, interrupt):
     train(tiny_config(tmp_path, **settings), resume=True, quiet=True)
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
     assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_under_changing_critics(tiny_config, tmp_path: Path, critic_cache: Path):
+    """A cached critic, an average that joins in, and both let go: a graph for each, whatever the values."""
+    settings = dict(
+        critic=[str(critic_cache), "ema:0.5:2"],
+        schedules=ScheduleConfig(critic_weight=Schedule("linear", end_step=6), smoothing=Schedule("cosine")),
+        avatarl=AvataRLConfig(top_k=4, pool="arithmetic", threshold="none"),
+        log_every_steps=1,
+    )
+    for compiled in (False, True):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        train(tiny_config(tmp_path / str(compiled), compile=compiled, **settings), quiet=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8  # training and evaluation, each in three stages
+    for expected, found in zip(*(lines_of(tmp_path / name / "run") for name in ("False", "True")), strict=True):
+        assert found["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-3)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)

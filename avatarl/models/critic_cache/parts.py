@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from avatarl.data.dataset import file_record
 from avatarl.errors import RunFailed, UserError
 from avatarl.outside import parse_json, read_regular_file
 
 FORMAT_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST, UNFINISHED = "cache.json", "cache.partial.json"
+FREQUENCIES = "log_frequencies.bin"  # little-endian float32 (V,)
 SPLITS = ("train", "valid")
 # A part is what a process that is stopped has to do again: about a hundredth of the whole, within these sizes.
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS = 1 << 20, 1 << 26, 100
@@ -50,7 +54,7 @@ def parts_of(identity: dict) -> Iterator[Part]:
             yield Part(split, number, range(first, min(first + size, count)))
 
 
-def start(out: Path, identity: dict, parts: list[Part]) -> None:
+def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndarray) -> None:
     """Make the folder, or find in it what this same command has left.
 
     Raises:
@@ -63,11 +67,12 @@ def start(out: Path, identity: dict, parts: list[Part]) -> None:
     described = next((name for name in (MANIFEST, UNFINISHED) if name in names), None)
     if described:
         check_same_cache(out / described, identity)
-    elif any(not name.startswith(".") for name in names):
+    elif any(not name.startswith(".") and name != FREQUENCIES for name in names):
         raise UserError(f"out is {out}, which already holds files; give another folder, or that of this cache")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / UNFINISHED, json.dumps(identity, indent=1))
+        write_whole(out / FREQUENCIES, log_frequencies.astype("<f4").tobytes())
+        write_whole(out / UNFINISHED, json.dumps(identity, indent=1).encode())
     missing = sum(len(part.windows) for part in parts if not is_done(out, part))
     needed = missing * identity["block"] * identity["bytes_per_token"]
     free = shutil.disk_usage(out).free
@@ -94,7 +99,8 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
     try:
         if all(is_done(out, part) for part in parts) and not os.path.isfile(out / MANIFEST):
             files = {part.name: json.loads(record_path(out, part).read_text(encoding="utf-8")) for part in parts}
-            write_whole(out / MANIFEST, json.dumps({**identity, "files": files}, indent=1) + "\n")
+            files[FREQUENCIES] = file_record(out / FREQUENCIES)
+            write_whole(out / MANIFEST, (json.dumps({**identity, "files": files}, indent=1) + "\n").encode())
             for path in (out / UNFINISHED, *out.glob(".*.partial"), *(record_path(out, part) for part in parts)):
                 path.unlink(missing_ok=True)
     except FileNotFoundError:  # another process has written it meanwhile, and tidied up
@@ -116,10 +122,10 @@ def record_path(out: Path, part: Part) -> Path:
     return out / f"{part.name}.json"
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Give ``path`` this content; a reader finds all of it or nothing, and several writers may write the same."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

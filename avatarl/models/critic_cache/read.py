@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from avatarl.data import PreparedData, Windows
 from avatarl.data.dataset import file_record
@@ -17,7 +18,7 @@ from avatarl.objective import StoredCritic
 from avatarl.outside import parse_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
-from .parts import FORMAT_VERSION, LARGEST_MANIFEST_BYTES, MANIFEST, SPLITS, UNFINISHED, Part, is_done, parts_of
+from .parts import FORMAT_VERSION, FREQUENCIES, LARGEST_MANIFEST_BYTES, MANIFEST, SPLITS, UNFINISHED, is_done, parts_of
 from .record import RecordFormat
 
 # Enough to keep a disk busy; hashing leaves the interpreter free.
@@ -36,6 +37,7 @@ class CriticCache:
     def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData):
         self.path, self.manifest, self.digest = path, manifest, digest
         self.record = RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
+        self._log_frequencies = torch.from_numpy(np.fromfile(path / FREQUENCIES, "<f4"))
         self._windows = {split: Windows(getattr(data, split), manifest["block"]) for split in SPLITS}
         self._parts: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
         for part in parts_of(manifest):
@@ -89,7 +91,7 @@ class CriticCache:
         """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory."""
         records = np.stack([self._window(split, int(index)) for index in indices])  # (B, T)
         _, targets = self._windows[split].batch(indices)
-        return self.record.unpack(records, targets)
+        return self.record.unpack(records, targets, self._log_frequencies)
 
     def _window(self, split: str, index: int) -> np.ndarray:
         windows = self._windows[split]
@@ -148,7 +150,7 @@ def check_kinds(manifest: dict) -> None:
     critic, files = manifest["critic"], manifest["files"]
     if not isinstance(critic["name"], str) or not isinstance(critic["files"], (dict, type(None))):
         raise ValueError("critic")
-    if set(files) != {part.name for part in parts_of(manifest)}:
+    if set(files) != {FREQUENCIES, *(part.name for part in parts_of(manifest))}:
         raise ValueError("files")
     for entry in files.values():
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
@@ -162,15 +164,19 @@ def verify(path: Path, manifest: dict) -> None:
         UserError: naming the file.
     """
 
-    def check(part: Part) -> None:
-        file, expected = path / part.name, manifest["files"][part.name]
+    sizes = {
+        part.name: len(part.windows) * manifest["block"] * manifest["bytes_per_token"] for part in parts_of(manifest)
+    }
+    sizes[FREQUENCIES] = 4 * manifest["vocab_size"]
+
+    def check(name: str) -> None:
+        file, expected, size = path / name, manifest["files"][name], sizes[name]
         if not os.path.isfile(file):
             raise UserError(f"{file}: missing; {AGAIN}")
-        size = len(part.windows) * manifest["block"] * manifest["bytes_per_token"]
         if file.stat().st_size != size or expected["bytes"] != size:
             raise UserError(f"{file}: has {file.stat().st_size} bytes; {size} are expected; {AGAIN}")
         if file_record(file) != expected:
             raise UserError(f"{file}: changed since it was written (its SHA-256 is another); {AGAIN}")
 
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        list(pool.map(check, parts_of(manifest)))
+        list(pool.map(check, sizes))

@@ -89,8 +89,8 @@ class RecordFormat:
         records["draws"] = critic.draws.cpu().numpy()
         return records
 
-    def unpack(self, records: np.ndarray, targets: Tensor) -> StoredCritic:
-        """What records (…) say; ``targets`` int64 (…) are the data's."""
+    def unpack(self, records: np.ndarray, targets: Tensor, log_frequencies: Tensor) -> StoredCritic:
+        """What records (…) say; ``targets`` int64 (…) and ``log_frequencies`` (V,) are the data's."""
         top = torch.from_numpy(records["top"].astype(np.int64))
         codes = np.concatenate([records["target"][..., None], records["top_log_probs"]], axis=-1)
         return StoredCritic(
@@ -99,7 +99,7 @@ class RecordFormat:
             log_rest=decode(records["rest"]),
             draws=torch.from_numpy(records["draws"].astype(np.int64)),
             entropy=-decode(records["entropy"]),
-            vocab_size=self.vocab_size,
+            log_frequencies=log_frequencies,
         )
 
 

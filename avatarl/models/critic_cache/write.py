@@ -34,6 +34,8 @@ from ..loading import head_weight, last_hidden, longest_sequence
 from .parts import FORMAT_VERSION, SPLITS, Part, finish, is_done, parts_of, record_path, start, write_whole
 from .record import KINDS, RecordFormat
 
+COUNTED_AT_ONCE = 1 << 22
+
 
 def cache_critic(
     critic: str,
@@ -124,9 +126,9 @@ def cache_critic(
             "flops_per_token": forward_flops_per_token(model, block),
         },
     }
-    parts = list(parts_of(identity))
+    parts, log_frequencies = list(parts_of(identity)), log_frequencies_of(prepared)
     with _failures_in_one_line(out):
-        start(out, identity, parts)
+        start(out, identity, parts, log_frequencies)
         todo = [part for part in parts[rank::count] if not is_done(out, part)]
         with _progress(out, parts[rank::count], todo, block, quiet or rank > 0) as advance:
             for part in todo:
@@ -164,7 +166,7 @@ def fill_part(
         os.fsync(file.fileno())
     described = json.dumps(file_record(partial))
     partial.replace(out / part.name)
-    write_whole(record_path(out, part), described)
+    write_whole(record_path(out, part), described.encode())
 
 
 def answers_of(
@@ -188,7 +190,17 @@ def answers_of(
         if uniforms is not None:
             points = uniforms[first : first + rows].to(hidden.device)
             draws, _ = critic.sample_outside(tokens, is_new, record.num_draws, points)
-        yield StoredCritic(tokens, log_probs, (1 - known).clamp(min=0).log(), draws, entropy, record.vocab_size)
+        log_rest = (1 - known).clamp(min=0).log()
+        yield StoredCritic(tokens, log_probs, log_rest, draws, entropy, log_probs.new_empty(0))  # no estimates here
+
+
+def log_frequencies_of(data: PreparedData) -> np.ndarray:
+    """Log relative frequencies float32 (V,) of tokens in the training text, each counted once more than it occurs."""
+    counts = np.ones(data.vocab_size, dtype=np.int64)
+    for first in range(0, len(data.train), COUNTED_AT_ONCE):
+        ids = data.train.slice(first, min(first + COUNTED_AT_ONCE, len(data.train)))
+        counts += np.bincount(ids, minlength=data.vocab_size)
+    return np.log(counts / counts.sum()).astype(np.float32)
 
 
 def draw_uniforms(seed: int, split: str, windows: range, block: int) -> Tensor:

@@ -17,6 +17,8 @@ from ..schedule import Scheduled
 from ..stored import StoredCritic
 from .chunked import Head, chunked_sums
 
+WIDTH = len(StoredCritic._fields)
+
 
 def one_operator(
     objective: Objective,
@@ -39,7 +41,7 @@ def one_operator(
         *player,
         [head.states for head in heads],
         [head.weight for head in heads],
-        [tensor for critic in stored for tensor in critic[:-1]],
+        [tensor for critic in stored for tensor in critic],
         targets,
         weights,
         uniforms,
@@ -73,11 +75,11 @@ def _chunked_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Metrics in the order of their names (M,), and both gradients; an unwanted one is empty.
 
-    ``is_stored`` says of each critic whether it comes from ``stored``, five tensors each, or from the others, of which
+    ``is_stored`` says of each critic whether it comes from ``stored``, six tensors each, or from the others, of which
     one more than there are such critics is the snapshot.
     """
     heads = iter(Head(states, weight) for states, weight in zip(other_states, other_weights, strict=True))
-    held = iter(StoredCritic(*stored[start : start + 5], player_weight.shape[0]) for start in range(0, len(stored), 5))
+    held = iter(StoredCritic(*stored[start : start + WIDTH]) for start in range(0, len(stored), WIDTH))
     critics = [next(held if is_held else heads) for is_held in is_stored]
     metrics, grad_states, grad_weight = chunked_sums(
         objective_from_spec(objective, avatarl, baseline),
