@@ -1,0 +1,1 @@
+"""The objectives in other people's loops; imported on request only."""
