@@ -15,7 +15,8 @@ from avatarl.data import PreparedData, Windows
 from avatarl.data.tokenizer import token_byte_lengths
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
+from avatarl.models import CriticCache, check_same_vocabulary, load_critic, load_model, load_tokenizer
+from avatarl.models.critic_cache import is_cache
 from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
 from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
@@ -50,7 +51,7 @@ def evaluate(
     Args:
         model: A run folder (its best player), a model folder or a hub id.
         data: A prepared data folder with the model's vocabulary.
-        critic: A critic, or several: adds ``rewards``, the metrics of the AvataRL objective.
+        critic: A critic or its cache, or several: adds ``rewards``, the metrics of the AvataRL objective.
         avatarl: Settings of those rewards; the article's when None.
         split: ``valid`` or ``train``.
         block: Tokens in a window; the model's own context when None.
@@ -73,42 +74,54 @@ def evaluate(
     chosen = pick_device(device)
     player = load_model(model, torch.float32, chosen)
     check_rows(player, tokenizer, str(model))
+    block = context_length(player) if block is None else block
+    require_whole("block", block, minimum=1)
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
-    critics = [load_critic(name, tokenizer, torch.float32, chosen) for name in critic_names]
+    critics = [
+        CriticCache.open(name, prepared, block) if is_cache(name) else load_critic(name, tokenizer, device=chosen)
+        for name in critic_names
+    ]
     config = avatarl or AvataRLConfig.article()
     if critics:
+        stored = [(cache.record.num_top, cache.record.num_draws) for cache in critics if isinstance(cache, CriticCache)]
         try:
-            AvataRL(config).check_settings(len(tokenizer), len(critics))
+            AvataRL(config).check_settings(len(tokenizer), len(critics), stored)
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    block = context_length(player) if block is None else block
-    require_whole("block", block, minimum=1)
     for name, opened in zip([model, *critic_names], [player, *critics], strict=True):
-        longest = longest_sequence(opened)
+        longest = None if isinstance(opened, CriticCache) else longest_sequence(opened)
         if longest is not None and longest < block:
             raise UserError(f"block is {block}; expected at most {longest}, what {name} was made to read")
     windows = Windows(prepared.train if split == "train" else prepared.valid, block)
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     require_whole("max_windows", count, minimum=1)
 
+    draws = torch.Generator().manual_seed(1)  # of a sampled tail
     scores, target_ids, rewards = [], [], {}
     for start in range(0, count, WINDOWS_AT_ONCE):
-        inputs, targets = windows.batch(range(start, min(start + WINDOWS_AT_ONCE, count)))
+        indices = range(start, min(start + WINDOWS_AT_ONCE, count))
+        inputs, targets = windows.batch(indices)
         inputs, targets = inputs.to(chosen), targets.to(chosen)
         with torch.no_grad():
             hidden = last_hidden(player, inputs)
             scores.append(score_positions(hidden, head_weight(player), targets, len(tokenizer)))
             if critics:
+                answers = [
+                    (opened.rows(split, indices).map(lambda tensor: tensor.to(chosen)), None)
+                    if isinstance(opened, CriticCache)
+                    else (last_hidden(opened, inputs), head_weight(opened))
+                    for opened in critics
+                ]
                 _, metrics = linear_avatarl_loss(
                     hidden,
                     head_weight(player),
-                    [last_hidden(opened, inputs) for opened in critics],
-                    [head_weight(opened) for opened in critics],
+                    *zip(*answers, strict=True),
                     targets,
                     config,
                     vocab_size=len(tokenizer),
                     num_valid=count * block,
+                    uniforms=torch.rand(targets.numel(), 1, generator=draws).to(chosen),
                 )
                 for name, value in metrics.items():
                     rewards[name] = rewards.get(name, 0.0) + value.item()

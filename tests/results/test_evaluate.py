@@ -131,6 +131,23 @@ def test_rows_of_a_padded_head_take_no_part(tmp_path: Path, data_folder: Path, p
     }
 
 
+def test_a_cached_critic_answers_too(data_folder, player_folder, critic_folder, critic_cache):
+    live, cached = (
+        evaluate(player_folder, data_folder, critic=str(critic), avatarl=REWARDS)
+        for critic in (critic_folder, critic_cache)
+    )
+    assert cached["rewards"].pop("estimated_share") == 0
+    assert cached["rewards"] == pytest.approx(live["rewards"], rel=2e-3)
+    with pytest.raises(UserError, match="a cache of windows of 16 tokens; expected block, 8"):
+        evaluate(player_folder, data_folder, critic=str(critic_cache), block=8)
+
+
+def test_a_sampled_tail_is_the_same_each_time(data_folder, player_folder, critic_folder):
+    tail = AvataRLConfig(top_k=4, pool="arithmetic", threshold="none", tail="sample")
+    first, second = (evaluate(player_folder, data_folder, critic=str(critic_folder), avatarl=tail) for _ in range(2))
+    assert first["rewards"] == second["rewards"]
+
+
 # --- rewards --------------------------------------------------------------------------------------------------------
 
 
