@@ -20,9 +20,7 @@ def main(
     tokenizer = prepared.load_tokenizer()
     windows = Windows(prepared.train, block)
     order = WindowOrder(len(windows), seed=1)
-    share = (
-        batch // fabric.world_size
-    )  # of a step's windows; as many for each process, so that a mean of means is right
+    share = batch // fabric.world_size  # as many windows for each process, so that a mean of means is right
 
     judge = load_critic(critic, tokenizer, device=fabric.device)
     player = build_player(PlayerConfig(preset="1m"), tokenizer, block, seed=1)

@@ -6,6 +6,7 @@ Everything here streams. A document may be larger than memory, so it is handed o
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import itertools
 import json
@@ -16,13 +17,19 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING
 
 from avatarl.data.python_docs import python_documents
+from avatarl.data.readers import Part, Piece, read_parts
 from avatarl.errors import UserError, nearest_name
+from avatarl.hub import require_on_hub
 from avatarl.outside import refusing
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -38,19 +45,17 @@ LONGEST_JSON_LINE = 1 << 28  # a record is held in memory, and a small gzip file
 LAST_SEAM = re.compile(r"(?s:.*)(?:\S(?= \S)|\S\n(?=\S))")
 
 
-class Piece(NamedTuple):
-    """A stretch of one document; the document is its pieces joined."""
-
-    text: str
-    ends_document: bool
-
-
-def document_pieces(sources: Iterable[str], text_field: str = "text") -> Iterator[Piece]:
+def document_pieces(
+    sources: Iterable[str], text_field: str = "text", processes: int = 1, folder: Path | None = None
+) -> Iterator[Piece]:
     """Yield the documents of ``sources``, in order, as pieces of about 65,536 characters.
 
     A source is a file or folder (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, or ``hub:ID`` or
     ``hub:ID@CONFIG`` for the train split of a data set that the ``datasets`` library opens. ``text_field`` is the
     field or column of structured sources that holds the text. Documents of nothing but white space are left out.
+
+    Several ``processes`` read a file, or a shard of a data set, each at a time, and keep what they are ahead in files
+    in ``folder``; the order stays what it is. Close the iterator to end them.
 
     Tokenizing the pieces one by one gives the tokens of the whole document with byte-level tokenizers, unless
     1,048,576 characters pass without a place to cut; the cut is then made anywhere. Tokenizers that put a mark before
@@ -59,23 +64,30 @@ def document_pieces(sources: Iterable[str], text_field: str = "text") -> Iterato
     Raises:
         UserError: a source is missing, empty, of an unknown kind, or holds something that is not text.
     """
-    for source in sources:
-        pieces = _source_pieces(source, text_field)
-        first = next(pieces, None)
-        if first is None:
-            raise UserError(f"source {source!r}: holds no text")
-        yield first
-        yield from pieces
+    parts = [(source, _parts(source, text_field)) for source in sources]
+    with contextlib.closing(read_parts([part for _, own in parts for part in own], processes, folder)) as read:
+        for source, own in parts:
+            empty = True
+            for pieces in itertools.islice(read, len(own)):
+                for piece in pieces:
+                    empty = False
+                    yield piece
+            if empty:
+                raise UserError(f"source {source!r}: holds no text")
 
 
-def _source_pieces(source: str, text_field: str) -> Iterator[Piece]:
+def _parts(source: str, text_field: str) -> list[Part]:
+    """A source as parts that can be read at the same time: its files, or the shards of a data set."""
     if source == "python-docs":
-        yield from _pieces_of_all(python_documents())
-    elif source.startswith("hub:"):
-        yield from _pieces_of_all(_hub_documents(source, text_field))
-    else:
-        for path in _files(source):
-            yield from _file_pieces(path, text_field)
+        return [_python_pieces]
+    if source.startswith("hub:"):
+        shards = _hub_shards(source)
+        return [partial(_hub_pieces, shards, number, source, text_field) for number in range(shards.num_shards)]
+    return [partial(_file_pieces, path, text_field) for path in _files(source)]
+
+
+def _python_pieces() -> Iterator[Piece]:
+    return _pieces_of_all(python_documents())
 
 
 def _files(source: str) -> list[Path]:
@@ -251,14 +263,29 @@ def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterat
                     yield from _text_of(record, text_field, str(path))
 
 
-def _hub_documents(source: str, text_field: str) -> Iterator[str]:
+def _hub_shards(source: str) -> IterableDataset:
     import datasets
 
     name, _, config = source.removeprefix("hub:").partition("@")
-    expected = "expected is hub:DATASET_ID, hub:DATASET_ID@CONFIG or hub:FOLDER"
-    with refusing(f"source {source!r}: the datasets library cannot open its train split (", f"); {expected}"):
-        for record in datasets.load_dataset(name, config or None, split="train", streaming=True):
+    with _refusing_hub(source):
+        if not os.path.isdir(name):
+            require_on_hub(name, "dataset", f"source {source!r}")
+        return datasets.load_dataset(name, config or None, split="train", streaming=True)
+
+
+def _hub_pieces(shards: IterableDataset, number: int, source: str, text_field: str) -> Iterator[Piece]:
+    return _pieces_of_all(_hub_documents(shards, number, source, text_field))
+
+
+def _hub_documents(shards: IterableDataset, number: int, source: str, text_field: str) -> Iterator[str]:
+    with _refusing_hub(source):
+        for record in shards.shard(shards.num_shards, number):
             yield from _text_of(record, text_field, f"source {source!r}")
+
+
+def _refusing_hub(source: str) -> AbstractContextManager:
+    expected = "expected is hub:DATASET_ID, hub:DATASET_ID@CONFIG or hub:FOLDER"
+    return refusing(f"source {source!r}: the datasets library cannot open its train split (", f"); {expected}")
 
 
 def _text_of(record: dict, text_field: str, where: str) -> Iterator[str]:

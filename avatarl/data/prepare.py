@@ -41,11 +41,13 @@ def prepare(
     valid_fraction: float = 0.05,
     text_field: str = "text",
     shard_tokens: int = 100_000_000,
+    processes: int = 1,
     quiet: bool = False,
 ) -> dict:
     """Tokenize sources into a prepared folder; return its manifest.
 
-    Memory stays bounded whatever the size of the text. The same text and settings give the same files, byte for byte.
+    Memory stays bounded whatever the size of the text. The same text and settings give the same files, byte for byte,
+    with any number of processes.
 
     Args:
         sources: files or folders (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, ``hub:ID`` or
@@ -57,6 +59,9 @@ def prepare(
             part of the tokens if there are fewer than 20 documents.
         text_field: the field or column of JSON lines, Parquet and Hub data sets that holds the text.
         shard_tokens: the most tokens that one file holds.
+        processes: how many read at once, a file or a shard of a data set each. The text that they are ahead lies
+            beside ``out`` until it is tokenized, at most a part of each process and one more. With several, a script
+            calls this under ``if __name__ == "__main__"``.
         quiet: show no progress on stderr.
 
     Raises:
@@ -68,12 +73,20 @@ def prepare(
         raise UserError(f"valid_fraction: found {valid_fraction}; a number above 0 and at most 0.5 is expected")
     if shard_tokens < 1:
         raise UserError(f"shard_tokens: found {shard_tokens}; a whole number of at least 1 is expected")
+    if processes < 1:
+        raise UserError(f"processes: found {processes}; a whole number of at least 1 is expected")
     nanogpt_folder = _nanogpt_folder(sources)
     with _all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
         if nanogpt_folder:
             facts = _prepare_nanogpt(nanogpt_folder, folder, tokenizer, shard_tokens, report)
         else:
-            facts = _prepare_text(sources, folder, tokenizer, valid_fraction, text_field, shard_tokens, report)
+            with contextlib.ExitStack() as reading:  # so that no process reads on when this ends, however it does
+
+                def pieces() -> Iterator[Piece]:
+                    read = document_pieces(sources, text_field, processes, folder)
+                    return reading.enter_context(contextlib.closing(read))
+
+                facts = _prepare_text(pieces, folder, tokenizer, valid_fraction, shard_tokens, report)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -89,19 +102,15 @@ def prepare(
 
 
 def _prepare_text(
-    sources: list[str],
+    pieces: Callable[[], Iterator[Piece]],
     folder: Path,
     spec: str,
     valid_fraction: float,
-    text_field: str,
     shard_tokens: int,
     report: Report,
 ) -> dict:
-    def training_text() -> Iterator[str]:
-        return (piece.text for piece in document_pieces(sources, text_field))
-
     report(doing="tokenizer")
-    tokenizer, note = resolve_tokenizer(spec, training_text)
+    tokenizer, note = resolve_tokenizer(spec, lambda: (piece.text for piece in pieces()))
     if note:
         report(note=f"tokenizer {spec!r}: {note}")
     facts = _save_tokenizer(tokenizer, spec, folder)
@@ -109,7 +118,7 @@ def _prepare_text(
     splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, token_byte_lengths(tokenizer))
     characters = tokens = 0
     with contextlib.closing(splits):
-        for batch in _batches(document_pieces(sources, text_field)):
+        for batch in _batches(pieces()):
             characters += sum(len(piece.text) for piece in batch)
             for encoded in _encode(batch, tokenizer, facts["end_of_text_id"]):
                 tokens += len(encoded.ids)

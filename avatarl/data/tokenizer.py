@@ -14,6 +14,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from avatarl.errors import UserError
+from avatarl.hub import require_on_hub
 from avatarl.outside import check_library_folder, refusing
 
 END_OF_TEXT = "<|endoftext|>"
@@ -187,6 +188,8 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     if os.path.isdir(name):
         check_library_folder(Path(name))
+    else:
+        require_on_hub(str(name), "model")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _try_out(tokenizer, str(name))
     return tokenizer

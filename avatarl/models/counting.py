@@ -45,7 +45,12 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
     weights = [weight for module in others for weight in module.parameters(recurse=False) if weight.dim() > 1]
     met = getattr(config, "num_experts_per_tok", None)
     experts = sum(w.numel() * met // len(w) if met and w.dim() == 3 else w.numel() for w in weights)
-    return 2 * (sum(module.weight.numel() for module in matrices) + experts) + attention
+    return 2 * (sum(map(_products, matrices)) + experts) + attention
+
+
+def _products(matrix: nn.Linear | Conv1D) -> int:
+    """Weights of a matrix, which a quantised one may hold several of in a byte."""
+    return matrix.nx * matrix.nf if isinstance(matrix, Conv1D) else matrix.in_features * matrix.out_features
 
 
 def training_flops_per_token(model: PreTrainedModel, block: int) -> int:

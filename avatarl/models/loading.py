@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from torch.nn.modules import module as torch_module
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from avatarl.data.tokenizer import open_tokenizer
 from avatarl.errors import UserError
+from avatarl.hub import require_on_hub
 from avatarl.outside import LARGEST_CONFIG_BYTES, check_library_folder, parse_json, read_regular_file, refusing
+
+from .quantisation import QUANTISERS, is_quantised, plain_tensors, quantisation_options
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -46,17 +52,33 @@ def resolve_model(model: str | Path) -> str:
 
 
 def load_model(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Open a causal language model in eval mode.
 
+    Args:
+        model: A run folder, a model folder or a hub id. One that was saved quantised stays so.
+        dtype: What weights are held in, other than quantised ones.
+        device: Where to.
+        quantization: Quantise the weights while they are read: the settings that transformers writes as
+            ``quantization_config``, of a method in ``QUANTISERS``. The head is left as it is.
+
     Raises:
         UserError: It cannot be found or opened, has no safetensors, its weights are not those that its configuration
-            asks for, or its logits are not ``hidden @ head.T``.
+            asks for, it is no causal language model, its logits are not ``hidden @ head.T``, or it cannot be quantised
+            like this.
     """
     name = resolve_model(model)
     with refusing(f"{name} cannot be opened as a causal language model: "):
-        with _no_larger_than_its_weights(Path(name)):
+        if not os.path.isdir(name):
+            require_on_hub(name, "model")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        _check_kind(config, name)
+        quantised = quantisation_options(config, name, quantization, device)
+        with _no_larger_than_its_weights(Path(name), bool(quantised)):
             opened, report = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
@@ -64,10 +86,31 @@ def load_model(
                 trust_remote_code=False,
                 use_cache=False,
                 output_loading_info=True,
+                **quantised,
             )
+        _check_causal(opened, name)
         _check_weights(opened, report)
-        check_model(opened, name)
-    return opened.to(device).eval()
+        _check_head(opened, name)
+        if quantization and not any(is_quantised(weight) for weight in opened.parameters()):
+            method, others = quantization["quant_method"], QUANTISERS.keys() - {quantization["quant_method"]}
+            raise UserError(
+                f"critic_quantization: {method} quantises none of the layers of {name}; expected {' or '.join(others)}"
+            )
+        return opened.to(device).eval()
+
+
+def _check_kind(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what its configuration already says is no causal language model."""
+    kind, causal = config.model_type, config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.is_encoder_decoder:
+        found = f"is an encoder-decoder ({kind}), which reads one text to write another"
+    elif not causal and config.get_text_config() is not config:
+        found = f"is multimodal ({kind}), and transformers opens no part of it as a causal language model"
+    elif not causal:
+        found = f"is of type {kind}, for which transformers has no causal language model"
+    else:
+        return
+    raise UserError(f"{name} {found}; expected one that AutoModelForCausalLM opens, such as llama, gpt2 or qwen3")
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -82,7 +125,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _no_larger_than_its_weights(folder: Path) -> Iterator[None]:
+def _no_larger_than_its_weights(folder: Path, quantised: bool = False) -> Iterator[None]:
     """Stop the building of a model as soon as it is larger than the folder's weight files.
 
     The sizes in a configuration are only numbers: a short file can ask for a terabyte, and the library would make
@@ -92,8 +135,9 @@ def _no_larger_than_its_weights(folder: Path) -> Iterator[None]:
         yield
         return
     shapes = [shape for path in _weight_files(folder) for shape in _tensor_shapes(path)]
-    # Tied weights are built twice; some architectures cut up or join what the files hold, or keep masks in buffers.
-    most_elements = 2 * sum(map(math.prod, shapes)) + (1 << 28)
+    # Tied weights are built twice; some architectures cut up or join what the files hold, or keep masks in buffers. A
+    # quantised layer takes the place of an ordinary one, and two of its weights may share a byte.
+    most_elements = (8 if quantised else 2) * sum(map(math.prod, shapes)) + (1 << 28)
     most_tensors = 16 * len(shapes) + 64
     built_elements = built_tensors = 0
 
@@ -139,6 +183,14 @@ def _check_weights(model: PreTrainedModel, report: dict) -> None:
 
     Left-over buffers, such as the masks in old files, are harmless; weights tell that layers are missing.
     """
+    head = model.get_output_embeddings()
+    of_head = {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
+    for name in report["missing_keys"]:
+        if name.removesuffix(".weight") in of_head:
+            raise UserError(
+                f"{model.name_or_path}: has no head ({name} is missing), so it was saved without one and gives no "
+                "logits; expected a model saved from AutoModelForCausalLM, or one whose head is its input embedding"
+            )
     left_over = [name for name in report["unexpected_keys"] if name.endswith("weight")]
     for found, names in {
         "are missing": report["missing_keys"],
@@ -148,9 +200,11 @@ def _check_weights(model: PreTrainedModel, report: dict) -> None:
         if names:
             raise UserError(f"{model.name_or_path}: {len(names)} tensors {found}, such as {min(names)}")
     for name, parameter in model.named_parameters():
-        # The smallest and the largest are found without a copy, and either is NaN where any number is.
-        if parameter.numel() and not all(extreme.isfinite() for extreme in parameter.aminmax()):
-            raise UserError(f"{model.name_or_path}: {name} holds numbers that are not finite")
+        for plain in plain_tensors(parameter):
+            numbers = plain.float() if plain.is_floating_point() and plain.itemsize == 1 else plain
+            # The smallest and the largest are found without a copy, and either is NaN where any number is.
+            if numbers.numel() and not all(extreme.isfinite() for extreme in numbers.aminmax()):
+                raise UserError(f"{model.name_or_path}: {name} holds numbers that are not finite")
     longest = longest_sequence(model)
     if longest is not None and (type(longest) is not int or longest < 1):
         raise UserError(f"{model.name_or_path}: max_position_embeddings is {longest!r}; a whole number is expected")
@@ -164,39 +218,95 @@ def check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
             raise UserError(f"{name} has {rows} {what} rows for {len(tokenizer)} tokens")
 
 
-@torch.no_grad()
 def check_model(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that looks ahead, or whose logits are not its last hidden states times its output embedding.
 
+    Raises:
+        UserError: naming what was found in their place.
+    """
+    _check_causal(model, name)
+    _check_head(model, name)
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that reads ahead: a masked model under a causal name would be shown the answer."""
+    if longest_sequence(model) == 1:  # where there is no later token
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    first = min(1, rows - 1)  # token 0 may be padding, whose embedding is zero
+    pair = torch.tensor([[first, 0], [first, rows - 1]], device=model.device)
+    with _evaluating(model):
+        one, other = last_hidden(model, pair)[:, 0].float()
+    if (one - other).abs().max() > 0.01 * one.abs().max():
+        raise UserError(
+            f"{name}: its hidden states depend on later tokens, as those of an encoder (BERT) do, so it would be shown "
+            "the answer; expected a causal language model"
+        )
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not its last hidden states times its head's weight.
+
     The objectives start from hidden states and the head's weight, so a bias, a scale or a soft cap on the logits would
     be silently lost. Both ways are compared on a few tokens, and once more with large logits, where a cap shows.
-
-    Raises:
-        UserError: The two differ, or an earlier hidden state depends on a later token.
     """
-    reason = f"{name}: its logits are not hidden states times head weight (a bias, scale or cap on the logits)"
+    expected = (
+        "; the objectives know hidden states and the head's weight alone, so expected are logits that are their product"
+    )
     head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is None or getattr(head, "bias", None) is not None:
-        raise UserError(reason)
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        raise UserError(f"{name}: has no output embedding, and so no logits; expected a causal language model")
+    if is_quantised(weight):
+        raise UserError(
+            f"{name}: its head is quantised ({type(weight).__name__}, {weight.dtype}); the objectives multiply by it, "
+            "so expected a head, and an embedding that it may share, that are left as they are"
+        )
+    if getattr(head, "bias", None) is not None:
+        raise UserError(f"{name}: its logits have a bias{expected}")
+    # Sequences of one token, since a model may be made for no longer ones.
+    ids = torch.arange(min(4, len(weight)), device=model.device).unsqueeze(1)
+    both = []
+    with _evaluating(model):
+        for factor in (1.0, 1024.0):  # powers of two, so that scaling back restores every bit
+            weight.mul_(factor)
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            both.append((logits, (last_hidden(model, ids) @ weight.t()).float()))
+            weight.mul_(1 / factor)
+    if all(_close(logits, products) for logits, products in both):
+        return
+    raise UserError(f"{name}: its logits are {_difference(*both)}{expected}")
+
+
+def _close(logits: Tensor, products: Tensor) -> bool:
+    """Whether two ways to the logits agree to a twentieth of the largest."""
+    return logits.shape == products.shape and bool((logits - products).abs().max() <= 0.05 * logits.abs().max())
+
+
+def _difference(small: tuple[Tensor, Tensor], large: tuple[Tensor, Tensor]) -> str:
+    """What logits are that are no products, from (logits, products) under an ordinary head and under a large one."""
+    if small[0].shape != small[1].shape:
+        return f"of the shape {tuple(small[0].shape)} where the product has {tuple(small[1].shape)}"
+    growth = [logits.abs().max() / products.abs().max() for logits, products in (small, large)]
+    if growth[1] < growth[0] / 2:
+        return f"capped at {large[0].abs().max():.3g}"
+    factor = (small[0] * small[1]).sum() / small[1].square().sum()
+    if _close(small[0], factor * small[1]):
+        return f"scaled by {factor:.3g}"
+    return "made by more than the head"
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode, and afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()
-    # Sequences of one token, since a model may be made for no longer ones.
-    ids = torch.arange(min(4, head_weight(model).shape[0]), device=model.device).unsqueeze(1)
-    for scale in (1.0, 1024.0):  # powers of two, so that scaling back restores every bit
-        head_weight(model).mul_(scale)
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = (last_hidden(model, ids) @ head_weight(model).t()).float()
-        head_weight(model).mul_(1 / scale)
-        tolerance = 0.05 * expected.abs().max()
-        if found.shape != expected.shape or (found - expected).abs().max() > tolerance:
-            raise UserError(reason)
-    if longest_sequence(model) != 1:
-        # One that reads ahead (a masked model under a causal name) would be shown the answer.
-        pair = torch.tensor([[0, 0], [0, head_weight(model).shape[0] - 1]], device=model.device)
-        first = last_hidden(model, pair)[:, 0].float()
-        if (first[0] - first[1]).abs().max() > 0.05 * first.abs().max():
-            raise UserError(f"{name}: its hidden states depend on later tokens; expected a causal language model")
-    model.train(was_training)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

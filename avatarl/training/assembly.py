@@ -46,6 +46,7 @@ class Assembly:
     order: WindowOrder
     objective: Objective
     critic_names: list[str]  # of those that judge
+    critic_flops: list[int]  # of a forward pass of each of them, per token; 0 of a cached one
     caches: dict[int, CriticCache]  # of those of them that are not asked themselves, by place
     schedules: Schedules
     player: PreTrainedModel
@@ -86,6 +87,11 @@ class Assembly:
             draws = uniform_draws(self.config.seed, places, self.config.block, stage.objective.num_draws)
             stored = [cache.rows("train", indices) for cache in caches]
             yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
+
+    def critic_flops_until(self, step: int) -> int:
+        """Of all forward passes of critics in the first ``step`` steps."""
+        passes = (self.schedules.steps_of(i, step) * per_token for i, per_token in enumerate(self.critic_flops))
+        return self.tokens_per_step * sum(passes)
 
     def describe(self) -> str:
         """One line that says what is being trained on what."""
@@ -132,19 +138,12 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         if start >= total_steps:
             raise UserError(f"critic {name} judges from step {start + 1} on; the run takes {total_steps} steps")
     schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
-    tokens_per_step, caches = config.windows_per_step * config.block, {}
-    critic_flops = 0
-    for place, critic in enumerate(critics):
-        if isinstance(critic, CriticCache):
-            caches[place] = critic
-        else:
-            per_token = forward_flops_per_token(critic.model, config.block)
-            critic_flops += schedules.steps_of(place) * tokens_per_step * per_token
+    caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
+    tokens = total_steps * config.windows_per_step * config.block
     sizes = {
         "parameters": count_parameters(player).total,
         "non_embedding_parameters": count_parameters(player).non_embedding,
-        "player_flops": total_steps * tokens_per_step * training_flops_per_token(player, config.block),
-        "critic_flops": critic_flops,
+        "player_flops": tokens * training_flops_per_token(player, config.block),
         "cached_critic_flops": sum(cache.flops for cache in caches.values()),
     }
     identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
@@ -160,7 +159,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
             processes.shard(judge, judge.model, device, keep_root=True)
         processes.shard(model, player, device)
     step_model = torch.compile(model) if config.compile else model
-    return Assembly(
+    parts = Assembly(
         config=config,
         processes=processes,
         device=device,
@@ -171,6 +170,10 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         order=WindowOrder(len(windows), config.seed),
         objective=objective,
         critic_names=critic_names,
+        critic_flops=[
+            0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block)
+            for critic in critics
+        ],
         caches=caches,
         schedules=schedules,
         player=player,
@@ -182,6 +185,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         identity=identity,
         sizes=sizes,
     )
+    sizes["critic_flops"] = parts.critic_flops_until(total_steps)
+    return parts
 
 
 def open_critics(

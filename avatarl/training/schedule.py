@@ -71,9 +71,10 @@ class Schedules:
             self._stages[judging] = Stage(judging, self._objective_of(judging))
         return self._stages[judging]
 
-    def steps_of(self, critic: int) -> int:
-        """In how many steps a critic judges."""
-        return max(0, self.last_critic_step - self._start_steps[critic])
+    def steps_of(self, critic: int, until: int | None = None) -> int:
+        """In how many steps a critic judges: of the run, or of the first ``until``."""
+        last = self.last_critic_step if until is None else min(until, self.last_critic_step)
+        return max(0, last - self._start_steps[critic])
 
     def values(self, step: int) -> Scheduled | None:
         """What the settings are in ``step``, on the device; None where all of them are as the objective says.

@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -86,8 +88,22 @@ def test_a_local_data_set_is_read_through_the_datasets_library(tmp_path, monkeyp
     assert read(f"hub:{folder}") == ["one", "two"]
     with pytest.raises(UserError, match=r"no field 'txt'; found 'text'; did you mean 'text'\?"):
         read(f"hub:{folder}", text_field="txt")
-    with pytest.raises(UserError, match=r"source 'hub:.*nowhere'.*cannot open its train split"):
+    with pytest.raises(UserError, match="source 'hub:.*nowhere': no such folder, and no id of the Hugging Face Hub"):
         read(f"hub:{tmp_path}/nowhere")
+    write(folder / "train.jsonl", b"no JSON")
+    with pytest.raises(UserError, match=r"source 'hub:.*set': the datasets library cannot open its train split"):
+        read(f"hub:{folder}")
+
+
+def test_a_data_set_without_network_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for offline, found in (False, "Hub cannot be reached"), (True, "cannot open its train split .*Offline"):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(UserError, match=f"source 'hub:owner/name': .*{found}") as caught:
+            read("hub:owner/name")
+        assert "\n" not in str(caught.value) and "folder" in str(caught.value).lower()
 
 
 def test_several_sources_follow_each_other(tmp_path):

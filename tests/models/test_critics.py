@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from avatarl import UserError
 from avatarl.data.prepare import prepare
-from avatarl.models import PlayerConfig, build_player, load_critic
-from avatarl.models.loading import head_weight, resolve_model
+from avatarl.models import PlayerConfig, build_player, check_same_vocabulary, load_critic
+from avatarl.models.loading import head_weight
 from avatarl.objective import AvataRLConfig, make_objective
 from avatarl.training import train
 from avatarl.training.rewarded_player import RewardedPlayer
@@ -46,6 +52,52 @@ def test_another_vocabulary_is_refused_with_the_first_token_that_differs(tmp_pat
         shutil.copy(path, critic)
     with pytest.raises(UserError, match=r"another vocabulary \(\d+ tokens\) than the data \(\d+ tokens\): id \d+ is"):
         load_critic(critic, tokenizer)
+
+
+def own_tokens_and_one_more(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<extra>"])
+    return other
+
+
+def own_tokens_without_the_last(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["merges"].pop()
+    content["model"]["vocab"] = {token: number for token, number in tokenizer.get_vocab().items() if number < 299}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
+def own_tokens_but_two_changed_about(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
+def tokens_in_gpt2s_order(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Bytes first and the end of a text last, as GPT-2 has them; ours is trained with that first."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, "<|endoftext|>"])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [])))
+
+
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (
+            own_tokens_and_one_more,
+            r"\(301 tokens\) than the data \(300 tokens\): id 300 is '<extra>' there and no token",
+        ),
+        (own_tokens_without_the_last, r"\(299 tokens\) than the data \(300 tokens\): id 299 is no token there and '"),
+        (own_tokens_but_two_changed_about, r"\(300 tokens\) than the data \(300 tokens\): id \d+ is 'B' there and 'A'"),
+        (tokens_in_gpt2s_order, r"\(257 tokens\) than the data \(300 tokens\): id 0 is '!' there and '<|endoftext|>'"),
+    ],
+)
+def test_the_first_token_that_differs_is_shown(tokenizer, make: Callable, found: str):
+    with pytest.raises(UserError, match=f"critic other has another vocabulary {found}") as refusal:
+        check_same_vocabulary(tokenizer, make(tokenizer), "other")
+    assert "expected a critic trained with the data's tokenizer" in str(refusal.value)
+    check_same_vocabulary(tokenizer, copy.deepcopy(tokenizer), "the same")
 
 
 def test_a_critic_with_fewer_outputs_than_tokens_is_refused(tmp_path: Path, tokenizer):
@@ -90,14 +142,17 @@ def test_damaged_weights_are_refused_in_one_line(tmp_path: Path, critic_folder: 
     [
         PlayerConfig(settings={**TINY, "hidden_size": 24, "num_hidden_layers": 2}),
         PlayerConfig(architecture="gpt2", settings={"n_embd": 8, "n_layer": 1, "n_head": 2}),
+        PlayerConfig(architecture="qwen3", settings={**TINY, "hidden_size": 24, "tie_word_embeddings": False}),
     ],
-    ids=["wider", "gpt2"],
+    ids=["wider", "gpt2", "qwen3"],
 )
-def test_a_critic_of_another_shape_judges(tmp_path: Path, tiny_config, tokenizer, config: PlayerConfig):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_critic_of_another_shape_judges(tmp_path: Path, tiny_config, tokenizer, config: PlayerConfig, precision: str):
     critic = build_player(config, tokenizer, BLOCK, seed=3)
     critic.save_pretrained(tmp_path / "critic")
     tokenizer.save_pretrained(tmp_path / "critic")
-    summary = train(tiny_config(tmp_path, critic=str(tmp_path / "critic"), steps=2), quiet=True)
+    settings = dict(critic=str(tmp_path / "critic"), steps=2, precision=precision)
+    summary = train(tiny_config(tmp_path, **settings), quiet=True)
     assert summary["critic_flops"] > 0
 
 
@@ -129,12 +184,3 @@ def test_a_critic_that_reads_less_than_a_block_is_refused(tmp_path: Path, tiny_c
     with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block, 16"):
         train(tiny_config(tmp_path, critic=str(tmp_path / "short")), quiet=True)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for mistyped in ("runs/player", "runs/demo/avatarl", "/no/such/folder"):
-        with pytest.raises(UserError, match="no such folder"):
-            resolve_model(mistyped)
-    assert resolve_model("owner/name") == "owner/name"

@@ -159,10 +159,12 @@ def test_head_width_and_key_heads_follow_the_settings():
     assert (config.head_dim, config.num_key_value_heads) == (8, 2)
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "cohere"])  # a soft cap; a scale
-def test_logits_that_are_capped_or_scaled_are_refused(tokenizer, architecture: str):
-    settings = {name: TINY[name] for name in TINY if not (architecture == "cohere" and name == "head_dim")}
-    with pytest.raises(UserError, match=f"'{architecture}'.*bias, scale or cap"):
+@pytest.mark.parametrize(
+    "architecture, found", [("gemma2", "capped at 30"), ("cohere", "scaled by 0.0625"), ("phi", "have a bias")]
+)
+def test_logits_that_are_no_products_are_refused(tokenizer, architecture: str, found: str):
+    settings = {name: TINY[name] for name in TINY if architecture == "gemma2" or name != "head_dim"}
+    with pytest.raises(UserError, match=f"'{architecture}': its logits .*{found}"):
         build_player(PlayerConfig(architecture=architecture, settings=settings), tokenizer, BLOCK, seed=1)
 
 
@@ -172,7 +174,7 @@ def test_a_head_with_a_bias_is_refused(tokenizer):
     head.weight = player.lm_head.weight
     nn.init.zeros_(head.bias)  # as a fresh model's, which training would move
     player.lm_head = head
-    with pytest.raises(UserError, match="bias, scale or cap"):
+    with pytest.raises(UserError, match="its logits have a bias"):
         check_model(player, "a player")
 
 

@@ -137,7 +137,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         step=step,
         tokens=step * parts.tokens_per_step,
         player_flops=parts.sizes["player_flops"] * step / parts.total_steps,
-        critic_flops=parts.sizes["critic_flops"] * step / parts.total_steps,
+        critic_flops=float(parts.critic_flops_until(step)),
         block=config.block,
         precision=parts.precision,
         critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
