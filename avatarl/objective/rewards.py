@@ -185,7 +185,7 @@ def _judge(
         drawn = [critic.sample_outside(actions, valid, config.tail_samples, uniforms) for critic, _ in heard]
         tokens = torch.cat([tokens for tokens, _ in drawn], dim=1)  # (N, S)
         masses = [weight * mass for (_, (weight, _)), (_, mass) in zip(heard, drawn, strict=True)]
-        is_first, mass = _one_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
+        tokens, is_first, mass = _one_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
         actions, valid = torch.cat([actions, tokens], dim=1), torch.cat([valid, is_first], dim=1)
         log_reality = torch.cat([log_reality, torch.full_like(mass, -torch.inf)], dim=1)
         consensus = torch.cat([consensus, mass], dim=1)
@@ -227,12 +227,15 @@ def _with_rest_at_target(probs: Tensor, valid: Tensor) -> Tensor:
     return torch.cat([target, others], dim=1)
 
 
-def _one_of_each(tokens: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``tokens`` (N, S) come for the first time and have a mass, and there the mass of all alike."""
-    same = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (N, S, S)
-    together = torch.where(same, mass.unsqueeze(1), 0.0).sum(dim=2)
-    is_first = ~same.tril(diagonal=-1).any(dim=2) & (together > 0)
-    return is_first, together.masked_fill(~is_first, 0.0)
+def _one_of_each(tokens: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``tokens`` (N, S) in order, which of them are new and have a mass, and there the mass of all alike."""
+    tokens, order = tokens.sort(dim=1)
+    mass = mass.gather(1, order)
+    is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
+    group = is_new.cumsum(dim=1) - 1  # (N, S)
+    together = torch.zeros_like(mass).scatter_add_(1, group, mass).gather(1, group)
+    is_first = is_new & (together > 0)
+    return tokens, is_first, together.masked_fill(~is_first, 0.0)
 
 
 def _estimated_share(estimates: Sequence[Tensor], valid: Tensor, dtype: torch.dtype) -> Tensor | None:
