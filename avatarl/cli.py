@@ -12,6 +12,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import RunFailed, RunStopped, UserError, nearest_name
 from .inert import one_line, visible
@@ -124,6 +125,7 @@ def critic_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1, help="decides the drawn tokens")
     parser.add_argument("--batch_windows", type=int, default=16, help="windows in a forward pass")
     parser.add_argument("--precision", default="auto", help="bf16, fp32 or auto, as in the runs that will use it")
+    parser.add_argument("--critic_quantization", type=dict[str, Any] | None, help="as a recipe has it")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     settings = _parse(parser, list(arguments[1:]) if action == "cache" else ["--help"])
     manifest = cache_critic(**settings)
@@ -291,7 +293,8 @@ def _parse(parser, arguments: Sequence[str]) -> dict:
         raise
     except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
         raise UserError(f"config cannot be read ({_one_line(error)}); expected settings by name") from error
-    for group in {action.dest.partition(".")[0] for action in parser._actions if "." in action.dest}:
+    # Outer ones before those in them.
+    for group in sorted({action.dest.rpartition(".")[0] for action in parser._actions if "." in action.dest}):
         if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
             raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
     return parser.instantiate(settings).as_dict()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ def cache_critic(
     seed: int = 1,
     batch_windows: int = 16,
     precision: str = "auto",
+    critic_quantization: Mapping[str, Any] | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> dict:
@@ -68,6 +70,7 @@ def cache_critic(
         seed: Decides the drawn tokens.
         batch_windows: Windows in a forward pass.
         precision: ``bf16``, ``fp32`` or ``auto``, as in the runs that will use it.
+        critic_quantization: Holds the critic's weights in fewer bits; see :func:`~avatarl.models.load_model`.
         device: ``cpu``, ``cuda`` or ``auto``.
         quiet: Print nothing.
 
@@ -101,7 +104,7 @@ def cache_critic(
     chosen = pick_device(device, local_rank)
     precision = pick_precision(precision, chosen)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen)
+    model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen, critic_quantization)
     longest = longest_sequence(model)
     if longest is not None and longest < block:
         raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
