@@ -12,6 +12,7 @@ from avatarl.errors import UserError
 from avatarl.models import PRESETS, PlayerConfig
 from avatarl.models.critic_cache import RecordFormat, is_cache
 from avatarl.models.critic_cache.read import read_manifest as read_cache_manifest
+from avatarl.models.critic_cache.read import record_format
 from avatarl.models.critics import RANDOM_CRITIC, parse_ema_critic
 from avatarl.models.loading import one_line, resolve_model
 from avatarl.models.players import player_shape
@@ -72,7 +73,7 @@ def critic_shape(
         manifest = read_cache_manifest(Path(name))[1]
         if manifest["vocab_size"] != vocab_size:
             raise UserError(f"critic {name} is a cache of {manifest['vocab_size']} tokens; expected {vocab_size}")
-        return RecordFormat(manifest["num_top"], manifest["num_draws"], vocab_size)
+        return record_format(manifest)
     if name.startswith("ema:"):
         parse_ema_critic(name)
         return player_shape(config.player, vocab_size, config.block)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from avatarl.models import build_player
+from avatarl.models import build_player, cache_critic
 from avatarl.training import TrainConfig, train
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
@@ -42,6 +42,15 @@ def good_sharded_model(tmp_path_factory, tokenizer) -> Path:
     build_player(TINY_PLAYER, tokenizer, BLOCK, seed=5).save_pretrained(folder, max_shard_size="12KB")
     tokenizer.save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def good_cache(tmp_path_factory, data_folder: Path, critic_folder: Path) -> Path:
+    """A small cache of both kinds of tokens."""
+    folder = tmp_path_factory.mktemp("good-cache") / "cache"
+    settings = dict(kind="sample", keep_top=4, bytes_per_token=30, precision="fp32", quiet=True)
+    cache_critic(str(critic_folder), data_folder, folder, block=BLOCK, **settings)
     return folder
 
 

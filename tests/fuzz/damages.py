@@ -108,6 +108,27 @@ def damage_prepared(folder: Path, rng: random.Random) -> str:
     return what
 
 
+def damage_cache(folder: Path, rng: random.Random) -> str:
+    """The manifest, or a file of a cache, which a forger then signs again."""
+    manifest_path = folder / "cache.json"
+    if rng.random() < 0.5:
+        manifest_path.write_bytes(damaged_json(manifest_path.read_bytes(), rng))
+        if rng.random() < 0.2:
+            manifest_path.rename(folder / "cache.partial.json")
+        return "manifest"
+    names = list(json.loads(manifest_path.read_text())["files"])
+    what = damage_a_file(folder, rng) if rng.random() < 0.2 else damage_one(folder / rng.choice(names), rng)
+    if rng.random() < 0.8 and manifest_path.is_file() and not manifest_path.is_symlink():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            manifest = json.loads(manifest_path.read_bytes())
+            for name in names:
+                if (folder / name).is_file() and not (folder / name).is_symlink():
+                    manifest["files"][name] = describe(folder / name)
+            manifest_path.write_text(json.dumps(manifest))
+            what += ", with a matching manifest"
+    return what
+
+
 def damage_one(path: Path, rng: random.Random) -> str:
     damage = damaged_json if path.suffix == ".json" else damaged_bytes
     path.write_bytes(damage(path.read_bytes(), rng))

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from avatarl import AvataRLConfig, avatarl_loss
 from avatarl.cli import main
-from avatarl.data import PreparedData, prepare
+from avatarl.data import PreparedData, Windows, prepare
 from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
 from avatarl.errors import UserError
-from avatarl.models import load_model, load_tokenizer
+from avatarl.models import CriticCache, load_model, load_tokenizer
+from avatarl.models.critic_cache import is_cache
 from avatarl.results import draw_curves, evaluate, generate, read_metrics
 from avatarl.training import TrainConfig
 from avatarl.training.assembly import assemble
@@ -25,8 +28,10 @@ from avatarl.training.guard import Guard
 from avatarl.training.processes import Processes
 from avatarl.training.trainer import load_checkpoint
 
+from ..conftest import BLOCK
 from .damages import (
     damage_a_file,
+    damage_cache,
     damage_generation,
     damage_metrics,
     damage_model,
@@ -54,6 +59,7 @@ COUNTS = {
     "metrics": (100, 1600),
     "curves": (6, 100),
     "run folder": (60, 1200),
+    "critic cache": (120, 1500),
     "sources": (40, 800),
     "recipe": (30, 600),
 }
@@ -94,6 +100,24 @@ def read_prepared(folder: Path) -> None:
 def test_prepared_folders(data_folder: Path, size, tmp_path, watch, monkeypatch):
     subject = Subject("prepared folder", data_folder, damage_prepared, read_prepared)
     check(subject, size, tmp_path, watch, monkeypatch)
+
+
+# --- caches of critics ------------------------------------------------------------------------------------------------
+
+
+@sizes
+def test_critic_caches(data_folder: Path, good_cache: Path, size, tmp_path, watch, monkeypatch):
+    data = PreparedData.open(data_folder)
+    player, targets = torch.zeros(4 * BLOCK, data.vocab_size), Windows(data.valid, BLOCK).batch(range(4))[1]
+
+    def read(folder: Path) -> None:
+        """What a run does with it; ids that are no tokens must have been refused by then."""
+        is_cache(folder)
+        stored = CriticCache.open(folder, data, BLOCK).rows("valid", range(4))
+        loss, _ = avatarl_loss(player, stored.flat(), targets.flatten(), AvataRLConfig(top_k=3))
+        assert loss.isfinite()
+
+    check(Subject("critic cache", good_cache, damage_cache, read), size, tmp_path, watch, monkeypatch)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------

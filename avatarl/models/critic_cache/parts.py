@@ -27,6 +27,7 @@ FREQUENCIES = "log_frequencies.bin"  # little-endian float32 (V,)
 SPLITS = ("train", "valid")
 # A part is what a process that is stopped has to do again: about a hundredth of the whole, within these sizes.
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS = 1 << 20, 1 << 26, 100
+MOST_PARTS = 1 << 20
 
 
 class Part(NamedTuple):
@@ -42,7 +43,11 @@ class Part(NamedTuple):
 
 
 def parts_of(identity: dict) -> Iterator[Part]:
-    """The parts of a cache, in order."""
+    """The parts of a cache, in order.
+
+    Raises:
+        ValueError: There would be more than any disk holds.
+    """
     bytes_per_window = identity["block"] * identity["bytes_per_token"]
     all_windows = sum(identity["windows"].values())
     size = max(

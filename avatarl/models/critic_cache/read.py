@@ -23,6 +23,8 @@ from .record import RecordFormat
 
 # Enough to keep a disk busy; hashing leaves the interpreter free.
 HASHING_THREADS = 4
+# What reading a manifest that somebody else wrote may end in.
+NOT_OURS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 AGAIN = "make it anew with `avatarl critic cache`"
 
 
@@ -36,7 +38,7 @@ class CriticCache:
 
     def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData):
         self.path, self.manifest, self.digest = path, manifest, digest
-        self.record = RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
+        self.record = record_format(manifest)
         self._log_frequencies = torch.from_numpy(np.fromfile(path / FREQUENCIES, "<f4"))
         self._windows = {split: Windows(getattr(data, split), manifest["block"]) for split in SPLITS}
         self._parts: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
@@ -102,6 +104,16 @@ class CriticCache:
         return parts[number][start : start + windows.block]
 
 
+def record_format(manifest: dict) -> RecordFormat:
+    """What a position stores."""
+    return RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
+
+
+def largest_id(records: np.ndarray) -> int:
+    """The largest token id that records hold; -1 where they hold none."""
+    return max((int(records[name].max()) for name in ("top", "draws") if records[name].size), default=-1)
+
+
 def read_manifest(path: Path) -> tuple[bytes, dict]:
     """The manifest of a finished cache, as bytes and as what they say; the parts are not looked at.
 
@@ -116,7 +128,7 @@ def read_manifest(path: Path) -> tuple[bytes, dict]:
         version = manifest["format_version"]
         if version == FORMAT_VERSION:
             check_kinds(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except NOT_OURS as error:
         raise UserError(f"{path / MANIFEST}: not what `avatarl critic cache` writes; {AGAIN}") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
@@ -130,7 +142,7 @@ def unfinished(path: Path) -> str:
         parts = list(parts_of(identity))
         done = sum(len(part.windows) for part in parts if is_done(path, part))
         total = sum(len(part.windows) for part in parts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except NOT_OURS:
         return f"{path}: not a finished cache; expected a folder made by `avatarl critic cache`"
     return f"{path}: not finished, it covers {done:,} of {total:,} windows; repeat the command that began it"
 
@@ -144,9 +156,10 @@ def check_kinds(manifest: dict) -> None:
         raise ValueError("a count is no whole number")
     if min(manifest["block"], manifest["vocab_size"]) < 1 or manifest["num_top"] > manifest["vocab_size"]:
         raise ValueError("a count is out of range")
-    record = RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
-    if manifest["num_draws"] > 1 << 16 or record.dtype.itemsize != manifest["bytes_per_token"]:
+    if manifest["num_draws"] > 1 << 16 or record_format(manifest).dtype.itemsize != manifest["bytes_per_token"]:
         raise ValueError("bytes_per_token is another")
+    if not all(isinstance(manifest[name], str) for name in ("data", "tokenizer")):
+        raise ValueError("a digest is no text")
     critic, files = manifest["critic"], manifest["files"]
     if not isinstance(critic["name"], str) or not isinstance(critic["files"], (dict, type(None))):
         raise ValueError("critic")
@@ -163,10 +176,9 @@ def verify(path: Path, manifest: dict) -> None:
     Raises:
         UserError: naming the file.
     """
-
-    sizes = {
-        part.name: len(part.windows) * manifest["block"] * manifest["bytes_per_token"] for part in parts_of(manifest)
-    }
+    record = record_format(manifest)
+    per_window = manifest["block"] * record.dtype.itemsize
+    sizes = {part.name: len(part.windows) * per_window for part in parts_of(manifest)}
     sizes[FREQUENCIES] = 4 * manifest["vocab_size"]
 
     def check(name: str) -> None:
@@ -177,6 +189,12 @@ def verify(path: Path, manifest: dict) -> None:
             raise UserError(f"{file}: has {file.stat().st_size} bytes; {size} are expected; {AGAIN}")
         if file_record(file) != expected:
             raise UserError(f"{file}: changed since it was written (its SHA-256 is another); {AGAIN}")
+        # Whoever writes a manifest can write matching sums as well.
+        if name == FREQUENCIES:
+            if not (np.fromfile(file, "<f4") <= 0).all():
+                raise UserError(f"{file}: holds what is no logarithm of a frequency; {AGAIN}")
+        elif largest_id(np.memmap(file, record.dtype, mode="r")) >= record.vocab_size:
+            raise UserError(f"{file}: holds a token id that is none of {record.vocab_size}; {AGAIN}")
 
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         list(pool.map(check, sizes))
