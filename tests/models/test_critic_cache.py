@@ -157,6 +157,23 @@ def test_drawn_tokens_follow_the_critic(critic_folder, data):
     assert error.max() > 1e-4  # they are draws
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_every_window_has_its_own_place(tmp_path, caches, critic_folder, data_folder, data, monkeypatch, split):
+    """In a cache of many parts, the last of them shorter, as in one of a single part."""
+    windows = range(len(Windows(getattr(data, split), BLOCK)))
+    one = CriticCache.open(caches["top"], data, BLOCK).rows(split, windows)
+    monkeypatch.setattr(parts, "SMALLEST_PART_BYTES", 1 << 13)
+    cache_critic(str(critic_folder), data_folder, tmp_path / "cache", bytes_per_token=54, **COMMON)
+    sizes = {path.stat().st_size for path in (tmp_path / "cache").glob(f"{split}-*.bin")}
+    assert len(sizes) == 2  # that of the last part, and that of the others
+    many = CriticCache.open(tmp_path / "cache", data, BLOCK).rows(split, windows)
+    assert torch.equal(one.tokens, many.tokens) and torch.equal(one.log_probs, many.log_probs)
+
+
+def test_training_and_validation_draw_apart():
+    assert not torch.equal(write.draw_uniforms(1, "train", range(2), 8), write.draw_uniforms(1, "valid", range(2), 8))
+
+
 def test_another_seed_draws_other_tokens_and_the_same_one_the_same(tmp_path, caches, data_folder, critic_folder):
     again = dict(kind="sample", bytes_per_token=54, **COMMON)
     cache_critic(str(critic_folder), data_folder, tmp_path / "same", batch_windows=3, **again)
@@ -206,8 +223,8 @@ def test_processes_share_the_parts(tmp_path, data_folder, critic_folder, small_p
         found = cache_critic(str(critic_folder), data_folder, tmp_path / "two", **settings)
         assert ("files" in found) == (rank == "0")  # the last one finishes it
     assert found == whole
-    names = sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "one").iterdir()) and "cache.json" in names
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        assert {path.name for path in folder.iterdir()} == {"cache.json", *whole["files"]}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

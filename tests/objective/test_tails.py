@@ -19,6 +19,8 @@ RULES = {
     "arithmetic, target": AvataRLConfig(top_k=3, pool="arithmetic"),
     "arithmetic, sample": dataclasses.replace(LINEAR, tail="sample", tail_samples=5),
     "arithmetic, dense": dataclasses.replace(LINEAR, tail="dense"),
+    "sample, top_p": dataclasses.replace(LINEAR, tail="sample", tail_samples=5, top_p=0.6),
+    "dense, top_p": dataclasses.replace(LINEAR, tail="dense", top_p=0.6),
     "dense without a cap": dataclasses.replace(LINEAR, tail="dense", reward_cap=None, reward_scale=2.0),
     "dense, tempered": dataclasses.replace(LINEAR, tail="dense", temperature=1.3, smoothing=0.0),
 }
