@@ -206,7 +206,8 @@ class PPO(Reinforce):
 def draw_actions(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw tokens (N, S) from ``probs`` (N, V) by inverting the distribution at ``uniforms`` (N, S) in [0, 1)."""
     cumulative = probs.cumsum(dim=1)
-    points = (uniforms.to(probs.dtype) * cumulative[:, -1:]).contiguous()
+    whole = cumulative[:, -1:]
+    points = torch.minimum(uniforms.to(probs.dtype) * whole, whole.nextafter(torch.zeros_like(whole))).contiguous()
     return torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
 
 

@@ -77,9 +77,8 @@ class AvataRLConfig:
         if self.reward_cap is not None:
             require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or null")
         require_choice("pool", self.pool, ("geometric", "arithmetic"))
-        if self.tail is None:
-            object.__setattr__(self, "tail", DEFAULT_TAIL[self.pool])
-        require_choice("tail", self.tail, TAILS)
+        if self.tail is not None:
+            require_choice("tail", self.tail, TAILS)
         require_whole("tail_samples", self.tail_samples, minimum=1)
         require_choice("threshold", self.threshold, ("mean", "mass", "none"))
         require_choice("per_action_mean", self.per_action_mean, (True, False))
@@ -108,18 +107,14 @@ class AvataRLConfig:
             raise UserError("threshold='mass' is defined for pool='geometric' only; use 'mean' or 'none'")
 
     def _check_tail(self) -> None:
-        if self.threshold == "mass" and self.tail != "renormalise":
-            raise UserError(f"threshold='mass' is defined for tail='renormalise' only; found {self.tail!r}")
-        if self.tail in ("renormalise", "target"):
+        if self.threshold == "mass" and self.tail_rule != "renormalise":
+            raise UserError(f"threshold='mass' is defined for tail='renormalise' only; found {self.tail_rule!r}")
+        if self.tail_rule in ("renormalise", "target"):
             return
-        if self.pool == "geometric":
+        if self.pool == "geometric" or self.threshold != "none":
             raise UserError(
-                f"tail={self.tail!r} is a part of a sum of probabilities; it needs pool='arithmetic', found 'geometric'"
-            )
-        if self.threshold != "none":
-            raise UserError(
-                f"tail={self.tail!r} keeps what the critic believes of every token, and threshold={self.threshold!r} "
-                f"would drop it again; expected threshold='none'"
+                f"tail={self.tail!r} keeps all that a critic believes, as a part of a sum of probabilities: it needs "
+                f"pool='arithmetic' and threshold='none'; found {self.pool!r} and {self.threshold!r}"
             )
         if self.per_action_mean:
             raise UserError(f"per_action_mean divides by the active actions, which tail={self.tail!r} goes beyond")
@@ -146,7 +141,12 @@ class AvataRLConfig:
     @property
     def needs_critic_normaliser(self) -> bool:
         """Whether rewards depend on the critic's probabilities and not only on its logits at the active actions."""
-        return self.tail != "renormalise" or self.threshold == "mass"
+        return self.tail_rule != "renormalise" or self.threshold == "mass"
+
+    @property
+    def tail_rule(self) -> str:
+        """``tail``, or the pool's own rule where that is None."""
+        return self.tail or DEFAULT_TAIL[self.pool]
 
 
 @dataclass(frozen=True)

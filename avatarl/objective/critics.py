@@ -43,6 +43,14 @@ class LiveCritic:
             scores = scores - self.log_normaliser.to(dtype).unsqueeze(1)
         return scores, None
 
+    def outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
+        """The probability (N, 1) of all tokens but the valid ``actions`` (N, A), whose ``log_probs`` are known.
+
+        Summed over the others: one minus the sum of the actions' would be rounding where these have nearly everything.
+        """
+        others = self.logits.scatter(1, torch.where(valid, actions, actions[:, :1]), -torch.inf).to(log_probs.dtype)
+        return (others.logsumexp(dim=1) - self.log_normaliser.to(log_probs.dtype)).exp().unsqueeze(1)
+
     def sample_outside(self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens drawn from what the critic believes outside of the valid actions, and the mass each stands for.
 
@@ -67,6 +75,8 @@ class LiveCritic:
         outside = cumulative[:, -1:]
         steps = torch.arange(samples, device=probs.device, dtype=dtype)
         points = ((uniforms.to(dtype) + steps) / samples * outside).contiguous()
+        # A product that rounds to the whole would be beyond the last token that has a part in it.
+        points = torch.minimum(points, outside.nextafter(torch.zeros_like(outside)))
         tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
         return tokens, (outside / samples).expand(-1, samples)
 

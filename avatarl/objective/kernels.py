@@ -82,6 +82,7 @@ class Kernels:
         for number, (rows, normaliser) in enumerate(zip(*columns, strict=True)):
             amounts = _tails_in_cache(logits, [tail], number)[0].everywhere()
             log_probs = (scaled_logits(rows, temperature) - normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
+            amounts = amounts.to(log_probs.dtype)
             likelihoods.append(torch.linalg.vecdot(amounts, log_probs))
             expected.append(torch.linalg.vecdot(amounts, log_probs.exp_()))
         return torch.cat(likelihoods), torch.cat(expected)

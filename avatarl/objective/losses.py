@@ -36,7 +36,7 @@ class RewardedObjective(Objective):
 
     @property
     def samples_tail(self) -> bool:
-        return self.avatarl.tail == "sample"
+        return self.avatarl.tail_rule == "sample"
 
     def check_settings(self, vocabulary: int, num_critics: int, stored: Sequence[tuple[int, int]] = ()) -> None:
         super().check_settings(vocabulary, num_critics, stored)
@@ -44,17 +44,17 @@ class RewardedObjective(Objective):
         config.critic_weights(num_critics)
         if config.top_k > vocabulary:
             raise ValueError(f"top_k is {config.top_k}; expected at most the vocabulary's {vocabulary} tokens")
-        if config.tail == "dense" and not self.pays_dense_tail:
+        if config.tail_rule == "dense" and not self.pays_dense_tail:
             raise ValueError(f"tail='dense' pays every token, which {self.name!r} does not; expected another tail")
         for num_top, num_draws in stored:
-            if config.tail == "dense":
+            if config.tail_rule == "dense":
                 raise ValueError("tail='dense' needs the critic itself, and a cached one is given; use tail='sample'")
-            if config.tail == "sample" and not num_draws and num_top < vocabulary:
+            if config.tail_rule == "sample" and not num_draws and num_top < vocabulary:
                 raise ValueError("tail='sample' needs a cache with drawn tokens (kind sample); found one of kind top")
-            if config.tail in ("renormalise", "target") and num_top < config.top_k:
+            if config.tail_rule in ("renormalise", "target") and num_top < config.top_k:
                 raise ValueError(
                     f"the cached critic has {num_top} of its most likely tokens at a position; top_k={config.top_k} "
-                    f"with tail={config.tail!r} needs as many"
+                    f"with tail={config.tail_rule!r} needs as many"
                 )
 
     def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:
@@ -113,7 +113,8 @@ class RewardedObjective(Objective):
 
 def tail_inside(judged: Judgement) -> Tensor:
     """The part of the valid actions' rewards (N, A) that dense tails hold already."""
-    return sum(tail.at(judged.actions) for tail in judged.dense).masked_fill(~judged.valid, 0.0)
+    inside = sum(tail.at(judged.actions) for tail in judged.dense)
+    return inside.masked_fill(~judged.valid, 0.0).to(judged.rewards.dtype)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

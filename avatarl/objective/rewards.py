@@ -15,7 +15,7 @@ from torch import Tensor
 from .actions import active_actions
 from .checks import check_logits, compute_dtype
 from .config import AvataRLConfig
-from .critics import as_asked
+from .critics import LiveCritic, as_asked
 from .schedule import Scheduled, Weight, expert_weights, smoothing, weighted
 from .stored import StoredCritic
 
@@ -92,7 +92,7 @@ def reward_landscape(
         critics = [critic if isinstance(critic, StoredCritic) else critic.to(dtype) for critic in critics]
         uniforms = draws_of_tail(config, uniforms, player)
         judged, log_reality, consensus = _judge(player.to(dtype), critics, targets, config, uniforms, None)
-        by_draws = config.tail == "sample"
+        by_draws = config.tail_rule == "sample"
         answers = [as_asked(critic).log_probs_at(judged.actions, dtype, by_draws=by_draws)[0] for critic in critics]
         critic_probs = [log_probs.exp().masked_fill(~judged.valid, 0) for log_probs in answers]
         if isinstance(critic_logits, (Tensor, StoredCritic)):
@@ -123,7 +123,7 @@ def judge(
 
 def draws_of_tail(config: AvataRLConfig, uniforms: Tensor | None, like: Tensor) -> Tensor | None:
     """The draws (N, 1) that ``tail="sample"`` needs: those given, else torch's own."""
-    if config.tail != "sample" or uniforms is not None:
+    if config.tail_rule != "sample" or uniforms is not None:
         return uniforms
     return torch.rand(like.shape[0], 1, device=like.device)
 
@@ -148,7 +148,7 @@ def _judge(
     actions, valid = propose(player, critics, targets, config)
     log_reality = reality_expert(valid, smoothing(config, scheduled), dtype)
     asked = [as_asked(critic) for critic in critics]
-    asking = dict(normalised=config.needs_critic_normaliser, by_draws=config.tail == "sample")
+    asking = dict(normalised=config.needs_critic_normaliser, by_draws=config.tail_rule == "sample")
     answers = [critic.log_probs_at(actions, dtype, **asking) for critic in asked]
     estimated = _estimated_share([estimates for _, estimates in answers if estimates is not None], valid, dtype)
 
@@ -162,7 +162,11 @@ def _judge(
     ]
     text = [Expert(reality_weight, log_reality)] if config.reality_weight > 0 or scheduled is not None else []
     pool = _geometric_pool if config.pool == "geometric" else _arithmetic_pool
-    consensus, log_mass = pool(text, [expert for _, expert in heard], valid, config.tail)
+    said = [Expert(weight, _by_rule(critic, actions, valid, log_p, config)) for critic, (weight, log_p) in heard]
+    consensus, log_mass = pool([*text, *said], valid)
+    if config.pool == "arithmetic" and config.tail_rule == "target":
+        target = (1 - consensus[:, 1:].sum(dim=1, keepdim=True)).clamp(min=0)  # a sum may round to above 1
+        consensus = torch.cat([target, consensus[:, 1:]], dim=1)
 
     num_active = valid.sum(dim=1, keepdim=True)
     if config.threshold == "none":
@@ -173,15 +177,19 @@ def _judge(
     rewards = torch.where(kept, config.reward_scale * consensus, 0.0)
     scale = torch.full_like(log_mass, config.reward_scale)  # (N, 1), reward for a probability of 1
     if config.reward_cap is not None:
-        largest = rewards.amax(dim=1, keepdim=True)
+        known = rewards
+        if config.tail_rule == "sample":  # by chance an estimate may be large, and the cap would follow it
+            for _, is_estimate in answers:
+                known = known if is_estimate is None else known.masked_fill(is_estimate, 0.0)
+        largest = known.amax(dim=1, keepdim=True)
         is_above = largest > config.reward_cap
         rewards = torch.where(is_above, rewards * (config.reward_cap / largest), rewards)
         scale = torch.where(is_above, scale * (config.reward_cap / largest), scale)
 
     dense = []
-    if config.tail == "dense":
+    if config.tail_rule == "dense":
         dense = [DenseTail(critic.logits, critic.log_normaliser, scale[:, 0] * weight) for critic, (weight, _) in heard]
-    elif config.tail == "sample" and heard:
+    elif config.tail_rule == "sample" and heard:
         drawn = [critic.sample_outside(actions, valid, config.tail_samples, uniforms) for critic, _ in heard]
         tokens = torch.cat([tokens for tokens, _ in drawn], dim=1)  # (N, S)
         masses = [weight * mass for (_, (weight, _)), (_, mass) in zip(heard, drawn, strict=True)]
@@ -193,13 +201,24 @@ def _judge(
     return Judgement(actions, valid, rewards, dense, estimated), log_reality, consensus
 
 
-def _geometric_pool(
-    text: Sequence[Expert], critics: Sequence[Expert], valid: Tensor, tail: str
-) -> tuple[Tensor, Tensor]:
+def _by_rule(
+    critic: LiveCritic | StoredCritic, actions: Tensor, valid: Tensor, log_probs: Tensor, config: AvataRLConfig
+) -> Tensor:
+    """What a critic says on the active actions (N, A) where its tail is one of them already.
+
+    A geometric pool is normalised in any case, and a sum of probabilities can be completed at the end.
+    """
+    if config.tail_rule == "renormalise" and config.pool == "arithmetic":
+        return log_probs.masked_fill(~valid, -torch.inf).log_softmax(dim=1)
+    if config.tail_rule == "target" and config.pool == "geometric":
+        outside = critic.outside(actions, valid, log_probs)
+        return torch.cat([torch.logaddexp(log_probs[:, :1], outside.log()), log_probs[:, 1:]], dim=1)
+    return log_probs
+
+
+def _geometric_pool(experts: Sequence[Expert], valid: Tensor) -> tuple[Tensor, Tensor]:
     """p ∝ Π p_i^w_i on the active actions (N, A), and the log of its mass before normalisation (N, 1)."""
-    if tail == "target":
-        critics = [Expert(w, _with_rest_at_target(log_p.exp(), valid).log()) for w, log_p in critics]
-    log_blend = sum(weighted(*expert) for expert in (*text, *critics)).masked_fill(~valid, -torch.inf)
+    log_blend = sum(weighted(*expert) for expert in experts).masked_fill(~valid, -torch.inf)
     # Experts that veto every action between them (ε = 0 and a critic that rules the target out) leave the text's.
     vetoed = log_blend.amax(dim=1, keepdim=True) == -torch.inf
     log_target = log_blend[:, :1].masked_fill(vetoed, 0.0)
@@ -208,23 +227,10 @@ def _geometric_pool(
     return (log_blend - log_mass).exp(), log_mass
 
 
-def _arithmetic_pool(
-    text: Sequence[Expert], critics: Sequence[Expert], valid: Tensor, tail: str
-) -> tuple[Tensor, Tensor]:
-    """p = Σ w_i p_i on the active actions (N, A), and log 1 (N, 1); ``dense`` and ``sample`` leave it incomplete."""
-    if tail == "renormalise":
-        critics = [Expert(w, log_p.masked_fill(~valid, -torch.inf).log_softmax(dim=1)) for w, log_p in critics]
-    consensus = sum(weight * log_probs.exp() for weight, log_probs in (*text, *critics)).masked_fill(~valid, 0.0)
-    if tail == "target":
-        consensus = _with_rest_at_target(consensus, valid)
+def _arithmetic_pool(experts: Sequence[Expert], valid: Tensor) -> tuple[Tensor, Tensor]:
+    """p = Σ w_i p_i on the active actions (N, A), and log 1 (N, 1); what critics give to others is missing in it."""
+    consensus = sum(weight * log_probs.exp() for weight, log_probs in experts).masked_fill(~valid, 0.0)
     return consensus, torch.zeros_like(consensus[:, :1])
-
-
-def _with_rest_at_target(probs: Tensor, valid: Tensor) -> Tensor:
-    """Probabilities (N, A) of the valid actions, and at the target all that these leave."""
-    others = probs.masked_fill(~valid, 0.0)[:, 1:]
-    target = (1 - others.sum(dim=1, keepdim=True)).clamp(min=0)  # a sum may round to above 1
-    return torch.cat([target, others], dim=1)
 
 
 def _one_of_each(tokens: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,6 +111,15 @@ class StoredCritic(NamedTuple):
         each = (self.log_rest.exp() / max(1, self.num_draws)).unsqueeze(1).expand_as(self.draws)
         return torch.cat([self.tokens, self.draws], dim=1), torch.cat([probs[:, :1], others, each], dim=1)
 
+    def outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
+        """See :meth:`LiveCritic.outside`: the rest and the stored tokens outside, less what was estimated inside."""
+        held = self.log_probs.to(log_probs.dtype).exp()
+        inside = ((self.tokens.unsqueeze(2) == actions.unsqueeze(1)) & valid.unsqueeze(1)).any(dim=2)  # (N, 1 + P)
+        is_estimate = ~(actions.unsqueeze(2) == self.tokens.unsqueeze(1)).any(dim=2)
+        estimated = log_probs.exp().masked_fill(~(is_estimate & valid), 0.0).sum(dim=1)
+        rest = self.log_rest.to(log_probs.dtype).exp() + held.masked_fill(inside, 0.0).sum(dim=1)
+        return (rest - estimated).clamp(min=0).unsqueeze(1)
+
     def sample_outside(
         self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor | None
     ) -> tuple[Tensor, Tensor]:

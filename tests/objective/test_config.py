@@ -16,7 +16,7 @@ ARTICLE = dict(
     top_p=None,
     smoothing=0.1,
     pool="geometric",
-    tail="renormalise",
+    tail=None,
     tail_samples=16,
     reality_weight=0.7,
     critic_weight=0.3,
@@ -148,16 +148,19 @@ def test_weights_that_do_not_go_together():
 
 
 def test_the_tail_is_by_default_that_of_the_pool():
-    assert AvataRLConfig(tail=None).tail == "renormalise"
-    assert AvataRLConfig(pool="arithmetic").tail == "target"
+    assert AvataRLConfig().tail_rule == "renormalise"
+    assert AvataRLConfig(pool="arithmetic").tail_rule == "target"
+    assert dataclasses.replace(AvataRLConfig(), pool="arithmetic").tail_rule == "target"
+    assert AvataRLConfig(pool="arithmetic", tail="renormalise").tail_rule == "renormalise"
 
 
 @pytest.mark.parametrize("tail", ["sample", "dense"])
 def test_a_tail_outside_of_the_actions_asks_for_a_sum_of_all_that_is_believed(tail):
     linear = dict(pool="arithmetic", threshold="none", tail=tail)
-    with pytest.raises(UserError, match=f"tail='{tail}' is a part of a sum of probabilities; it needs pool='arithmet"):
+    needed = f"tail='{tail}' keeps all .* it needs pool='arithmetic' and threshold='none'; found "
+    with pytest.raises(UserError, match=f"{needed}'geometric' and 'none'"):
         AvataRLConfig(**linear | dict(pool="geometric"))
-    with pytest.raises(UserError, match=f"tail='{tail}' .* threshold='mean' would drop it again"):
+    with pytest.raises(UserError, match=f"{needed}'arithmetic' and 'mean'"):
         AvataRLConfig(**linear | dict(threshold="mean"))
     with pytest.raises(UserError, match="per_action_mean divides by the active actions"):
         AvataRLConfig(**linear, per_action_mean=True)

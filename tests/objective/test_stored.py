@@ -125,6 +125,29 @@ def test_drawn_tokens_are_unbiased(top):
         assert (cut - expected).abs().max() > 0.3 * max(single)
 
 
+def test_the_cap_does_not_follow_what_was_drawn():
+    """Where the critic outweighs the text, a token drawn often would otherwise lower all rewards by chance."""
+    player, (critic,), targets = random_inputs(positions=8, spread=1.5)
+    config = dataclasses.replace(SAMPLE, smoothing=0.0, reality_weight=0.05, critic_weight=0.95)
+    totals = []
+    for i in range(100):
+        uniforms = torch.full((8, 1), (i + 0.5) / 100, dtype=torch.float64)
+        held = stored(critic, targets, 0, draws=3, uniforms=uniforms)
+        totals.append(reward_landscape(player, held, targets, config).rewards.sum(1))
+    assert torch.stack(totals).std(dim=0).max() < 1e-9  # all is paid, always in the same proportion
+
+
+def test_rounding_does_not_decide_what_a_sure_critic_gives_the_target():
+    critic = -25 - torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16  # no ties
+    critic[0, 0], critic[0, 5] = 0.0, -10.0
+    player, targets = torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16, torch.tensor([5])
+    config = AvataRLConfig(top_k=4, tail="target", threshold="none")
+    held = stored(critic, targets, 8)
+    rounded = held._replace(log_probs=(held.log_probs * 2048).round() / 2048)
+    expected, found = (reward_landscape(player, each, targets, config).consensus[0, 0] for each in (critic, rounded))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("top", [0, 3])
 def test_distillation_from_drawn_tokens_is_unbiased(top):
     player, (critic,), targets = random_inputs(positions=8, spread=1.5)

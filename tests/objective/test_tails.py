@@ -168,6 +168,50 @@ def test_the_fused_path(rule, dtype, monkeypatch):
         assert fused <= 1.5 * plain + 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("gap", [8.0, 14.0, 18.0])
+def test_a_target_that_a_sure_critic_finds_unlikely_keeps_what_it_has(gap):
+    """In float32, where one minus the others' probabilities would be nothing but rounding."""
+    critic = -25 - torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16  # no ties
+    critic[0, 0], critic[0, 5] = 0.0, -gap
+    player, targets = torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16, torch.tensor([5])
+    config = AvataRLConfig(top_k=4, tail="target", threshold="none")
+    exact, single = (
+        reward_landscape(player.to(d), critic.to(d), targets, config) for d in (torch.float64, torch.float32)
+    )
+    assert single.consensus[0, 0].item() == pytest.approx(exact.consensus[0, 0].item(), rel=1e-4)
+    expected = reference.landscape(
+        player[0].tolist(), [critic[0].tolist()], 5, top_k=4, tail="target", threshold="none"
+    )
+    assert exact.consensus[0, 0].item() == pytest.approx(expected["consensus"][0], rel=1e-6)
+
+
+def test_an_impossible_token_is_never_drawn():
+    """At the largest number below 1, where a product rounds up to the whole distribution."""
+    player, (critic,), targets = random_inputs(dtype=torch.float32)
+    critic[:, -1] = -200.0
+    config = dataclasses.replace(LINEAR, tail="sample", tail_samples=64)
+    uniforms = torch.full((24, 1), 1 - 2**-24)
+    landscape = reward_landscape(player, critic, targets, config, uniforms=uniforms)
+    drawn = landscape.actions[:, 1 + 2 * config.top_k :][landscape.valid[:, 1 + 2 * config.top_k :]]
+    assert len(drawn) and (drawn != critic.shape[1] - 1).all()
+
+
+@pytest.mark.parametrize("tail", ["target", "dense", "sample"])
+def test_a_critic_in_another_precision(tail):
+    generator = torch.Generator().manual_seed(3)
+    wide, narrow = (torch.randn(7, 16, generator=generator) for _ in range(2))
+    head, critic_head = (torch.randn(31, 16, generator=generator) for _ in range(2))
+    config, targets = dataclasses.replace(LINEAR, tail=tail), torch.arange(7)
+    uniforms = torch.full((7, 1), 0.5)
+    losses = [
+        linear_avatarl_loss(
+            wide.to(a), head.to(a), narrow.to(b), critic_head.to(b), targets, config, uniforms=uniforms
+        )[0]
+        for a, b in ((torch.float64, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float64))
+    ]
+    assert [loss.item() for loss in losses] == pytest.approx([losses[2].item()] * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["expected_reward", "reinforce", "ppo"])
 def test_objectives_that_do_not_pay_every_token_say_so(name):
     player, critics, targets = random_inputs()

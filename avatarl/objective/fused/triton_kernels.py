@@ -63,7 +63,7 @@ class TritonKernels(Kernels):
         """
         self.check_device(player.device.type)
         cuts = config.top_p is not None and config.top_p < 1
-        is_plain = cuts or scheduled is not None or config.tail != DEFAULT_TAIL[config.pool]
+        is_plain = cuts or scheduled is not None or config.tail_rule != DEFAULT_TAIL[config.pool]
         is_plain |= any(isinstance(critic, StoredCritic) for critic in critics)
         if is_plain or torch.float64 in (logits.dtype for logits in (player, *critics)):
             return super().judge(player, critics, targets, config, uniforms, scheduled)
