@@ -300,7 +300,7 @@ def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Window
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     np.full(case.vocabulary, -np.log(case.vocabulary), "<f4").tofile(folder / FREQUENCIES)
     for part in parts_of(manifest):
-        fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None, 0)
+        fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None)
     return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream))
 
 

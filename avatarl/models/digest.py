@@ -33,8 +33,12 @@ def digest_of_model(model: PreTrainedModel) -> str:
 
 
 def digest_of_tokenizer(data: PreparedData) -> str:
-    """SHA-256 over the files of a prepared folder's tokenizer."""
+    """SHA-256 over what decides a prepared folder's tokens: its tokenizer.json, or every file where there is none.
+
+    What else the library writes differs from one saving to the next.
+    """
     files = {name: record for name, record in data.manifest["files"].items() if name.startswith("tokenizer/")}
+    files = {name: record for name, record in files.items() if name == "tokenizer/tokenizer.json"} or files
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -195,7 +195,7 @@ def test_going_on_after_an_interruption(tmp_path, caches, data_folder, critic_fo
     def fails_in_the_third(out, part, *arguments):
         begun.append(part)
         if len(begun) == 3:
-            (out / f".{part.name}.0.partial").write_bytes(b"half")
+            (out / f".{part.name}.0123.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         real(out, part, *arguments)
 
@@ -225,6 +225,46 @@ def test_processes_share_the_parts(tmp_path, data_folder, critic_folder, small_p
     assert found == whole
     for folder in (tmp_path / "one", tmp_path / "two"):
         assert {path.name for path in folder.iterdir()} == {"cache.json", *whole["files"]}
+
+
+def test_two_starts_of_one_command_do_not_disturb_each_other(
+    tmp_path, caches, data_folder, critic_folder, data, monkeypatch
+):
+    """The second begins in the middle of the first one's part, and is killed in the middle of its own."""
+    settings = dict(bytes_per_token=54, batch_windows=64, **COMMON)
+    real, calls = write.answers_of, []
+
+    def answers(*arguments):
+        calls.append(None)
+        number = len(calls)
+        if number == 3:
+            with pytest.raises(KeyboardInterrupt):
+                cache_critic(str(critic_folder), data_folder, tmp_path / "cache", **settings)
+        if number == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(write, "answers_of", answers)
+    cache_critic(str(critic_folder), data_folder, tmp_path / "cache", **settings)
+    assert len(calls) > 8
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {path.name for path in caches["top"].iterdir()}
+    assert all((tmp_path / "cache" / name).read_bytes() == (caches["top"] / name).read_bytes() for name in names)
+
+
+def test_what_a_kill_at_the_very_end_leaves_is_tidied_up(tmp_path, caches, data_folder, critic_folder):
+    cache = Path(shutil.copytree(caches["top"], tmp_path / "cache"))
+    for name in ("cache.partial.json", "train-00000.bin.json", ".train-00000.bin.0123.partial"):
+        (cache / name).write_text("{}")
+    cache_critic(str(critic_folder), data_folder, cache, bytes_per_token=54, **COMMON)
+    assert {path.name for path in cache.iterdir()} == {path.name for path in caches["top"].iterdir()}
+
+
+def test_answers_that_are_no_numbers(tmp_path, data_folder, critic_folder, monkeypatch):
+    monkeypatch.setattr(write, "last_hidden", lambda model, ids: torch.full((*ids.shape, 16), torch.nan))
+    with pytest.raises(RunFailed, match="says what is no number in train windows 0 to 15; try precision fp32"):
+        cache_critic(str(critic_folder), data_folder, tmp_path / "cache", bytes_per_token=54, **COMMON)
+    assert not list((tmp_path / "cache").glob("train-*"))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -293,7 +333,7 @@ def test_other_data_tokenizer_or_windows(caches, tmp_path, data_folder, data):
         CriticCache.open(caches["top"], data, 8)
     source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
     prepare([str(source)], tmp_path / "other", tokenizer=str(data_folder / "tokenizer"), quiet=True)
-    with pytest.raises(UserError, match=f"a cache of other data .*than {tmp_path / 'other'}"):
+    with pytest.raises(UserError, match=f"a cache of other data than {tmp_path / 'other'}"):
         CriticCache.open(caches["top"], PreparedData.open(tmp_path / "other"), BLOCK)
     prepare([str(source)], tmp_path / "third", tokenizer="bpe:290", quiet=True)
     with pytest.raises(UserError, match="a cache of other data and another tokenizer than"):

@@ -7,12 +7,16 @@ the parts without talking to each other: whoever finds all of them done writes t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -78,6 +82,7 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FREQUENCIES, log_frequencies.astype("<f4").tobytes())
         write_whole(out / UNFINISHED, json.dumps(identity, indent=1).encode())
+    tidy(out)
     missing = sum(len(part.windows) for part in parts if not is_done(out, part))
     needed = missing * identity["block"] * identity["bytes_per_token"]
     free = shutil.disk_usage(out).free
@@ -106,11 +111,10 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
             files = {part.name: json.loads(record_path(out, part).read_text(encoding="utf-8")) for part in parts}
             files[FREQUENCIES] = file_record(out / FREQUENCIES)
             write_whole(out / MANIFEST, (json.dumps({**identity, "files": files}, indent=1) + "\n").encode())
-            for path in (out / UNFINISHED, *out.glob(".*.partial"), *(record_path(out, part) for part in parts)):
-                path.unlink(missing_ok=True)
     except FileNotFoundError:  # another process has written it meanwhile, and tidied up
         if not os.path.isfile(out / MANIFEST):
             raise
+    tidy(out)
     is_finished = os.path.isfile(out / MANIFEST)
     return json.loads((out / MANIFEST).read_text(encoding="utf-8")) if is_finished else identity
 
@@ -127,14 +131,36 @@ def record_path(out: Path, part: Part) -> Path:
     return out / f"{part.name}.json"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Give ``path`` this content; a reader finds all of it or nothing, and several writers may write the same."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name of ``path`` when it is whole; several processes may write the same at once.
+
+    Each writes beside it under a name of its own, which it holds a lock on, so that others know whom it belongs to.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    with partial.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+        partial.replace(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Give ``path`` this content; a reader finds all of it or nothing."""
+    with new_file(path) as file:
+        file.write(content)
+
+
+def tidy(out: Path) -> None:
+    """Remove what processes that are gone have left half written, and what a finished cache needs no more."""
+    for partial in out.glob(".*.partial"):
+        with contextlib.suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is writing
+            partial.unlink()
+    if os.path.isfile(out / MANIFEST):
+        for path in (out / UNFINISHED, *out.glob("*.bin.json")):
+            path.unlink(missing_ok=True)
 
 
 def difference(found: dict, wanted: dict) -> str:

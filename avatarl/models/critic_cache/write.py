@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -18,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avatarl.data import PreparedData, Windows
-from avatarl.data.dataset import file_record
 from avatarl.device import pick_device, pick_precision
 from avatarl.errors import RunFailed, UserError
 from avatarl.inert import one_line
@@ -32,10 +32,11 @@ from ..counting import count_parameters, forward_flops_per_token
 from ..critics import load_critic
 from ..digest import digest_of_model, digest_of_tokenizer, weight_files
 from ..loading import head_weight, last_hidden, longest_sequence
-from .parts import FORMAT_VERSION, SPLITS, Part, finish, is_done, parts_of, record_path, start, write_whole
+from .parts import FORMAT_VERSION, SPLITS, Part, finish, is_done, new_file, parts_of, record_path, start, write_whole
 from .record import KINDS, RecordFormat
 
 COUNTED_AT_ONCE = 1 << 22
+LINES_OF_PROGRESS = 20  # where there is no terminal to draw a bar on
 
 
 def cache_critic(
@@ -94,6 +95,8 @@ def cache_critic(
         raise UserError(
             f"keep_top is {keep_top}, which kind='sample' uses; kind='top' keeps what bytes_per_token allows"
         )
+    if seed >= 1 << 63:
+        raise UserError(f"seed is {seed}; expected a whole number below 2^63")
     require_choice("precision", precision, ("auto", "bf16", "fp32"))
     rank, count, local_rank = (
         int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -135,7 +138,7 @@ def cache_critic(
         todo = [part for part in parts[rank::count] if not is_done(out, part)]
         with _progress(out, parts[rank::count], todo, block, quiet or rank > 0) as advance:
             for part in todo:
-                fill_part(out, part, splits[part.split], model, record, seed, batch_windows, precision, advance, rank)
+                fill_part(out, part, splits[part.split], model, record, seed, batch_windows, precision, advance)
         return finish(out, identity, parts)
 
 
@@ -149,12 +152,15 @@ def fill_part(
     batch_windows: int,
     precision: str,
     advance: Callable[[int], None],
-    rank: int,
 ) -> None:
-    """Compute a part and put it in its place; its record, beside it, comes last."""
-    partial = out / f".{part.name}.{rank}.partial"
+    """Compute a part and put it in its place; its record, beside it, comes last.
+
+    Raises:
+        RunFailed: The critic's answers are no numbers.
+    """
     autocast = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with partial.open("wb") as file:
+    digest, size = hashlib.sha256(), 0
+    with new_file(out / part.name) as file:
         for first in range(part.windows.start, part.windows.stop, batch_windows):
             chosen = range(first, min(first + batch_windows, part.windows.stop))
             inputs, targets = (x.to(model.device) for x in windows.batch(chosen))
@@ -163,12 +169,16 @@ def fill_part(
                 hidden = last_hidden(model, inputs).flatten(0, 1)
                 answers = answers_of(hidden, head_weight(model), targets.flatten(), record, draws)
             for answer in answers:
-                file.write(record.pack(answer).tobytes())
+                if answer.entropy.isnan().any():
+                    raise RunFailed(
+                        f"the critic says what is no number in {part.split} windows {chosen.start} to "
+                        f"{chosen.stop - 1}; try precision fp32"
+                    )
+                content = record.pack(answer).tobytes()
+                digest.update(content)  # of what was meant to be written, not of what is read back
+                size += file.write(content)
             advance(len(chosen))
-        file.flush()
-        os.fsync(file.fileno())
-    described = json.dumps(file_record(partial))
-    partial.replace(out / part.name)
+    described = json.dumps({"bytes": size, "sha256": digest.hexdigest()})
     write_whole(record_path(out, part), described.encode())
 
 
@@ -237,18 +247,25 @@ def _progress(
     )
     total, waiting = (block * sum(len(part.windows) for part in parts) for parts in (mine, todo))
     done = total - waiting
-    if done and not quiet:
-        console.print(
-            f"{out} goes on after {done:,} of {total:,} tokens", markup=False, highlight=False, soft_wrap=True
-        )
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    if done and todo and not quiet:
+        say(f"{out} goes on after {done:,} of {total:,} tokens")
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(one_line(out.name), total=total, completed=done, rate="")
-        started = time.monotonic()
+        started, said = time.monotonic(), done
 
         def advance(windows: int) -> None:
+            nonlocal said
             progress.advance(task, windows * block)
-            rate = (progress.tasks[0].completed - done) / (time.monotonic() - started)
-            progress.update(task, rate=f"{rate:,.0f} tokens/s")
+            completed = int(progress.tasks[0].completed)
+            rate = f"{(completed - done) / (time.monotonic() - started):,.0f} tokens/s"
+            progress.update(task, rate=rate)
+            if not quiet and not console.is_terminal and completed - said >= total / LINES_OF_PROGRESS:
+                said = completed
+                say(f"{completed:,} of {total:,} tokens, {rate}")
 
         yield advance
 
