@@ -283,6 +283,9 @@ def _add_recipe(parser) -> None:
 
 def _parse(parser, arguments: Sequence[str]) -> dict:
     """Parsed settings with dataclasses built; a mistake names the nearest option."""
+    if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the last one would count alone
+        several = "--critic A B" if "evaluate" in parser.prog else "--critic '[A, B]'"
+        raise UserError(f"critic is given more than once; expected {several} for several")
     try:
         settings = parser.parse_args(list(arguments))
     except ArgumentError as error:
@@ -309,6 +312,8 @@ def _explain(error: ArgumentError, parser) -> str:
         types = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", reasons))
         accepted = " or ".join(name or choices for name, choices in types) or reasons.strip()
         return f"{field} is {value!r}; expected {accepted.replace('NoneType', 'null')}"
+    if wrong := re.match(r'Parser key "([\w.]+)": Unable to load config', message):
+        raise UserError(f"{wrong[1]} is no file and no setting; expected its settings by name, as {wrong[1]}.NAME")
     unknown = re.search(
         r"unrecognized arguments: --([\w.]+)|(?:Group|Key) '([\w.]+)' does not accept option '([\w.]+)'"
         r"|[Oo]ption '([\w.]+)'",

@@ -366,7 +366,7 @@ def _last_hidden(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
     length, longest = reads["input_ids"].shape[1], longest_sequence(model)
     if longest is not None and length > longest:
         raise UserError(
-            f"a batch has {length + 1} tokens; expected at most {longest + 1}, what {_name(model)} was made to read"
+            f"a batch has {length} tokens to read and one to predict; {_name(model)} was made to read {longest}"
         )
     return model.base_model(**reads, use_cache=False).last_hidden_state
 

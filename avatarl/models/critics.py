@@ -35,6 +35,8 @@ def load_critic(
     Raises:
         UserError: Its vocabulary is not ``tokenizer``'s, or it cannot be opened, or not be quantised.
     """
+    if str(critic) == "ema":
+        parse_ema_critic(str(critic))
     if str(critic).startswith("ema:"):
         raise UserError(f"critic {critic} is the average of a player that is being trained; expected a model")
     if str(critic).startswith("random:"):

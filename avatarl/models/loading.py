@@ -24,6 +24,12 @@ from avatarl.outside import LARGEST_CONFIG_BYTES, check_library_folder, parse_js
 
 from .quantisation import QUANTISERS, is_quantised, plain_tensors, quantisation_options
 
+# Folders of ours that are taken for models, by a file that each has.
+OTHER_FOLDERS = {
+    "cache.json": "a cache of a critic",
+    "cache.partial.json": "an unfinished cache of a critic",
+    "manifest.json": "prepared data",
+}
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -42,7 +48,10 @@ def resolve_model(model: str | Path) -> str:
     if not (folder / "config.json").exists() and (folder / "player" / "config.json").exists():
         folder = folder / "player"
     if not (folder / "config.json").is_file():
-        raise UserError(f"{model} is neither a run folder (with player/) nor a model folder (with config.json)")
+        found = next((what for name, what in OTHER_FOLDERS.items() if (folder / name).exists()), "neither")
+        raise UserError(
+            f"{model} is {found}; expected a run folder (with player/) or a model folder (with config.json)"
+        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has no .safetensors file; expected a model saved with save_pretrained")
     if (folder / "adapter_config.json").exists():

@@ -53,8 +53,9 @@ class RewardedObjective(Objective):
                 raise ValueError("tail='sample' needs a cache with drawn tokens (kind sample); found one of kind top")
             if config.tail_rule in ("renormalise", "target") and num_top < config.top_k:
                 raise ValueError(
-                    f"the cached critic has {num_top} of its most likely tokens at a position; top_k={config.top_k} "
-                    f"with tail={config.tail_rule!r} needs as many"
+                    f"a cached critic has {num_top} of its most likely tokens at a position; top_k={config.top_k} with "
+                    f"tail={config.tail_rule!r} needs as many, a lower top_k or a cache with more bytes_per_token"
+                    + (", or tail='sample' with pool='arithmetic' and threshold='none'" if num_draws else "")
                 )
 
     def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:

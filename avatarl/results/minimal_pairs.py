@@ -151,6 +151,8 @@ def _files(source: Path) -> list[tuple[Path, str]]:
     accepted = "a .jsonl file, or a folder of them, is expected"
     if os.path.isfile(source) and source.suffix == ".jsonl":
         return [(source, source.stem)]
+    if not os.path.exists(source):
+        raise UserError(f"pairs {str(source)!r}: no such file or folder; {accepted}")
     if not os.path.isdir(source):
         raise UserError(f"pairs {str(source)!r}: {accepted}")
     found = []

@@ -134,9 +134,6 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         raise UserError(str(error)) from error
     player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
     start_steps = [critic.start_step if isinstance(critic, AveragedPlayer) else 0 for critic in critics]
-    for name, start in zip(critic_names, start_steps, strict=True):
-        if start >= total_steps:
-            raise UserError(f"critic {name} judges from step {start + 1} on; the run takes {total_steps} steps")
     schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
     caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
     tokens = total_steps * config.windows_per_step * config.block

@@ -122,6 +122,10 @@ class ScheduleConfig:
         for name, schedule in self.items():
             field = f"schedules.{name}"
             require_choice(f"{field}.shape", schedule.shape, ("constant", "linear", "cosine", "first"))
+            if schedule.is_constant and schedule != Schedule():
+                raise UserError(
+                    f"{field}.shape is 'constant', so that its other settings change nothing; expected another"
+                )
             is_weight = name == "critic_weight"
             require_number(
                 f"{field}.final_fraction",

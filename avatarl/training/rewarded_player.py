@@ -147,6 +147,11 @@ class RewardedPlayer(nn.Module):
         """Forget the critics that do not judge, and their memory."""
         self._critics = [critic if i in self._judging else None for i, critic in enumerate(self._critics)]
 
+    def follow(self, step: int) -> None:
+        """Let the averages take in the player as it is after ``step``, 0 before the first one."""
+        for average in self.averages:
+            average.follow(self.player, step)
+
     @property
     def averages(self) -> list[AveragedPlayer]:
         """The critics that are averages of the player."""

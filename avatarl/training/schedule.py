@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avatarl.errors import UserError
 from avatarl.objective import Objective, Scheduled, make_objective
+from avatarl.objective.losses import RewardedObjective
 
 from .config import Schedule, ScheduleConfig
 
@@ -54,8 +55,32 @@ class Schedules:
         for name, schedule in config.items():
             if schedule.end_step is not None and schedule.end_step > total_steps:
                 raise UserError(f"schedules.{name}.end_step is {schedule.end_step}; the run takes {total_steps} steps")
+            if not schedule.is_constant and schedule.start_step >= (schedule.end_step or total_steps):
+                raise UserError(
+                    f"schedules.{name}.start_step is {schedule.start_step}; the run takes {total_steps} steps"
+                )
+            if not schedule.is_constant and name != "critic_weight" and not isinstance(objective, RewardedObjective):
+                raise UserError(f"schedules.{name} changes nothing: objective {objective.name!r} has no {name}")
+        most = objective.avatarl.smoothing * max(1.0, config.smoothing.final_fraction)
+        if not config.smoothing.is_constant and most >= 1:
+            raise UserError(
+                f"schedules.smoothing.final_fraction is {config.smoothing.final_fraction}, which takes "
+                f"avatarl.smoothing from {objective.avatarl.smoothing} to {most}; expected less than 1"
+            )
         if not config.critic_weight.is_constant and not start_steps:
             raise UserError(f"schedules.critic_weight has no critic to weigh: objective {objective.name!r} asks none")
+        self._check_starts()
+
+    def _check_starts(self) -> None:
+        """Refuse a critic that never judges."""
+        for start in self._start_steps:
+            if start >= self._total_steps:
+                raise UserError(f"critic ema judges from step {start + 1} on; the run takes {self._total_steps} steps")
+            if start >= self.last_critic_step:
+                raise UserError(
+                    f"critic ema judges from step {start + 1} on; schedules.critic_weight is 0 after step "
+                    f"{self.last_critic_step}"
+                )
 
     @property
     def last_critic_step(self) -> int:

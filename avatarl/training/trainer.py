@@ -177,8 +177,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
         if progress["step"] == 0:
-            for average in parts.model.averages:
-                average.follow(player, 0)
+            parts.model.follow(0)
         for step in range(progress["step"] + 1, total_steps + 1):
             if signum:
                 break
@@ -202,12 +201,12 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             grad_norm = clip_gradients(player.parameters(), config.optim.clip_norm, processes)
             refused = guard.judge(step, processes.mean(metrics["loss"]), grad_norm)
             learning_rate = parts.optimisers.step(step, refused)
-            for average in parts.model.averages:
-                average.follow(player, step)
+            parts.model.follow(step)
             since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)
 
-            # Once in a while.
-            if step % config.log_every_steps == 0 or step == total_steps:
+            # Once in a while, and where critics come or go: a line is of steps of one kind.
+            is_stage_over = step < total_steps and parts.schedules.stage(step + 1) is not stage
+            if step % config.log_every_steps == 0 or step == total_steps or is_stage_over:
                 values = since_log.over(processes)
                 taken = values.pop("taken")
                 seconds = time.monotonic() - clock

@@ -118,7 +118,7 @@ def test_pickled_weights_are_refused(tmp_path: Path, critic_folder: Path, tokeni
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, tokenizer):
-    with pytest.raises(UserError, match="neither a run folder .* nor a model folder"):
+    with pytest.raises(UserError, match="is neither; expected a run folder .* or a model folder"):
         load_critic(tmp_path, tokenizer)
 
 

@@ -189,5 +189,5 @@ def test_a_value_out_of_range_is_named(player_folder: Path, field: str, value):
 
 
 def test_no_model_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="neither a run folder .* nor a model folder"):
+    with pytest.raises(UserError, match="is neither; expected a run folder .* or a model folder"):
         generate(tmp_path, device="cpu")

@@ -159,7 +159,7 @@ def test_a_name_that_the_hub_does_not_take_is_refused(hub: Hub, run: Path, repo:
 def test_a_folder_that_nobody_could_open_is_refused(hub: Hub, run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         push_to_hub("nowhere", REPO)
-    with pytest.raises(UserError, match="is neither a run folder"):
+    with pytest.raises(UserError, match="is neither; expected a run folder"):
         push_to_hub(tmp_path, REPO)
     shutil.copytree(run / "player", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"

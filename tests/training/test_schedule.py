@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from avatarl.cli import main
 from avatarl.models import build_player
 from avatarl.objective import BaselineConfig, make_objective
 from avatarl.training import Schedule, ScheduleConfig, train
+from avatarl.training.optim import Optimisers
 from avatarl.training.rewarded_player import AveragedPlayer, FrozenModel
 from avatarl.training.schedule import Schedules, factor
 
@@ -43,6 +46,10 @@ def test_factors(schedule: Schedule, expected: list[float]):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        (
+            dict(smoothing=Schedule(end_step=3)),
+            "schedules.smoothing.shape is 'constant', so that its other settings change nothing",
+        ),
         (
             dict(critic_weight=Schedule("fast")),
             "schedules.critic_weight.shape is 'fast'; expected one of 'con",
@@ -80,6 +87,20 @@ def test_schedules_that_do_not_fit_the_run(tiny_config, tmp_path: Path):
         train(tiny_config(tmp_path, schedules=late), quiet=True)
     with pytest.raises(UserError, match="no critic to weigh: objective 'cross_entropy' asks none"):
         train(tiny_config(tmp_path, schedules=FIRST, objective="cross_entropy"), quiet=True)
+    for start in (8, 1000):
+        never = ScheduleConfig(critic_weight=Schedule("linear", start_step=start))
+        with pytest.raises(UserError, match=f"schedules.critic_weight.start_step is {start}; the run takes 8 steps"):
+            train(tiny_config(tmp_path, schedules=never), quiet=True)
+    high = ScheduleConfig(smoothing=Schedule("linear", 20.0))
+    with pytest.raises(
+        UserError, match="final_fraction is 20.0, which takes avatarl.smoothing from 0.1 to 2.0; expected"
+    ):
+        train(tiny_config(tmp_path, schedules=high), quiet=True)
+    beta = ScheduleConfig(entropy_coef=Schedule("linear"))
+    with pytest.raises(UserError, match="entropy_coef changes nothing: objective 'distillation' has no entropy_coef"):
+        train(tiny_config(tmp_path, schedules=beta, objective="distillation"), quiet=True)
+    with pytest.raises(UserError, match="critic ema judges from step 6 on; schedules.critic_weight is 0 after step 4"):
+        train(tiny_config(tmp_path, schedules=FIRST, critic="ema:0.9:5"), quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -125,6 +146,35 @@ def test_a_schedule_that_ends_where_it_begins_changes_nothing(tiny_config, tmp_p
             {name: value for name, value in expected.items() if name != "event"}, rel=1e-5
         )
     assert lines_of(tmp_path / "still" / "run")[0]["smoothing"] == pytest.approx(0.1)
+
+
+def test_a_line_is_of_steps_of_one_stage(tiny_config, tmp_path: Path, critic_cache: Path):
+    """Means of steps with a critic and of steps without one are not mixed, whatever the interval of the log."""
+    settings = dict(critic=str(critic_cache), schedules=FIRST)
+    train(tiny_config(tmp_path / "often", log_every_steps=1, **settings), quiet=True)
+    train(tiny_config(tmp_path / "seldom", log_every_steps=8, **settings), quiet=True)
+    often, seldom = ([x for x in lines_of(tmp_path / n / "run") if x["event"] == "train"] for n in ("often", "seldom"))
+    assert [line["step"] for line in seldom] == [4, 8]
+    assert seldom[0]["active_actions"] == pytest.approx(sum(line["active_actions"] for line in often[:4]) / 4)
+    assert "critic_wins" in seldom[0] and "critic_wins" not in seldom[1]
+
+
+def test_what_is_let_go_is_gone(tiny_config, tmp_path: Path, critic_folder: Path, monkeypatch):
+    """The live critic and the average, as weak references see them when the run is at its last step."""
+    alive, kept = [], []
+    made = FrozenModel.__init__
+    monkeypatch.setattr(FrozenModel, "__init__", lambda self, m: made(self, m) or alive.append(weakref.ref(self)))
+    step = Optimisers.step
+
+    def look(self, number, *arguments):
+        if number == 8:
+            gc.collect()
+            kept.extend(reference for reference in alive if reference() is not None)
+        return step(self, number, *arguments)
+
+    monkeypatch.setattr(Optimisers, "step", look)
+    train(tiny_config(tmp_path, critic=[str(critic_folder), "ema:0.5:1"], schedules=FIRST), quiet=True)
+    assert len(alive) == 2 and not kept
 
 
 @pytest.mark.parametrize("name", ["smoothing", "entropy_coef", "critic_weight"])
@@ -175,7 +225,7 @@ def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):
     [
         ("ema:1.0:5", "critic is 'ema:1.0:5'; expected ema:DECAY:START_STEP, as ema:0.999:500, with a decay below 1"),
         ("ema:0.9", "critic is 'ema:0.9'; expected ema:DECAY:START_STEP"),
-        ("ema:0.9:8", "critic ema:0.9:8 judges from step 9 on; the run takes 8 steps"),
+        ("ema:0.9:8", "critic ema judges from step 9 on; the run takes 8 steps"),
     ],
 )
 def test_averages_that_cannot_be(tiny_config, tmp_path: Path, name: str, message: str):

@@ -124,7 +124,10 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
     """
     config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
     sources = sources_of(manifest)
-    recipe = yaml.safe_dump({name: value for name, value in config.as_dict().items() if name != "out"}, sort_keys=False)
+    settings = {name: value for name, value in config.as_dict().items() if name != "out"}
+    if not parts.critic_names:
+        settings["critic"] = None  # a recipe may name one that the objective does not ask
+    recipe = yaml.safe_dump(settings, sort_keys=False)
     fence = backticks_around(recipe, fewest=3)
     more = f" and {len(sources) - MOST_SOURCES} more" if len(sources) > MOST_SOURCES else ""
     return CARD.format(
