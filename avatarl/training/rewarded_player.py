@@ -47,6 +47,7 @@ class AveragedPlayer(FrozenModel):
         """``model`` is one like the player, whose weights are replaced."""
         super().__init__(model)
         self.decay, self.start_step = decay, start_step
+        self.has_started = False
 
     @torch.no_grad()
     def follow(self, player: nn.Module, step: int) -> None:
@@ -57,10 +58,11 @@ class AveragedPlayer(FrozenModel):
             self.reshard()  # what was gathered of the earlier one is no longer wanted
         averages = [local(weight) for weight in self.model.parameters()]  # tied ones once
         weights = [local(weight) for weight in player.parameters()]
-        if step == self.start_step:
-            torch._foreach_copy_(averages, weights)
-        else:
+        if self.has_started:
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        else:
+            torch._foreach_copy_(averages, weights)
+        self.has_started = True
 
 
 class RewardedPlayer(nn.Module):
@@ -148,9 +150,15 @@ class RewardedPlayer(nn.Module):
         self._critics = [critic if i in self._judging else None for i, critic in enumerate(self._critics)]
 
     def follow(self, step: int) -> None:
-        """Let the averages take in the player as it is after ``step``, 0 before the first one."""
+        """Let the averages take in the player as it is after ``step``."""
         for average in self.averages:
             average.follow(self.player, step)
+
+    def start_averages(self, step: int) -> None:
+        """Begin those that should have begun by ``step`` and have not: before the first step, or under new settings."""
+        for average in self.averages:
+            if not average.has_started:
+                average.follow(self.player, step)
 
     @property
     def averages(self) -> list[AveragedPlayer]:

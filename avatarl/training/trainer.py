@@ -176,8 +176,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
-        if progress["step"] == 0:
-            parts.model.follow(0)
+        parts.model.start_averages(progress["step"])
         for step in range(progress["step"] + 1, total_steps + 1):
             if signum:
                 break

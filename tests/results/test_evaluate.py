@@ -347,7 +347,10 @@ def test_the_command_puts_together_what_is_asked_for(tmp_path: Path, data_folder
             ["--data", "d", "--include_path", "i"],
             "include_path is 'i', which is an option of tasks; expected tasks too",
         ),
-        (["--data", "d", "--pairs", "nowhere"], "pairs 'nowhere': a .jsonl file, or a folder of them, is expected"),
+        (
+            ["--data", "d", "--pairs", "nowhere"],
+            "pairs 'nowhere': no such file or folder; a .jsonl file, or a folder of them, is expected",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_put_together_is_refused(options: list[str], message: str, capsys):

@@ -176,7 +176,9 @@ def test_bytes_that_are_no_text_are_refused(lines):
 
 
 def test_a_source_without_pairs_is_refused(lines, tmp_path: Path):
-    with pytest.raises(UserError, match="nowhere': a .jsonl file, or a folder of them, is expected"):
+    with pytest.raises(
+        UserError, match="nowhere': no such file or folder; a .jsonl file, or a folder of them, is expected"
+    ):
         read_pairs(tmp_path / "nowhere")
     with pytest.raises(UserError, match="x.txt': a .jsonl file"):
         read_pairs(lines("x.txt", {"good": "a", "bad": "b"}))

@@ -48,7 +48,8 @@ def run_state(model: RewardedPlayer, optimisers: Optimisers) -> dict[str, dict[s
     """Every tensor that a run goes on from, by file and name; the run's own memory, not copies."""
     parts = {"player": tensors_of_model(model.player), "optimiser": optimiser_tensors(model.player, optimisers)}
     parts |= {"snapshot": tensors_of_model(model.snapshot.model)} if model.snapshot else {}
-    parts |= {f"average{number}": tensors_of_model(mean.model) for number, mean in enumerate(model.averages)}
+    started = [(number, average) for number, average in enumerate(model.averages) if average.has_started]
+    parts |= {f"average{number}": tensors_of_model(average.model) for number, average in started}
     return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
 
 
@@ -89,8 +90,9 @@ def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimiser
     elif model.snapshot:
         model.refresh_snapshot()
     for number, average in enumerate(model.averages):
-        source = saved.get(f"average{number}", saved.get("player", []))  # another critic before: it starts anew
-        _copy_into(tensors_of_model(average.model), SavedTensors(source))
+        average.has_started = f"average{number}" in saved
+        if average.has_started:
+            _copy_into(tensors_of_model(average.model), SavedTensors(saved[f"average{number}"]))
     kept = SavedTensors(saved.get("optimiser", []))
     names = {id(parameter): name for name, parameter in model.player.named_parameters()}
     for optimiser in optimisers.optimisers:
