@@ -111,27 +111,8 @@ def cache_critic(
     longest = longest_sequence(model)
     if longest is not None and longest < block:
         raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "kind": kind,
-        "block": block,
-        "num_top": record.num_top,
-        "num_draws": record.num_draws,
-        "seed": seed if record.num_draws else None,
-        "bytes_per_token": record.dtype.itemsize,
-        "vocab_size": prepared.vocab_size,
-        "precision": precision,
-        "data": prepared.digest,
-        "windows": {split: len(windows) for split, windows in splits.items()},
-        "tokenizer": digest_of_tokenizer(prepared),
-        "critic": {
-            "name": critic,
-            "sha256": digest_of_model(model),
-            "files": weight_files(critic),
-            "parameters": count_parameters(model).total,
-            "flops_per_token": forward_flops_per_token(model, block),
-        },
-    }
+    identity = identity_of_cache(prepared, splits, record, precision, critic, model)
+    identity |= {"kind": kind, "seed": seed if record.num_draws else None}
     parts, log_frequencies = list(parts_of(identity)), log_frequencies_of(prepared)
     with _failures_in_one_line(out):
         start(out, identity, parts, log_frequencies)
@@ -140,6 +121,37 @@ def cache_critic(
             for part in todo:
                 fill_part(out, part, splits[part.split], model, record, seed, batch_windows, precision, advance)
         return finish(out, identity, parts)
+
+
+def identity_of_cache(
+    data: PreparedData,
+    splits: Mapping[str, Windows],
+    record: RecordFormat,
+    precision: str,
+    critic: str,
+    model: PreTrainedModel,
+) -> dict:
+    """All that decides what is stored, and what it is tied to."""
+    block = splits["train"].block
+    return {
+        "format_version": FORMAT_VERSION,
+        "block": block,
+        "num_top": record.num_top,
+        "num_draws": record.num_draws,
+        "bytes_per_token": record.dtype.itemsize,
+        "vocab_size": record.vocab_size,
+        "precision": precision,
+        "data": data.digest,
+        "windows": {split: len(windows) for split, windows in splits.items()},
+        "tokenizer": digest_of_tokenizer(data),
+        "critic": {
+            "name": critic,
+            "sha256": digest_of_model(model),
+            "files": weight_files(critic),
+            "parameters": count_parameters(model).total,
+            "flops_per_token": forward_flops_per_token(model, block),
+        },
+    }
 
 
 def fill_part(
