@@ -49,7 +49,7 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise UserError(f"{run / CONFIG} cannot be read; move the folder away to start again") from error
     accepted = identities_of_run(run)
-    if accepted and settings_digest(saved_settings) not in [identity["settings"] for identity in accepted]:
+    if accepted and settings_digest(saved_settings) not in [identity.get("settings") for identity in accepted]:
         raise UserError(
             f"{run / CONFIG} is not as the run wrote it; put it back, or move the folder away to start again"
         )
