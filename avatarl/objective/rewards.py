@@ -173,7 +173,7 @@ def _judge(
         kept = valid
     else:
         mass = log_mass.exp() if config.threshold == "mass" else 1.0
-        kept = (consensus > mass / num_active) | (valid & (num_active == 1))
+        kept = (consensus > mass / num_active.to(dtype)) | (valid & (num_active == 1))
     rewards = torch.where(kept, config.reward_scale * consensus, 0.0)
     scale = torch.full_like(log_mass, config.reward_scale)  # (N, 1), reward for a probability of 1
     if config.reward_cap is not None:
