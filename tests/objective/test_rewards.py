@@ -59,7 +59,7 @@ def test_landscape_agrees_with_oracle(name, seed):
 def test_the_threshold_of_float64_is_not_rounded_to_float32():
     """A third is smaller than float32's third by more than what the first action has above it."""
     critic = torch.tensor([[1 / 3 + 2e-9, 1 / 3 - 1e-9, 1 / 3 - 1e-9]], dtype=torch.float64).log()
-    config = AvataRLConfig(top_k=2, reality_weight=0.0, critic_weight=1.0)
+    config = AvataRLConfig(top_k=3, reality_weight=0.0, critic_weight=1.0)
     landscape = reward_landscape(critic, critic, torch.tensor([0]), config)
     assert landscape.valid.sum() == 3
     assert (landscape.rewards > 0).tolist()[0] == [column == 0 for column in range(landscape.actions.shape[1])]
