@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-survival test-fuzz bench lint
+.PHONY: demo test test-slow test-survival test-fuzz test-browser bench lint
 
 demo: $(INSTALLED)
 	$(VENV)/bin/avatarl demo
@@ -20,6 +20,10 @@ test-survival: $(INSTALLED)
 
 test-fuzz: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow tests/fuzz
+
+test-browser: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,app]"
+	$(VENV)/bin/python -m pytest -m browser
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/loss.py

@@ -6,6 +6,7 @@ the traceback. Every import of weight waits until its command is known, so that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -217,6 +218,39 @@ def generate_command(arguments: Sequence[str]) -> None:
     print(visible("\n\n---\n\n".join(generate(**_parse(parser, arguments)))))
 
 
+def inspect_command(arguments: Sequence[str]) -> None:
+    """what each candidate of a text was paid: in the terminal, as a page, as JSON"""
+    from rich.console import Console
+
+    from .objective import AvataRLConfig
+    from .results.inspector import Inspector, read_text, trained_with
+    from .results.payouts import kind_of, print_inspection, write_inspection
+
+    parser = _parser("inspect")
+    parser.add_argument("--player", required=True, help="a run folder, a model folder or a hub id")
+    parser.add_argument("--critic", nargs="+", help="critics (default: those that the run was trained with)")
+    parser.add_argument("--text", help="the text to look at")
+    parser.add_argument("--file", help="a file with the text; - for standard input")
+    parser.add_argument("--position", type=int, help="show the candidates of this token, counted from 0")
+    parser.add_argument("--out", help="write a page (.html) or the numbers (.json) instead")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_class_arguments(AvataRLConfig, "avatarl")
+    # Settings that are not given are those that the player was trained with.
+    own, _ = trained_with(_option(arguments, "--player") or "")
+    parser.set_defaults({f"avatarl.{name}": value for name, value in dataclasses.asdict(own).items()})
+    settings = _parse(parser, arguments)
+    text = read_text(settings["text"], settings["file"])
+    if settings["out"]:
+        kind_of(settings["out"])
+    inspector = Inspector.open(settings["player"], settings["critic"], settings["avatarl"], settings["device"])
+    inspection = inspector.inspect(text)
+    if settings["out"]:
+        write_inspection(inspection, settings["out"])
+        print(visible(settings["out"]))
+    else:
+        print_inspection(Console(), inspection, settings["position"])
+
+
 def push_command(arguments: Sequence[str]) -> None:
     """send a finished player to the Hugging Face Hub"""
     from .results import push_to_hub
@@ -236,8 +270,17 @@ COMMANDS = {
     "plan": plan_command,
     "evaluate": evaluate_command,
     "generate": generate_command,
+    "inspect": inspect_command,
     "push": push_command,
 }
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option before the arguments are parsed; None where it is not there."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument.split("=")[0] == name:
+            return argument.partition("=")[2] if "=" in argument else following
+    return None
 
 
 def _help() -> str:

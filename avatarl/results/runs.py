@@ -2,13 +2,102 @@
 
 from __future__ import annotations
 
+import math
 import os
+import reprlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
 
 from avatarl.errors import UserError
-from avatarl.outside import parse_json
+from avatarl.inert import one_line
+from avatarl.outside import LARGEST_CONFIG_BYTES, check_recipe, parse_json, read_regular_file, refusing
+from avatarl.training.folder.identity import CONFIG, ENVIRONMENT, flatten
+from avatarl.training.folder.log import METRICS
 
 LONGEST_LINE = 1 << 20
+LARGEST_NUMBER = 1e30  # far beyond what a run logs, and far below where the arithmetic of axes overflows
+EVENTS = ("train", "eval")
+
+# One event's lines as columns: name → (L,), NaN where a line has no such number, infinity where it is not finite.
+Columns = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, as far as it has been written."""
+
+    folder: Path
+    name: str  # tells it from those read with it, on one line
+    settings: dict[str, Any]  # by dotted names
+    record: dict[str, Any]  # environment.json; empty where it is missing or damaged
+    train: Columns
+    eval: Columns
+    has_player: bool
+    has_ended: bool
+
+
+def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run]:
+    """Several run folders with the named ``metrics`` of their lines, besides ``step`` and ``tokens``.
+
+    Raises:
+        UserError: One is no run folder or given twice, or its settings or metrics are not what a run writes.
+    """
+    runs = []
+    for folder, name in zip(map(Path, folders), distinct_names(folders), strict=True):
+        if not os.path.isdir(folder):
+            raise UserError(f"run {folder}: no such folder; a run folder is expected")
+        settings = flatten(read_settings(folder))
+        columns = read_columns(folder, metrics)
+        parts = (os.path.isdir(folder / part) for part in ("player", "final"))
+        runs.append(Run(folder, name, settings, read_record(folder), *columns, *parts))
+    return runs
+
+
+def distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """For each folder the end of its path that no other has, on one line.
+
+    Raises:
+        UserError: A folder is given twice.
+    """
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    for number, parts in enumerate(paths):
+        if parts in paths[:number]:
+            raise UserError(f"run {folders[number]} is given twice; expected different run folders")
+    names = []
+    for parts in paths:
+        others = [other for other in paths if other != parts]
+        length = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names.append(one_line("/".join(parts[-length:])))
+    return names
+
+
+def read_settings(run: str | Path) -> dict:
+    """What a run's config.yaml holds, nested as it is there.
+
+    Raises:
+        UserError: There is no such file, or it holds no settings by name.
+    """
+    path = Path(run) / CONFIG
+    check_recipe(path)
+    with refusing(f"{path} cannot be read (", ")"):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings by name; expected a run's config.yaml")
+    return settings
+
+
+def read_record(run: str | Path) -> dict:
+    """What a run's environment.json says of it; empty where there is none that can be read."""
+    try:
+        record = parse_json(read_regular_file(Path(run) / ENVIRONMENT, LARGEST_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def read_metrics(run: str | Path, event: str) -> list[dict]:
@@ -17,16 +106,60 @@ def read_metrics(run: str | Path, event: str) -> list[dict]:
     Raises:
         UserError: There is no such file, or a line is not what a run writes.
     """
-    path = Path(run) / "metrics.jsonl"
+    path = Path(run) / METRICS
     if not os.path.isfile(path):
         raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
-    lines = []
+    return [line for line in _lines(path) if line["event"] == event]
+
+
+def read_columns(run: str | Path, metrics: Sequence[str]) -> list[Columns]:
+    """``step``, ``tokens`` and the named ``metrics`` of the lines of each event of ``EVENTS``.
+
+    A run that goes on is read as it stands: a last line that is still being written is left out, and where there is
+    no metrics.jsonl yet, there are no lines.
+
+    Raises:
+        UserError: A line is not what a run writes, or a value no number.
+    """
+    path, names = Path(run) / METRICS, ("step", "tokens", *metrics)
+    rows: dict[str, list[list[float]]] = {event: [] for event in EVENTS}
+    if os.path.lexists(path):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is not a regular file that exists; expected a run's metrics")
+        for line in _lines(path, may_be_torn=True):
+            if line["event"] in EVENTS:
+                row = [number_of(line, name, run) if name in line else math.nan for name in names]
+                if not (math.isfinite(row[0]) and math.isfinite(row[1])):
+                    raise UserError(f"{path}: a line has no step or no tokens; expected both")
+                rows[line["event"]].append(row)
+    return [dict(zip(names, np.array(rows[event]).reshape(-1, len(names)).T, strict=True)) for event in EVENTS]
+
+
+def number_of(line: dict, name: str, run: str | Path) -> float:
+    """A number in a line of metrics; infinity for what is not finite.
+
+    Raises:
+        UserError: It is no number, or none that can be drawn.
+    """
+    value = line.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; a number is expected")
+    if not isinstance(value, int) and not math.isfinite(value):
+        return math.inf
+    if abs(value) > LARGEST_NUMBER:
+        raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; too large to be drawn")
+    return float(value)
+
+
+def _lines(path: Path, may_be_torn: bool = False) -> Iterator[dict]:
+    """Every line of a file of metrics; a torn last one may be left out."""
     with path.open("rb") as file:
         for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
             try:
                 line = parse_json(text)
-                if line["event"] == event:
-                    lines.append(line)
+                line["event"]  # noqa: B018
             except (ValueError, KeyError, TypeError):
+                if may_be_torn and not text.endswith(b"\n") and len(text) < LONGEST_LINE:
+                    return
                 raise UserError(f"{path}, line {number}, is not a line of metrics") from None
-    return lines
+            yield line

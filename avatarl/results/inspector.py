@@ -1,0 +1,383 @@
+"""What every candidate of every position of a text is paid, and why: the reward landscape with names on it.
+
+A text is read as training reads it: cut into windows of the context's length, the first of which begins with the
+end-of-text token. Everything is computed in float64 from logits in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from avatarl.data.tokenizer import encode_texts, end_of_text_id
+from avatarl.device import pick_device
+from avatarl.errors import UserError
+from avatarl.inert import visible
+from avatarl.models import load_critic, load_model, load_tokenizer
+from avatarl.models.critic_cache import is_cache
+from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
+from avatarl.objective import AvataRL, AvataRLConfig, RewardLandscape, reward_landscape
+from avatarl.objective.critics import proposals
+from avatarl.objective.protocol import Rows
+from avatarl.outside import read_regular_file, refusing
+
+from .evaluate import context_length
+from .runs import read_settings
+
+MOST_TOKENS = 4096  # of a text: a page of so many positions has some megabytes
+LARGEST_TEXT_BYTES = 1 << 20
+KEPT_PROPOSALS = 32  # of each model, for who changes settings where there is no model any more
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # the byte-level alphabet
+WHITE_SPACE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+
+
+@dataclass(frozen=True)
+class Action:
+    """One candidate of a position."""
+
+    token: int
+    text: str  # with white space visible
+    proposed_by: tuple[str, ...]  # "text", "player", "critic" (of several: "critic 1", "critic 2" …)
+    policy: float  # the player's π
+    reality: float  # p_R
+    critic: tuple[float, ...]  # p_C of each critic, over the whole vocabulary
+    consensus: float  # p
+    reward: float
+    gradient: float  # ∂L/∂z of the position's own loss: below 0, the token is pushed up
+
+
+@dataclass(frozen=True)
+class Position:
+    """One token of the text, and what was said and paid where it stands."""
+
+    token: int
+    text: str  # with white space visible
+    actions: tuple[Action, ...]  # the text's token first, then what the player and the critics propose
+    threshold: float | None  # a consensus up to here earns nothing; None without a threshold
+    cross_entropy: float  # nats
+    entropy: float  # nats, of the player's policy
+    expected_reward: float  # Σ π r
+    expected_reward_share: float  # Σ π r / max r
+    other_reward_share: float  # of the position's reward, to other tokens than the text's
+    disagreement: float | None  # log p_C of the critic's favourite over the text's token, nats (mean over critics)
+
+
+class Answers(NamedTuple):
+    """What a position's landscape is computed from: what each model says of its own proposals and of the others'."""
+
+    tokens: list[int]  # U of them: the text's, then all that any model proposes
+    player_order: list[int]  # places in ``tokens`` of the player's proposals, the likeliest first
+    critic_orders: list[list[int]]
+    log_policy: list[float]  # log π (U)
+    log_critics: list[list[float]]  # log p_C over the whole vocabulary, (C, U)
+    log_tempered: list[float]  # log π at the loss's temperature (U)
+    entropy: float  # of the policy at the loss's temperature, nats
+    agreement: list[float]  # Σ π p_C over the whole vocabulary (C)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A text, judged."""
+
+    player: str
+    critics: tuple[str, ...]
+    config: AvataRLConfig
+    positions: tuple[Position, ...]
+    summary: dict[str, float]  # means over the positions, in the words of docs/metrics.md
+    answers: tuple[Answers, ...]  # of each position
+    texts: dict[int, str]  # of every token in ``answers``, with white space visible
+
+    def disagreements(self, count: int) -> list[int]:
+        """The places of the positions where critics and text disagree most, the worst first."""
+        places = [place for place, position in enumerate(self.positions) if position.disagreement]
+        return sorted(places, key=lambda place: -self.positions[place].disagreement)[:count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers; without ``answers`` and their texts."""
+        plain = dataclasses.asdict(dataclasses.replace(self, answers=(), texts={}))
+        del plain["answers"], plain["texts"]
+        return plain
+
+
+class Inspector:
+    """A player and its critics, opened once for many texts."""
+
+    def __init__(
+        self,
+        player: PreTrainedModel,
+        critics: Sequence[PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        config: AvataRLConfig,
+        names: Sequence[str],
+    ):
+        """
+        Args:
+            player: The model whose policy is looked at, in eval mode.
+            critics: Those that judge.
+            tokenizer: Of all of them.
+            config: The settings. Of a sampled tail its expectation is shown, ``dense``.
+            names: Of the player and each critic.
+
+        Raises:
+            UserError: The settings do not fit the vocabulary or the critics.
+        """
+        if config.tail_rule == "sample":
+            config = dataclasses.replace(config, tail="dense")
+        try:
+            AvataRL(config).check_settings(len(tokenizer), len(critics))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.player, self.critics, self.tokenizer, self.config = player, list(critics), tokenizer, config
+        self.names = tuple(names)
+        limits = [longest_sequence(critic) for critic in critics]
+        self.block = min([context_length(player), *(limit for limit in limits if limit is not None)])
+
+    @classmethod
+    def open(
+        cls,
+        player: str | Path,
+        critics: Sequence[str] | None = None,
+        config: AvataRLConfig | None = None,
+        device: str = "auto",
+    ) -> Inspector:
+        """Open models by their names.
+
+        Args:
+            player: A run folder (its best player), a model folder or a hub id.
+            critics: The same, for each critic; None for those that the run was trained with.
+            config: The settings; None for those that the run was trained with, or the article's.
+            device: ``cpu``, ``cuda`` or ``auto``.
+
+        Raises:
+            UserError: One cannot be opened, or they do not fit each other.
+        """
+        chosen, (own_config, own_critics) = pick_device(device), trained_with(player)
+        config = config or own_config
+        critics = own_critics if critics is None else critics
+        if config.needs_critic and not critics:
+            raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
+        for name in critics:
+            if name.startswith("ema:") or is_cache(name):
+                raise UserError(f"critic {name} cannot be asked about any text; give a run, a model folder or a hub id")
+        tokenizer = load_tokenizer(player)
+        opened = load_model(player, torch.float32, chosen)
+        check_rows(opened, tokenizer, str(player))
+        judges = [load_critic(name, tokenizer, device=chosen) for name in critics]
+        return cls(opened, judges, tokenizer, config, [str(player), *map(str, critics)])
+
+    def inspect(self, text: str) -> Inspection:
+        """Judge a text; its first token too where the tokenizer has an end-of-text token to read before it.
+
+        Raises:
+            UserError: It has no token to judge, or too many.
+        """
+        (ids,) = encode_texts(self.tokenizer, [text])
+        end_id = end_of_text_id(self.tokenizer)
+        return self.inspect_ids(ids if end_id is None else [end_id, *ids])
+
+    def inspect_ids(self, ids: Sequence[int]) -> Inspection:
+        """Judge every token of ``ids`` but the first, which is only read.
+
+        Raises:
+            UserError: There are fewer than two, or too many.
+        """
+        if len(ids) < 2:
+            raise UserError("text has no token to judge; give some text")
+        if len(ids) - 1 > MOST_TOKENS:
+            raise UserError(f"text has {len(ids) - 1:,} tokens; expected at most {MOST_TOKENS:,}, a part of it")
+        windows = [self._judge(window) for window in self._windows(ids)]
+        positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
+        summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
+        tokens = dict.fromkeys(token for of_position in answers for token in of_position.tokens)
+        texts = {token: shown_token(self.tokenizer, token) for token in tokens}
+        return Inspection(self.names[0], self.names[1:], self.config, tuple(positions), summary, tuple(answers), texts)
+
+    def _windows(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Windows of at most ``block`` + 1 tokens, each beginning with the last one of the window before."""
+        for start in range(0, len(ids) - 1, self.block):
+            yield torch.tensor(ids[start : start + self.block + 1], device=self.player.device)
+
+    @torch.no_grad()
+    def _judge(self, window: Tensor) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
+        """Every position of a window (T + 1,), what its landscape is computed from, and its metrics."""
+        inputs, targets, config = window[None, :-1], window[1:], self.config
+        player, *critics = (self._logits(model, inputs) for model in (self.player, *self.critics))
+        landscape = reward_landscape(player, critics, targets, config)
+        rows = Rows(player.clone(), critics, targets, weights=torch.ones_like(player[:, 0]))
+        scores = AvataRL(config).score(rows, with_gradient=True)
+        metrics = _rows(**scores.metrics)
+        numbers = _rows(
+            actions=landscape.actions,
+            valid=landscape.valid,
+            policy=player.log_softmax(-1).gather(1, landscape.actions).exp(),
+            reality=landscape.reality,
+            critic=landscape.critic.permute(1, 2, 0) if critics else torch.empty(*landscape.actions.shape, 0),
+            consensus=landscape.consensus,
+            rewards=landscape.rewards,
+            gradient=scores.gradient.gather(1, landscape.actions),
+        )
+        voices = ["player", *(["critic"] if len(critics) == 1 else [f"critic {i + 1}" for i in range(len(critics))])]
+        lists = [proposals(logits, config.top_k, config.top_p) for logits in (player, *critics)]
+        proposers = _rows(
+            **{voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in zip(voices, lists, strict=True)}
+        )
+        positions = [
+            self._position(*of_position)
+            for of_position in zip(
+                numbers, proposers, metrics, thresholds(landscape, config), disagreements(critics, targets), strict=True
+            )
+        ]
+        return positions, answers_of(player, critics, targets, config), metrics
+
+    def _logits(self, model: PreTrainedModel, inputs: Tensor) -> Tensor:
+        """Logits (T, V) in float64 of one window of inputs (1, T), without the rows that no token belongs to."""
+        return (last_hidden(model, inputs)[0] @ head_weight(model)[: len(self.tokenizer)].t()).double()
+
+    def _position(
+        self,
+        numbers: dict[str, list],
+        proposed: dict[str, list[int]],
+        metrics: dict[str, float],
+        threshold: float | None,
+        disagreement: float | None,
+    ) -> Position:
+        """One row of the landscape with names on it."""
+        actions = [
+            Action(
+                token=token,
+                text=shown_token(self.tokenizer, token),
+                proposed_by=(
+                    *(["text"] if place == 0 else []),
+                    *(who for who, listed in proposed.items() if token in listed),
+                ),
+                policy=numbers["policy"][place],
+                reality=numbers["reality"][place],
+                critic=tuple(numbers["critic"][place]),
+                consensus=numbers["consensus"][place],
+                reward=numbers["rewards"][place],
+                gradient=numbers["gradient"][place],
+            )
+            for place, (token, is_valid) in enumerate(zip(numbers["actions"], numbers["valid"], strict=True))
+            if is_valid
+        ]
+        of_position = ("cross_entropy", "entropy", "expected_reward", "expected_reward_share", "other_reward_share")
+        return Position(
+            token=actions[0].token,
+            text=actions[0].text,
+            actions=tuple(actions),
+            threshold=threshold,
+            disagreement=disagreement,
+            **{name: metrics[name] for name in of_position},
+        )
+
+
+def trained_with(player: str | Path) -> tuple[AvataRLConfig, list[str]]:
+    """Settings and critics that a run was trained with; the article's and none for a model that is no run.
+
+    Raises:
+        UserError: Its config.yaml is not what a run writes.
+    """
+    if not os.path.isfile(Path(player) / "config.yaml"):
+        return AvataRLConfig.article(), []
+    settings = read_settings(player)
+    with refusing(f"{player}: config.yaml is not what a run writes (", ")"):
+        critic = settings["critic"] or []
+        return AvataRLConfig(**settings["avatarl"]), [critic] if isinstance(critic, str) else list(map(str, critic))
+
+
+def read_text(text: str | None, file: str | Path | None) -> str:
+    """The text to look at: given itself, or in a UTF-8 file, ``-`` being standard input.
+
+    Raises:
+        UserError: Both or neither are given, or the file cannot be read.
+    """
+    if (text is None) == (file is None):
+        raise UserError("expected the text to look at: either text or file")
+    if text is not None:
+        return text
+    try:
+        if str(file) == "-":
+            return sys.stdin.buffer.read(LARGEST_TEXT_BYTES).decode("utf-8")
+        return read_regular_file(Path(file), LARGEST_TEXT_BYTES).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"file {file} cannot be read as UTF-8 text ({error})") from error
+
+
+def thresholds(landscape: RewardLandscape, config: AvataRLConfig) -> list[float | None]:
+    """The consensus that earns nothing yet, at each position: 1/n, S/n, or None without a threshold."""
+    num_active = landscape.valid.sum(1).double()
+    if config.threshold == "none":
+        return [None] * len(num_active)
+    if config.threshold == "mean":
+        return (1 / num_active).tolist()
+    # S, the mass of the blend before it is normalised; an expert of weight 0 says nothing.
+    voices = [landscape.reality, *([] if landscape.critic is None else landscape.critic)]
+    weights = [config.reality_weight, *config.critic_weights(len(voices) - 1)]
+    experts = [weight * probs.log() for weight, probs in zip(weights, voices, strict=True) if weight]
+    mass = sum(experts).masked_fill(~landscape.valid, -torch.inf).exp().sum(1)
+    return (mass / num_active).tolist()
+
+
+def disagreements(critics: Sequence[Tensor], targets: Tensor) -> list[float | None]:
+    """How much more likely critics find their favourite than the target, in nats: the mean over critics (N, V)."""
+    if not critics:
+        return [None] * len(targets)
+    apart = [logits.amax(1) - logits.gather(1, targets[:, None])[:, 0] for logits in critics]
+    return torch.stack(apart).mean(0).tolist()
+
+
+def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig) -> list[Answers]:
+    """What is to be kept of logits (N, V), so that landscapes of other settings can be computed from it."""
+    kept = min(max(config.top_k, KEPT_PROPOSALS), player.shape[1])
+    orders = [proposals(logits, kept, None)[0].tolist() for logits in (player, *critics)]
+    log_policy, log_tempered = player.log_softmax(-1), (player / config.temperature).log_softmax(-1)
+    log_critics = [logits.log_softmax(-1) for logits in critics]
+    entropy = -torch.linalg.vecdot(log_tempered.exp(), log_tempered)
+    agreement = [torch.linalg.vecdot(log_policy.exp(), log_probs.exp()) for log_probs in log_critics]
+    answers = []
+    for number, target in enumerate(targets.tolist()):
+        lists = [order[number] for order in orders]
+        tokens = list(dict.fromkeys([target, *(token for tokens in lists for token in tokens)]))
+        place = {token: index for index, token in enumerate(tokens)}
+        player_order, *critic_orders = [[place[token] for token in tokens] for tokens in lists]
+        at = torch.tensor(tokens, device=player.device)
+        answers.append(
+            Answers(
+                tokens,
+                player_order,
+                critic_orders,
+                log_policy[number, at].tolist(),
+                [log_probs[number, at].tolist() for log_probs in log_critics],
+                log_tempered[number, at].tolist(),
+                entropy[number].item(),
+                [overlap[number].item() for overlap in agreement],
+            )
+        )
+    return answers
+
+
+def shown_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as text that a person can tell from others: white space visible, bytes that are no character as hex."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if "\ufffd" in text:
+        piece = tokenizer.convert_ids_to_tokens(token)
+        if all(character in BYTES for character in piece):
+            text = "".join(f"\\x{BYTES[character]:02x}" for character in piece)
+    return visible(text.translate(WHITE_SPACE)) or "∅"
+
+
+def _rows(**columns: Tensor) -> list[dict[str, Any]]:
+    """Tensors (N, …) as N dictionaries of numbers and lists."""
+    rows = zip(*(tensor.tolist() for tensor in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -1,0 +1,132 @@
+"""The page's own computation of rewards against the objective's, for every rule, in a JavaScript engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from avatarl import AvataRLConfig, reward_landscape
+from avatarl.objective import AvataRL
+from avatarl.objective.protocol import Rows
+from avatarl.results.inspector import answers_of, thresholds
+from avatarl.results.pages import read_source
+from avatarl.results.payouts import answers_data, settings_of
+
+mini_racer = pytest.importorskip("py_mini_racer", reason="mini-racer is not installed (extra dev)")
+
+VOCABULARY, POSITIONS = 60, 12
+KEPT_UNDER = AvataRLConfig.article()  # what was asked of the models is asked before a reader changes anything
+CHANGED = {
+    "article": {},
+    "released": dict(top_k=4, threshold="mass", entropy_coef=0.0, per_action_mean=True),
+    "one proposal": dict(top_k=1),
+    "all that is kept": dict(top_k=32),
+    "top-p": dict(top_k=20, top_p=0.6),
+    "tight top-p": dict(top_p=0.01),
+    "no smoothing": dict(smoothing=0.0),
+    "much smoothing": dict(smoothing=0.6, threshold="none"),
+    "no threshold": dict(threshold="none", top_k=6),
+    "no cap": dict(reward_cap=None, reward_scale=3.0),
+    "low cap": dict(reward_cap=0.2, threshold="none"),
+    "critic alone": dict(reality_weight=0.0, critic_weight=1.0, threshold="none"),
+    "text alone": dict(critic_weight=0.0),
+    "much bonus": dict(entropy_coef=0.5),
+    "tail to the target": dict(tail="target", threshold="none"),
+    "arithmetic": dict(pool="arithmetic"),
+    "arithmetic, normalised": dict(pool="arithmetic", tail="renormalise", threshold="none"),
+    "arithmetic, mostly critic": dict(pool="arithmetic", reality_weight=0.1, critic_weight=0.9),
+    "dense": dict(pool="arithmetic", tail="dense", threshold="none"),
+    "dense, no cap": dict(pool="arithmetic", tail="dense", threshold="none", reward_cap=None, reward_scale=1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    engine = mini_racer.MiniRacer()
+    engine.eval(str(read_source("landscape.js")) + ";const call = (pair) => JSON.stringify(landscapeOf(...pair));")
+    return lambda answers, settings: json.loads(engine.eval(f"call({json.dumps([answers, settings])})"))
+
+
+def logits_of(seed: int, critics: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    player, *judges = (
+        3.0 * torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(1 + critics)
+    )
+    targets = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
+    targets[0] = player[0].argmax()  # proposed by the player
+    targets[1] = judges[0][1].argmax() if judges else 0
+    return player, judges, targets
+
+
+@pytest.mark.parametrize("critics", [0, 1, 2])
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_page_computes_what_the_objective_computes(script, name: str, critics: int):
+    changes = CHANGED[name]
+    if critics == 0:
+        changes = {**changes, "reality_weight": 1.0, "critic_weight": 0.0}
+    if critics == 2 and name == "arithmetic, mostly critic":
+        changes = {**changes, "critic_weight": (0.7, 0.2)}
+    config = AvataRLConfig.article(**changes)
+    player, judges, targets = logits_of(seed=len(name), critics=critics)
+    kept_under = dataclasses.replace(config, top_k=KEPT_UNDER.top_k, top_p=None)
+    landscape = reward_landscape(player, judges, targets, config)
+    scores = AvataRL(config).score(Rows(player.clone(), judges, targets, torch.ones_like(player[:, 0])), True)
+    bars = thresholds(landscape, config)
+    for number, answers in enumerate(answers_of(player, judges, targets, kept_under)):
+        found = script(answers_data(answers), settings_of(config))
+        valid = landscape.valid[number]
+        expected = {
+            "token": landscape.actions[number, valid],
+            "policy": player[number].softmax(-1)[landscape.actions[number, valid]],
+            "reality": landscape.reality[number, valid],
+            "consensus": landscape.consensus[number, valid],
+            "reward": landscape.rewards[number, valid],
+            "gradient": scores.gradient[number, landscape.actions[number, valid]],
+        }
+        for field, values in expected.items():
+            assert [action[field] for action in found["actions"]] == pytest.approx(values.tolist(), rel=1e-6, abs=1e-8)
+        for critic in range(critics):
+            probs = [action["critic"][critic] for action in found["actions"]]
+            assert probs == pytest.approx(landscape.critic[critic, number, valid].tolist(), rel=1e-7)
+        assert found["threshold"] == (None if bars[number] is None else pytest.approx(bars[number], rel=1e-7))
+        for metric, values in scores.metrics.items():
+            if metric not in ("loss", "entropy"):  # the page keeps the policy's entropy, and shows no loss
+                assert found[metric] == pytest.approx(values[number].item(), rel=1e-6, abs=1e-7), metric
+
+
+def test_a_temperature_of_the_loss_is_that_of_the_inspected_run(script):
+    config = AvataRLConfig.released(top_k=5, temperature=1.7, entropy_coef=0.1)
+    player, judges, targets = logits_of(seed=3, critics=1)
+    landscape = reward_landscape(player, judges, targets, config)
+    scores = AvataRL(config).score(Rows(player.clone(), judges, targets, torch.ones_like(player[:, 0])), True)
+    for number, answers in enumerate(answers_of(player, judges, targets, config)):
+        found = script(answers_data(answers), settings_of(config))
+        gradient = scores.gradient[number, landscape.actions[number, landscape.valid[number]]].tolist()
+        assert [action["gradient"] for action in found["actions"]] == pytest.approx(gradient, rel=1e-6, abs=1e-8)
+
+
+def test_a_critic_that_rules_the_text_out(script):
+    """ε = 0 and a critic without any belief in the target: the blend vetoes every action but gives the text's all."""
+    player, (critic,), targets = logits_of(seed=4, critics=1)
+    critic.scatter_(1, targets[:, None], -1e4)
+    config = AvataRLConfig.article(smoothing=0.0)
+    landscape = reward_landscape(player, [critic], targets, config)
+    for number, answers in enumerate(answers_of(player, [critic], targets, config)):
+        found = script(answers_data(answers), settings_of(config))
+        rewards = landscape.rewards[number, landscape.valid[number]].tolist()
+        assert [action["reward"] for action in found["actions"]] == pytest.approx(rewards)
+
+
+def test_who_proposed_an_action_is_said(script):
+    player, judges, targets = logits_of(seed=5, critics=2)
+    config = AvataRLConfig.article(top_k=5)
+    for number, answers in enumerate(answers_of(player, judges, targets, config)):
+        for action in script(answers_data(answers), settings_of(config))["actions"]:
+            voices = {"player": player, "critic 1": judges[0], "critic 2": judges[1]}
+            expected = [who for who, logits in voices.items() if action["token"] in logits[number].topk(5).indices]
+            if action["token"] == targets[number]:
+                expected = ["text", *expected]
+            assert action["proposedBy"] == expected
