@@ -197,8 +197,8 @@ def print_position(console: Console, inspection: Inspection, place: int) -> None
     console.print(Text(f"position {place}: ").append(context).append(at.text, style="reverse"), soft_wrap=True)
     console.print(
         _plain(
-            f"cross-entropy {at.cross_entropy:.3f} nats, entropy {at.entropy:.3f} nats, expected reward "
-            f"{at.expected_reward:.3f}, {at.expected_reward_share:.1%} of the best"
+            f"cross-entropy {at.cross_entropy:.3f} nats, entropy {at.entropy:.3f} nats, expects "
+            f"{at.expected_reward_share:.1%} of the best reward"
         )
     )
     bar = "every action is paid" if at.threshold is None else f"paid is a consensus above {_number(at.threshold)}"

@@ -1,0 +1,404 @@
+"""The payout table of a text against the objective's own functions on the models' own logits."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.cells import cell_len
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from avatarl import AvataRLConfig, UserError, avatarl_loss, reward_landscape
+from avatarl.cli import main
+from avatarl.data.tokenizer import end_of_text_id
+from avatarl.models import PlayerConfig, build_player
+from avatarl.results.inspector import Inspector, shown_token, thresholds
+from avatarl.results.payouts import SUMMARY, print_inspection, write_inspection
+
+from ..conftest import BLOCK, TINY
+
+TEXT = "quick fox old oak\nblue sea, wise owl"
+CONFIG = AvataRLConfig.article(top_k=5, threshold="none", entropy_coef=0.3)
+
+
+def logits_of(folder: Path, inputs: Tensor) -> Tensor:
+    """The logits as any user of transformers has them."""
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(inputs).logits[0].double()
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return [end_of_text_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+@pytest.fixture(scope="module")
+def inspector(player_folder: Path, critic_folder: Path) -> Inspector:
+    return Inspector.open(player_folder, [str(critic_folder)], CONFIG, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def second_critic(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("second") / "model"
+    critic = build_player(PlayerConfig(settings={**TINY, "hidden_size": 24}), tokenizer, BLOCK, seed=8)
+    with torch.no_grad():
+        critic.get_output_embeddings().weight.mul_(20)
+    critic.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- against the objective ------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_the_objectives(inspector, player_folder, critic_folder, tokenizer):
+    ids = ids_of(tokenizer, TEXT)
+    assert len(ids) <= BLOCK
+    inputs, targets = torch.tensor([ids[:-1]]), torch.tensor(ids[1:])
+    player, critic = (logits_of(folder, inputs) for folder in (player_folder, critic_folder))
+    landscape = reward_landscape(player, critic, targets, CONFIG)
+    player.requires_grad_()
+    log_pi = player.log_softmax(-1)
+    entropy = -(log_pi.exp() * log_pi).sum(-1)
+    loss = -(landscape.rewards * log_pi.gather(1, landscape.actions)).sum() - CONFIG.entropy_coef * entropy.sum()
+    (gradient,) = torch.autograd.grad(loss, player)
+
+    inspection = inspector.inspect(TEXT)
+    assert [position.token for position in inspection.positions] == ids[1:]
+    assert "".join(position.text for position in inspection.positions) == TEXT.replace(" ", "␣").replace("\n", "⏎")
+    for number, position in enumerate(inspection.positions):
+        valid = landscape.valid[number]
+        tokens = landscape.actions[number, valid]
+        assert [action.token for action in position.actions] == tokens.tolist()
+        expected = {
+            "reality": landscape.reality[number, valid],
+            "consensus": landscape.consensus[number, valid],
+            "reward": landscape.rewards[number, valid],
+            "policy": log_pi[number, tokens].exp(),
+            "gradient": gradient[number, tokens],
+        }
+        for field, values in expected.items():
+            found = [getattr(action, field) for action in position.actions]
+            assert found == pytest.approx(values.tolist(), rel=1e-5, abs=1e-7), field
+        critic_probs = [action.critic for action in position.actions]
+        assert critic_probs == [(pytest.approx(p, rel=1e-4),) for p in landscape.critic[number, valid].tolist()]
+        rewards, policy = landscape.rewards[number], log_pi[number].exp()
+        earned = (rewards * policy[landscape.actions[number]]).sum().item()
+        assert position.expected_reward == pytest.approx(earned, rel=1e-5)
+        assert position.expected_reward_share == pytest.approx(earned / rewards.max().item(), rel=1e-5)
+        assert position.other_reward_share == pytest.approx(1 - (rewards[0] / rewards.sum()).item(), rel=1e-5)
+        assert position.cross_entropy == pytest.approx(-log_pi[number, targets[number]].item(), rel=1e-5)
+        assert position.entropy == pytest.approx(entropy[number].item(), rel=1e-5)
+        log_critic = critic[number].log_softmax(-1)
+        assert position.disagreement == pytest.approx((log_critic.max() - log_critic[targets[number]]).item(), abs=1e-5)
+
+
+def test_the_summary_is_what_the_loss_reports(inspector, player_folder, critic_folder, tokenizer):
+    ids = ids_of(tokenizer, TEXT)
+    inputs, targets = torch.tensor([ids[:-1]]), torch.tensor(ids[1:])
+    player, critic = (logits_of(folder, inputs) for folder in (player_folder, critic_folder))
+    _, metrics = avatarl_loss(player, critic, targets, CONFIG)
+    summary = inspector.inspect(TEXT).summary
+    assert summary == pytest.approx({name: value.item() for name, value in metrics.items()}, rel=1e-5, abs=1e-7)
+    assert SUMMARY.keys() <= summary.keys()
+
+
+def test_a_long_text_is_read_in_windows(inspector, player_folder, tokenizer):
+    text = " ".join([TEXT] * 4)
+    ids = ids_of(tokenizer, text)
+    found = [position.cross_entropy for position in inspector.inspect(text).positions]
+    assert len(ids) > 2 * BLOCK and len(found) == len(ids) - 1
+    for start in range(0, len(ids) - 1, BLOCK):
+        window = torch.tensor(ids[start : start + BLOCK + 1])
+        log_pi = logits_of(player_folder, window[None, :-1]).log_softmax(-1)
+        expected = -log_pi.gather(1, window[1:, None])[:, 0]
+        assert found[start : start + BLOCK] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_tokens_given_by_id_are_judged_as_the_texts_are(inspector, tokenizer):
+    assert inspector.inspect_ids(ids_of(tokenizer, TEXT)).as_dict() == inspector.inspect(TEXT).as_dict()
+    alone = inspector.inspect_ids(ids_of(tokenizer, TEXT)[3:5])
+    assert [position.token for position in alone.positions] == ids_of(tokenizer, TEXT)[4:5]
+
+
+def test_several_critics_speak_with_their_numbers(player_folder, critic_folder, second_critic, tokenizer):
+    config = AvataRLConfig.article(top_k=3, critic_weight=(0.2, 0.1))
+    names = [str(critic_folder), str(second_critic)]
+    inspection = Inspector.open(player_folder, names, config, device="cpu").inspect(TEXT)
+    assert inspection.critics == tuple(names)
+    ids = ids_of(tokenizer, TEXT)
+    lists = {
+        voice: logits_of(folder, torch.tensor([ids[:-1]])).topk(3).indices.tolist()
+        for voice, folder in {"player": player_folder, "critic 1": critic_folder, "critic 2": second_critic}.items()
+    }
+    for number, position in enumerate(inspection.positions):
+        for action in position.actions:
+            expected = [voice for voice, tokens in lists.items() if action.token in tokens[number]]
+            if action.token == ids[number + 1]:
+                expected = ["text", *expected]
+            assert list(action.proposed_by) == expected
+            assert len(action.critic) == 2
+
+
+def test_top_p_cuts_what_is_said_to_be_proposed(player_folder, critic_folder):
+    config = AvataRLConfig.article(top_k=8, top_p=0.01)  # the shortest prefix is one token
+    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+    for position in inspection.positions:
+        assert 1 <= len(position.actions) <= 3
+        voices = [voice for action in position.actions for voice in action.proposed_by]
+        assert sorted(voices) == ["critic", "player", "text"]
+
+
+@pytest.mark.parametrize("threshold", ["mean", "mass"])
+def test_the_threshold_divides_the_paid_from_the_others(player_folder, critic_folder, threshold: str):
+    config = AvataRLConfig.article(top_k=4, threshold=threshold, smoothing=0.5)
+    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+    kinds = set()
+    for position in inspection.positions:
+        for action in position.actions:
+            kinds.add(action.reward > 0)
+            assert (action.consensus > position.threshold) == (action.reward > 0)
+    assert kinds == {True, False}
+
+
+def test_the_mass_of_the_blend_is_that_of_the_words(player_folder, critic_folder):
+    """threshold = S/n, S = Σ p_R^w_R · p_C^w_C on the active actions."""
+    config = AvataRLConfig.released(top_k=4)
+    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+    for position in inspection.positions:
+        mass = sum(action.reality**0.7 * action.critic[0] ** 0.3 for action in position.actions)
+        assert position.threshold == pytest.approx(mass / len(position.actions))
+
+
+def test_without_an_expert_the_mass_is_that_of_the_others():
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config = AvataRLConfig.released(top_k=2, smoothing=0.0, reality_weight=0.0, critic_weight=1.0)
+    landscape = reward_landscape(logits, [logits], torch.tensor([1, 2, 3]), config)
+    mass = torch.where(landscape.valid, landscape.critic[0], 0.0).sum(1)
+    assert thresholds(landscape, config) == pytest.approx((mass / landscape.valid.sum(1)).tolist())
+
+
+def test_a_sampled_tail_is_shown_by_its_expectation(player_folder, critic_folder):
+    tail = dict(top_k=4, pool="arithmetic", threshold="none")
+    sampled, dense = (
+        Inspector.open(player_folder, [str(critic_folder)], AvataRLConfig(tail=rule, **tail), device="cpu")
+        for rule in ("sample", "dense")
+    )
+    assert sampled.inspect(TEXT).as_dict() == dense.inspect(TEXT).as_dict()
+
+
+def test_no_critic_where_the_text_alone_pays(player_folder):
+    config = AvataRLConfig.article(top_k=4, reality_weight=1.0, critic_weight=0.0)
+    inspection = Inspector.open(player_folder, [], config, device="cpu").inspect(TEXT)
+    assert inspection.critics == () and inspection.disagreements(5) == []
+    assert all(action.critic == () for position in inspection.positions for action in position.actions)
+    assert all(position.disagreement is None for position in inspection.positions)
+
+
+def test_disagreements_are_the_worst_first(inspector):
+    inspection = inspector.inspect(TEXT)
+    places = inspection.disagreements(4)
+    found = [inspection.positions[place].disagreement for place in places]
+    assert found == sorted((p.disagreement for p in inspection.positions), reverse=True)[:4]
+
+
+# --- what a run was trained with ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, player_folder: Path, tiny_config) -> Path:
+    """A run folder with a player and settings of its own."""
+    config = tiny_config(tmp_path, avatarl=AvataRLConfig(top_k=3, critic_weight=0.4, reality_weight=0.6))
+    shutil.copytree(player_folder, tmp_path / "run" / "player")
+    (tmp_path / "run" / "config.yaml").write_text(config.as_yaml())
+    return tmp_path / "run"
+
+
+def test_a_run_brings_its_critic_and_settings(run: Path, critic_folder):
+    inspection = Inspector.open(run, device="cpu").inspect(TEXT)
+    assert inspection.critics == (str(critic_folder),)
+    assert (inspection.config.top_k, inspection.config.critic_weight) == (3, 0.4)
+
+
+def test_what_is_given_takes_the_place_of_what_the_run_had(run: Path, second_critic):
+    inspection = Inspector.open(run, [str(second_critic)], AvataRLConfig(top_k=2), device="cpu").inspect(TEXT)
+    assert inspection.critics == (str(second_critic),) and inspection.config.top_k == 2
+
+
+def test_the_command_changes_single_settings_of_the_run(run: Path, tmp_path: Path, capsys):
+    command = ["inspect", "--player", str(run), "--text", TEXT, "--avatarl.smoothing", "0.2"]
+    assert main([*command, "--out", str(tmp_path / "out.json")]) == 0
+    config = json.loads((tmp_path / "out.json").read_text())["config"]
+    assert (config["smoothing"], config["top_k"], config["critic_weight"]) == (0.2, 3, 0.4)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out.json")
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("critics", "message"),
+    [
+        (["ema:0.9:5"], "critic ema:0.9:5 cannot be asked about any text; give a run, a model folder or a hub id"),
+        ([], "critic is not given, and .* is no run that was trained with one; give a critic"),
+    ],
+)
+def test_a_critic_that_is_none(player_folder, critics, message):
+    with pytest.raises(UserError, match=message):
+        Inspector.open(player_folder, critics, device="cpu")
+
+
+def test_a_cache_is_no_critic_of_any_text(player_folder, critic_cache):
+    with pytest.raises(UserError, match="cannot be asked about any text"):
+        Inspector.open(player_folder, [str(critic_cache)], device="cpu")
+
+
+@pytest.mark.parametrize(
+    "content", ["objective: avatarl\n", "[1]\n", "critic: 5\navatarl: {topk: 3}\n", "critic: x\navatarl: {top_k: -1}\n"]
+)
+def test_a_config_that_no_run_writes(run: Path, content: str):
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="config.yaml|top_k is -1"):
+        Inspector.open(run, device="cpu")
+
+
+def test_text_without_a_token_and_text_without_end(inspector, monkeypatch):
+    with pytest.raises(UserError, match="text has no token to judge"):
+        inspector.inspect("")
+    monkeypatch.setattr("avatarl.results.inspector.MOST_TOKENS", 5)
+    with pytest.raises(UserError, match=r"text has \d+ tokens; expected at most 5"):
+        inspector.inspect(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either text or file"),
+        (["--text", "a", "--file", "b"], "either text or file"),
+        (["--file", "nowhere.txt"], "file nowhere.txt cannot be read"),
+        (["--text", "a", "--out", "x.txt"], "expected a name that ends in .html or .json"),
+        (["--text", "a", "--position", "77"], "position is 77; expected 0 to 0"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(run: Path, arguments, message, capsys):
+    assert main(["inspect", "--player", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_text_from_a_file(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for source in (["--text", TEXT], ["--file", str(tmp_path / "text.txt")]):
+        assert main(["inspect", "--player", str(run), *source]) == 0
+    first, second = capsys.readouterr().out.split("player ")[1:]
+    assert first == second
+
+
+# --- tokens as text -------------------------------------------------------------------------------------------------
+
+
+def test_white_space_and_bytes_are_visible(tokenizer):
+    shown = {
+        text: shown_token(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in " \n\té"
+    }
+    assert shown == {" ": "␣", "\n": "⏎", "\t": "⇥", "é": "\\xc3"}
+    assert shown_token(tokenizer, end_of_text_id(tokenizer)) == "<|endoftext|>"
+
+
+def test_characters_that_a_terminal_obeys_are_shown(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: "a\x1b[2J\u202eb")
+    assert shown_token(tokenizer, 5) == "a\\x1b[2J\\u202eb"
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def printed(inspection, position: int | None = None, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    print_inspection(console, inspection, position)
+    return console.file.getvalue()
+
+
+def test_the_terminal_shows_text_means_and_disagreements(inspector):
+    inspection = inspector.inspect(TEXT)
+    lines = printed(inspection).splitlines()
+    assert max(map(cell_len, lines)) <= 80 and len(lines) <= 24
+    assert " 0 quick fox old oak⏎" in lines
+    assert any(
+        line.startswith("cross-entropy") and f"{inspection.summary['cross_entropy']:.4g}" in line for line in lines
+    )
+    for place in inspection.disagreements(5):
+        assert any(line.startswith(f"{place} ") and inspection.positions[place].text in line for line in lines)
+
+
+def test_the_terminal_colours_what_was_earned(inspector):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
+    print_inspection(console, inspector.inspect(TEXT))
+    assert "48;2;11;92;146" in console.file.getvalue() or "48;2;29;61;92" in console.file.getvalue()
+
+
+def test_the_terminal_shows_one_positions_candidates(inspector):
+    inspection = inspector.inspect(TEXT)
+    position = inspection.positions[3]
+    lines = printed(inspection, 3).splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("token ")]
+    rows = lines[head + 1 :]
+    first, *others = position.actions
+    others = sorted(others, key=lambda action: -action.consensus)
+    assert rows[0].split()[0] == first.text and rows[1].split()[0] == others[0].text
+    assert f"{first.reality:.4f}" in rows[0] and f"{first.consensus:.4f}" in rows[0]
+    assert ("↑" if first.gradient < 0 else "↓") in rows[0] and "█" * 12 in "".join(rows)
+
+
+def test_unpaid_candidates_beyond_the_first_are_added_up(player_folder, critic_folder):
+    config = AvataRLConfig.article(top_k=16)
+    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+    position = inspection.positions[2]
+    others = sorted(position.actions[1:], key=lambda action: -action.consensus)
+    rest = [action for action in others if action.reward == 0][8:]
+    (line,) = [line for line in printed(inspection, 2).splitlines() if f"{len(rest)} more" in line]
+    assert f"{math.fsum(action.consensus for action in rest):.4f}" in line
+    assert len(printed(inspection, 2).splitlines()) <= 24
+
+
+def test_names_from_outside_are_inert_in_the_terminal(inspector, monkeypatch):
+    monkeypatch.setattr(inspector, "names", ("[red]p\x1b[31m\nlayer", "c[/]ritic"))
+    text = printed(inspector.inspect(TEXT))
+    assert "player [red]p\\x1b[31m layer, critic c[/]ritic" in text.splitlines()[0]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_json_holds_every_number(inspector, tmp_path: Path):
+    inspection = inspector.inspect(TEXT)
+    write_inspection(inspection, tmp_path / "out.json")
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
+    assert written.keys() == {"player", "critics", "config", "positions", "summary"}
+    assert written["positions"][2]["actions"][1]["consensus"] == inspection.positions[2].actions[1].consensus
+    assert written["positions"][2]["actions"][0]["proposed_by"][0] == "text"
+    assert written["config"]["entropy_coef"] == CONFIG.entropy_coef
+
+
+def test_a_page_that_cannot_be_written(inspector, tmp_path: Path):
+    with pytest.raises(UserError, match="which cannot be written"):
+        write_inspection(inspector.inspect(TEXT), tmp_path / "nowhere" / "out.html")
+
+
+def test_settings_of_a_recipe_reach_the_page(run: Path, tmp_path: Path):
+    write_inspection(Inspector.open(run, device="cpu").inspect(TEXT), tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert '"top_k":3' in page and '"tail":"renormalise"' in page
+    assert yaml.safe_load((run / "config.yaml").read_text())["avatarl"]["top_k"] == 3
