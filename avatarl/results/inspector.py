@@ -35,7 +35,7 @@ from avatarl.outside import read_regular_file, refusing
 from .evaluate import context_length
 from .runs import read_settings
 
-MOST_TOKENS = 4096  # of a text: a page of so many positions has some megabytes
+MOST_TOKENS = 2048  # of a text: a page of so many positions has three megabytes
 LARGEST_TEXT_BYTES = 1 << 20
 KEPT_PROPOSALS = 32  # of each model, for who changes settings where there is no model any more
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # the byte-level alphabet
@@ -81,7 +81,7 @@ class Answers(NamedTuple):
     critic_orders: list[list[int]]
     log_policy: list[float]  # log π (U)
     log_critics: list[list[float]]  # log p_C over the whole vocabulary, (C, U)
-    log_tempered: list[float]  # log π at the loss's temperature (U)
+    log_tempered: list[float] | None  # log π at the loss's temperature (U); None where that is 1
     entropy: float  # of the policy at the loss's temperature, nats
     agreement: list[float]  # Σ π p_C over the whole vocabulary (C)
 
@@ -359,7 +359,7 @@ def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, confi
                 critic_orders,
                 log_policy[number, at].tolist(),
                 [log_probs[number, at].tolist() for log_probs in log_critics],
-                log_tempered[number, at].tolist(),
+                None if config.temperature == 1 else log_tempered[number, at].tolist(),
                 entropy[number].item(),
                 [overlap[number].item() for overlap in agreement],
             )

@@ -129,13 +129,13 @@ def test_tokens_given_by_id_are_judged_as_the_texts_are(inspector, tokenizer):
 
 
 def test_several_critics_speak_with_their_numbers(player_folder, critic_folder, second_critic, tokenizer):
-    config = AvataRLConfig.article(top_k=3, critic_weight=(0.2, 0.1))
+    config = AvataRLConfig.article(top_k=5, critic_weight=(0.2, 0.1))
     names = [str(critic_folder), str(second_critic)]
     inspection = Inspector.open(player_folder, names, config, device="cpu").inspect(TEXT)
     assert inspection.critics == tuple(names)
     ids = ids_of(tokenizer, TEXT)
     lists = {
-        voice: logits_of(folder, torch.tensor([ids[:-1]])).topk(3).indices.tolist()
+        voice: logits_of(folder, torch.tensor([ids[:-1]])).topk(5).indices.tolist()
         for voice, folder in {"player": player_folder, "critic 1": critic_folder, "critic 2": second_critic}.items()
     }
     for number, position in enumerate(inspection.positions):

@@ -3,8 +3,8 @@
 // The reward landscape of docs/method.md, from what models answered about their own and the others' proposals. It is
 // objective/rewards.py once more, one position at a time; a test holds the two against each other.
 //
-// answers: {tokens, playerOrder, criticOrders, logPolicy, logCritics, logTempered, entropy, agreement}, as results/
-// inspector.py keeps them; settings: the fields of AvataRLConfig, with `tail` resolved and never "sample".
+// answers: {tokens, playerOrder, criticOrders, logPolicy, logCritics, logTempered, entropy, agreement}, as inspector.py
+// keeps them; settings: the fields of AvataRLConfig, with `tail` resolved and never "sample".
 
 const landscapeOf = (() => {
   const sum = (values) => values.reduce((total, value) => total + value, 0);
@@ -56,7 +56,7 @@ const landscapeOf = (() => {
     }
 
     const policy = places.map((place) => Math.exp(answers.logPolicy[place]));
-    const tempered = places.map((place) => answers.logTempered[place]);
+    const tempered = places.map((place) => (answers.logTempered ?? answers.logPolicy)[place]);
     const isDense = settings.tail === "dense";
     // What a dense tail pays beyond the active actions.
     const outside = critic.map((probs, model) => isDense ? scale * weights[model] * Math.max(0, 1 - sum(probs)) : 0);
