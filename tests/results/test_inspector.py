@@ -122,6 +122,21 @@ def test_a_long_text_is_read_in_windows(inspector, player_folder, tokenizer):
         assert found[start : start + BLOCK] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
+def test_windows_that_end_with_the_text(inspector, tokenizer):
+    ids = ids_of(tokenizer, " ".join([TEXT] * 4))[: 2 * BLOCK + 1]
+    assert len(inspector.inspect_ids(ids).positions) == 2 * BLOCK
+
+
+def test_so_much_is_kept_that_settings_can_be_changed(player_folder, critic_folder):
+    for top_k, kept in ((4, 32), (40, 40)):
+        config = AvataRLConfig.article(top_k=top_k)
+        inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+        for position, answers in zip(inspection.positions, inspection.answers, strict=True):
+            assert len(answers.player_order) == len(answers.critic_orders[0]) == kept
+            assert len(set(answers.tokens)) == len(answers.tokens) and answers.tokens[0] == position.token
+            assert {action.token for action in position.actions} <= set(answers.tokens) <= inspection.texts.keys()
+
+
 def test_tokens_given_by_id_are_judged_as_the_texts_are(inspector, tokenizer):
     assert inspector.inspect_ids(ids_of(tokenizer, TEXT)).as_dict() == inspector.inspect(TEXT).as_dict()
     alone = inspector.inspect_ids(ids_of(tokenizer, TEXT)[3:5])
@@ -162,6 +177,8 @@ def test_the_threshold_divides_the_paid_from_the_others(player_folder, critic_fo
     inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
     kinds = set()
     for position in inspection.positions:
+        if threshold == "mean":
+            assert position.threshold == 1 / len(position.actions)
         for action in position.actions:
             kinds.add(action.reward > 0)
             assert (action.consensus > position.threshold) == (action.reward > 0)

@@ -111,7 +111,7 @@ def test_a_temperature_of_the_loss_is_that_of_the_inspected_run(script):
 def test_a_critic_that_rules_the_text_out(script):
     """ε = 0 and a critic without any belief in the target: the blend vetoes every action but gives the text's all."""
     player, (critic,), targets = logits_of(seed=4, critics=1)
-    critic.scatter_(1, targets[:, None], -1e4)
+    critic.scatter_(1, targets[:, None], -torch.inf)
     config = AvataRLConfig.article(smoothing=0.0)
     landscape = reward_landscape(player, [critic], targets, config)
     for number, answers in enumerate(answers_of(player, [critic], targets, config)):

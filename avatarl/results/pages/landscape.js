@@ -101,8 +101,8 @@ const landscapeOf = (() => {
       if (settings.tail === "target") blend[0] = Math.max(0, 1 - sum(blend.slice(1)));
       return [blend, 1];
     }
+    // The text's token is never vetoed: what is kept of a critic is finite.
     const blend = isTarget.map((_, index) => sum(experts.map(([weight, log]) => weight * log[index])));
-    if (largestOf(blend) === -Infinity) blend[0] = 0; // experts that veto every action leave the text's
     const logMass = logSumExp(blend);
     return [blend.map((log) => Math.exp(log - logMass)), Math.exp(logMass)];
   }
