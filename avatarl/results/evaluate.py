@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
 
 RELIABILITY_BINS = 15
-ACCURACY_RANKS = (1, 16)
+FORECASTS = 16  # of a position: its most likely tokens, each with its probability
+ACCURACY_RANKS = (1, FORECASTS)
 WINDOWS_AT_ONCE = 8
 
 
@@ -33,6 +35,7 @@ class PositionScores(NamedTuple):
     entropy: Tensor  # nats
     confidence: Tensor  # probability of the most likely token
     rank: Tensor  # int64, how many tokens are more likely than the target
+    top_probs: Tensor  # (N, R), probabilities of the R most likely tokens in falling order; of 16, or of all if fewer
 
 
 def evaluate(
@@ -61,8 +64,9 @@ def evaluate(
     Returns:
         cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes),
         top1_accuracy and top16_accuracy, expected_calibration_error with its reliability table (bins of equal width
-        over the top token's probability), tokens, bytes, windows, block, split, and with a critic ``rewards`` and
-        ``reward_settings``.
+        over the top token's probability), top16_calibration_error with its top16_reliability (the same of the 16 most
+        likely tokens, each a forecast of its own, in bins of halving width), tokens, bytes, windows, block, split, and
+        with a critic ``rewards`` and ``reward_settings``.
 
     Raises:
         UserError: The model, data or critic cannot be used, or do not fit each other.
@@ -138,12 +142,14 @@ def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: i
     for states, target in zip(hidden, targets, strict=True):
         log_probs = (states @ head[:vocab_size].t()).float().log_softmax(-1)  # (T, V)
         of_target = log_probs.gather(1, target.unsqueeze(1))  # (T, 1)
+        top_probs = log_probs.topk(min(FORECASTS, log_probs.shape[1]), dim=1).values.exp()  # (T, R)
         columns.append(
             PositionScores(
                 -of_target.squeeze(1),
                 -torch.linalg.vecdot(log_probs.exp(), log_probs),
-                log_probs.amax(1).exp(),
+                top_probs[:, 0],
                 (log_probs > of_target).sum(1),
+                top_probs,
             )
         )
     return PositionScores(*(torch.cat(column) for column in zip(*columns, strict=True)))
@@ -153,6 +159,9 @@ def summarise(positions: PositionScores, num_bytes: int) -> dict:
     """The numbers of an evaluation, from every position's scores."""
     cross_entropy = positions.cross_entropy.double().mean().item()
     table = reliability_table(positions.confidence, positions.rank == 0)
+    # Of tokens as likely as the target any may stand at its place: the probabilities are the same.
+    is_target = torch.arange(positions.top_probs.shape[1]) == positions.rank.unsqueeze(1)  # (N, R)
+    top_table = halving_reliability_table(positions.top_probs.flatten(), is_target.flatten())
     total = len(positions.rank)
     return {
         "cross_entropy": cross_entropy,
@@ -160,10 +169,10 @@ def summarise(positions: PositionScores, num_bytes: int) -> dict:
         "bits_per_byte": cross_entropy * total / math.log(2) / num_bytes if num_bytes else None,
         **{f"top{rank}_accuracy": (positions.rank < rank).double().mean().item() for rank in ACCURACY_RANKS},
         "entropy": positions.entropy.double().mean().item(),
-        "expected_calibration_error": sum(
-            row["count"] / total * abs(row["accuracy"] - row["confidence"]) for row in table
-        ),
+        "expected_calibration_error": calibration_error(table, total),
         "reliability": table,
+        f"top{FORECASTS}_calibration_error": calibration_error(top_table, total),
+        f"top{FORECASTS}_reliability": top_table,
         "tokens": total,
         "bytes": num_bytes,
     }
@@ -175,20 +184,45 @@ def reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]:
     Empty bins are left out. Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
     """
     bins = (confidence * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
+    return _rows_of_bins(bins, [index / RELIABILITY_BINS for index in range(RELIABILITY_BINS + 1)], confidence, correct)
+
+
+def halving_reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]:
+    """Bins (1/2, 1], (1/4, 1/2] and so on, the last down to 0, from small to large: small probabilities apart too.
+
+    Args:
+        confidence: (M,) probabilities of forecasts.
+        correct: (M,) bool, whether they came true.
+    """
+    inner = [2.0**-halvings for halvings in range(RELIABILITY_BINS - 1, 0, -1)]
+    bins = torch.bucketize(confidence, torch.tensor(inner), out_int32=True)  # a bin's upper edge is its own
+    return _rows_of_bins(bins, [0.0, *inner, 1.0], confidence, correct)
+
+
+def _rows_of_bins(bins: Tensor, edges: Sequence[float], confidence: Tensor, correct: Tensor) -> list[dict]:
+    """What lies in each bin that is not empty, of forecasts (M,) in bins (M,) between neighbouring edges."""
     rows = []
-    for index in range(RELIABILITY_BINS):
+    for index, (lower, upper) in enumerate(pairwise(edges)):
         inside = bins == index
         if count := int(inside.sum()):
             rows.append(
                 {
-                    "from": index / RELIABILITY_BINS,
-                    "to": (index + 1) / RELIABILITY_BINS,
+                    "from": lower,
+                    "to": upper,
                     "count": count,
                     "confidence": confidence[inside].double().mean().item(),
                     "accuracy": correct[inside].double().mean().item(),
                 }
             )
     return rows
+
+
+def calibration_error(table: Sequence[Mapping[str, float]], positions: int) -> float:
+    """Probability per position that lies in the wrong place: Σ over bins of |Σ probabilities − hits| / positions.
+
+    Of one forecast a position it is 0 to 1, the expected calibration error; of several 0 to 2.
+    """
+    return sum(row["count"] / positions * abs(row["accuracy"] - row["confidence"]) for row in table)
 
 
 def context_length(model) -> int:

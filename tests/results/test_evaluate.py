@@ -20,12 +20,13 @@ from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
 from avatarl.results import evaluate, read_pairs, score_pairs
-from avatarl.results.evaluate import PositionScores, summarise
+from avatarl.results.evaluate import PositionScores, score_positions, summarise
 from avatarl.training import train
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
 
 REWARDS = AvataRLConfig(top_k=4, threshold="none", entropy_coef=0.02)
+TABLES = ("reliability", "top16_reliability")
 
 
 def windows_of(data: PreparedData, split: str = "valid", block: int = BLOCK) -> Tensor:
@@ -47,7 +48,7 @@ def without_rounding(result: dict) -> dict:
     return {
         name: pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value
         for name, value in result.items()
-        if name not in ("rewards", "reliability")
+        if name not in ("rewards", *TABLES)
     }
 
 
@@ -126,9 +127,8 @@ def test_rows_of_a_padded_head_take_no_part(tmp_path: Path, data_folder: Path, p
     padded.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
     plain = evaluate(player_folder, data_folder, device="cpu")
-    assert evaluate(tmp_path / "padded", data_folder, device="cpu") == without_rounding(plain) | {
-        "reliability": plain["reliability"]
-    }
+    tables = {name: plain[name] for name in TABLES}
+    assert evaluate(tmp_path / "padded", data_folder, device="cpu") == without_rounding(plain) | tables
 
 
 def test_a_cached_critic_answers_too(data_folder, player_folder, critic_folder, critic_cache):
@@ -209,8 +209,15 @@ def test_several_critics_judge_together(
 
 
 def scores(confidence: list[float], rank: list[int]) -> PositionScores:
-    count = len(confidence)
-    return PositionScores(torch.ones(count), torch.full((count,), 0.5), torch.tensor(confidence), torch.tensor(rank))
+    count, top = len(confidence), torch.tensor(confidence)
+    return PositionScores(
+        torch.ones(count), torch.full((count,), 0.5), top, torch.tensor(rank), top_probs=top.unsqueeze(1)
+    )
+
+
+def forecasts(top_probs: Tensor, rank: Tensor) -> PositionScores:
+    """Positions of which the most likely tokens' probabilities (N, R) and the target's rank (N,) matter."""
+    return PositionScores(rank.float(), rank.float(), top_probs[:, 0], rank, top_probs)
 
 
 def test_a_calibrated_model_has_no_error():
@@ -237,15 +244,90 @@ def test_the_reliability_table_by_hand():
 
 
 def test_the_summary_by_hand():
-    positions = PositionScores(
-        torch.tensor([1.0, 3.0]), torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5]), torch.tensor([0, 30])
-    )
+    positions = forecasts(torch.tensor([[0.5], [0.5]]), torch.tensor([0, 30]))
+    positions = positions._replace(cross_entropy=torch.tensor([1.0, 3.0]), entropy=torch.tensor([0.25, 0.75]))
     result = summarise(positions, num_bytes=5)
     assert (result["cross_entropy"], result["entropy"], result["tokens"], result["bytes"]) == (2.0, 0.5, 2, 5)
     assert result["perplexity"] == pytest.approx(math.e**2)
     assert result["bits_per_byte"] == pytest.approx(4 / math.log(2) / 5)
     assert summarise(positions, num_bytes=0)["bits_per_byte"] is None
     assert summarise(positions._replace(cross_entropy=torch.full((2,), 1e4)), 1)["perplexity"] == math.inf
+
+
+def slow_table(probs: list[list[float]], hits: list[list[bool]]) -> tuple[float, list[dict]]:
+    """top16_calibration_error and its table, one forecast after the other."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row in zip(probs, hits, strict=True):
+        for prob, hit in zip(*row, strict=True):
+            halvings = 0
+            while halvings < 14 and prob <= 0.5 ** (halvings + 1):
+                halvings += 1
+            bins.setdefault(halvings, []).append((prob, hit))
+    table, error = [], 0.0
+    for halvings, held in sorted(bins.items(), reverse=True):
+        total, found = sum(prob for prob, _ in held), sum(hit for _, hit in held)
+        table.append(
+            {
+                "from": 0.5 ** (halvings + 1) if halvings < 14 else 0.0,
+                "to": 0.5**halvings,
+                "count": len(held),
+                "confidence": pytest.approx(total / len(held)),
+                "accuracy": pytest.approx(found / len(held)),
+            }
+        )
+        error += abs(total - found) / len(probs)
+    return error, table
+
+
+@pytest.mark.parametrize("vocabulary", [7, 60])
+def test_the_forecasts_of_a_position_against_a_slow_loop(vocabulary: int):
+    """From hidden states, at which some tokens are as likely as others; with fewer tokens than 16 all are forecasts."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (12 * torch.rand(3, 50, vocabulary, generator=generator)).round() * 0.7
+    targets = torch.randint(vocabulary, (3, 50), generator=generator)
+    targets[:, ::2] = logits[:, ::2].argmax(-1)
+    positions = score_positions(logits, torch.eye(vocabulary), targets, vocabulary)
+    assert positions.top_probs.dtype == torch.float32 and torch.equal(positions.confidence, positions.top_probs[:, 0])
+    probs, hits = [], []
+    for row, target in zip(logits.flatten(0, 1).double().softmax(-1), targets.flatten().tolist(), strict=True):
+        # Among tokens that are as likely as the target it comes first.
+        order = sorted(range(vocabulary), key=lambda token: (-row[token], token != target))[:16]
+        probs.append(row[order].float().tolist())
+        hits.append([token == target for token in order])
+    torch.testing.assert_close(positions.top_probs, torch.tensor(probs))
+    error, table = slow_table(positions.top_probs.tolist(), hits)
+    result = summarise(positions, num_bytes=1)
+    assert result["top16_reliability"] == table and len(table) > 5
+    assert result["top16_calibration_error"] == pytest.approx(error) and error > 0.1
+    assert sum(row["count"] for row in table) == 150 * min(16, vocabulary)
+
+
+def test_a_bin_holds_its_upper_edge_and_the_last_one_all_below():
+    edges = [[2.0**-halvings for halvings in range(16)], [0.0] * 16]
+    result = summarise(forecasts(torch.tensor(edges), torch.tensor([0, 99])), num_bytes=1)
+    error, table = slow_table(edges, [[True] + [False] * 15, [False] * 16])
+    assert (result["top16_calibration_error"], result["top16_reliability"]) == (pytest.approx(error), table)
+    assert error == (1 - 2.0**-15) / 2  # all but the first, which came true, of two positions
+    assert [row["count"] for row in result["top16_reliability"]] == [18] + [1] * 14
+    first, *_, last = result["top16_reliability"]
+    assert (first["from"], first["to"], last["from"], last["to"]) == (0, 2.0**-14, 0.5, 1)
+
+
+def test_forecasts_that_come_true_as_often_as_they_say_have_no_error():
+    """In 8 positions the first of four forecasts is right 5 times, and each of the others once."""
+    probs = torch.tensor([[5 / 8, 1 / 8, 1 / 8, 1 / 8]]).repeat(8, 1)
+    result = summarise(forecasts(probs, torch.tensor([0, 0, 0, 0, 0, 1, 2, 3])), num_bytes=1)
+    assert result["top16_calibration_error"] == pytest.approx(0, abs=1e-9)
+    assert [row["accuracy"] for row in result["top16_reliability"]] == [1 / 8, 5 / 8]
+
+
+def test_a_confident_forecast_that_is_wrong_errs_twice():
+    """All probability is where nothing happens, and none where all happens."""
+    probs = torch.tensor([[1.0, 0.0, 0.0]]).repeat(4, 1)
+    result = summarise(forecasts(probs, torch.tensor([1, 2, 1, 2])), num_bytes=1)
+    assert result["top16_calibration_error"] == 2 and result["expected_calibration_error"] == 1
+    beyond = summarise(forecasts(probs, torch.tensor([16, 99, 16, 99])), num_bytes=1)
+    assert beyond["top16_calibration_error"] == 1  # the text's token is none of the forecasts
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
