@@ -14,7 +14,7 @@ from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.device import pick_device, pick_precision
 from avatarl.errors import UserError
 from avatarl.models import CriticCache, build_player, count_parameters, load_critic, training_flops_per_token
-from avatarl.models.counting import forward_flops_per_token
+from avatarl.models.counting import ParameterCount, forward_flops_per_token
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.critics import parse_ema_critic
 from avatarl.models.loading import longest_sequence
@@ -50,13 +50,14 @@ class Assembly:
     caches: dict[int, CriticCache]  # of those of them that are not asked themselves, by place
     schedules: Schedules
     player: PreTrainedModel
+    player_flops: int  # of a forward and a backward pass of it, per token
+    parameters: ParameterCount  # of it
     model: RewardedPlayer  # player and objective
     step_model: nn.Module  # what training calls: the model, compiled and wrapped as asked for
     optimisers: Optimisers
     validation: Validation
     total_steps: int
     identity: dict[str, str]
-    sizes: dict[str, int]  # parameters and FLOPs, for the summary
 
     @property
     def autocast(self) -> AbstractContextManager:
@@ -88,18 +89,40 @@ class Assembly:
             stored = [cache.rows("train", indices) for cache in caches]
             yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
 
-    def critic_flops_until(self, step: int) -> int:
-        """Of all forward passes of critics in the first ``step`` steps."""
-        passes = (self.schedules.steps_of(i, step) * per_token for i, per_token in enumerate(self.critic_flops))
-        return self.tokens_per_step * sum(passes)
+    def spent_until(self, step: int) -> dict[str, int]:
+        """What the first ``step`` steps take, evaluations aside.
+
+        Returns:
+            ``tokens`` of training; ``player_flops``, of the player's forward and backward passes; ``critic_flops``, of
+            the critics' forward passes, where they judge and are not cached.
+        """
+        critics = sum(self.schedules.steps_of(i, step) * per_token for i, per_token in enumerate(self.critic_flops))
+        return {
+            "tokens": self.tokens_per_step * step,
+            "player_flops": self.tokens_per_step * step * self.player_flops,
+            "critic_flops": self.tokens_per_step * critics,
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the player and of the whole run: parameters, tokens and FLOPs.
+
+        ``cached_critic_flops`` were spent elsewhere: on the forward passes that made the run's caches.
+        """
+        return {
+            "parameters": self.parameters.total,
+            "non_embedding_parameters": self.parameters.non_embedding,
+            **self.spent_until(self.total_steps),
+            "cached_critic_flops": sum(cache.flops for cache in self.caches.values()),
+        }
 
     def describe(self) -> str:
         """One line that says what is being trained on what."""
-        tokens = self.total_steps * self.tokens_per_step
+        tokens = self.spent_until(self.total_steps)["tokens"]
         several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
         return (
-            f"{self.config.objective}: {self.sizes['parameters']:,} parameters "
-            f"({self.sizes['non_embedding_parameters']:,} outside the embedding), {self.total_steps:,} steps, "
+            f"{self.config.objective}: {self.parameters.total:,} parameters "
+            f"({self.parameters.non_embedding:,} outside the embedding), {self.total_steps:,} steps, "
             f"{tokens:,} tokens ({tokens / len(self.data.train):.2f} epochs), {self.device} {self.precision}{several}"
         )
 
@@ -136,13 +159,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     start_steps = [critic.start_step if isinstance(critic, AveragedPlayer) else 0 for critic in critics]
     schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
     caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
-    tokens = total_steps * config.windows_per_step * config.block
-    sizes = {
-        "parameters": count_parameters(player).total,
-        "non_embedding_parameters": count_parameters(player).non_embedding,
-        "player_flops": tokens * training_flops_per_token(player, config.block),
-        "cached_critic_flops": sum(cache.flops for cache in caches.values()),
-    }
+    # Counted before anything is divided among processes.
+    parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block)
     identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
 
     asked = [None if place in caches else critic for place, critic in enumerate(critics)]
@@ -156,7 +174,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
             processes.shard(judge, judge.model, device, keep_root=True)
         processes.shard(model, player, device)
     step_model = torch.compile(model) if config.compile else model
-    parts = Assembly(
+    return Assembly(
         config=config,
         processes=processes,
         device=device,
@@ -174,16 +192,15 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         caches=caches,
         schedules=schedules,
         player=player,
+        player_flops=player_flops,
+        parameters=parameters,
         model=model,
         step_model=processes.wrap(step_model, config.parallel, device),
         optimisers=build_optimisers(player, config.optim, total_steps),
         validation=Validation(valid_windows, config, device, processes, caches),
         total_steps=total_steps,
         identity=identity,
-        sizes=sizes,
     )
-    sizes["critic_flops"] = parts.critic_flops_until(total_steps)
-    return parts
 
 
 def open_critics(

@@ -37,7 +37,7 @@ def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) ->
     run = Path(parts.config.out)
     curve = evaluations_of(run)
     if not curve or curve[-1]["step"] != step:  # somebody took the metrics away
-        curve.append({"step": step, "tokens": step * parts.tokens_per_step, "cross_entropy": cross_entropy})
+        curve.append({"step": step, **parts.spent_until(step), "cross_entropy": cross_entropy})
     tokens, cross_entropies = zip(*((line["tokens"], line["cross_entropy"]) for line in curve), strict=True)
     pages = {CARD_FILE: model_card(parts, curve[-1]), CURVE_FILE: draw_curve(tokens, cross_entropies)}
     write_model_folder(run / name, parts.player, weights, parts.tokenizer, pages)

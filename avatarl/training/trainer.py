@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
                 progress = processes.from_main(load_checkpoint(checkpoint, parts, guard))  # one answer for all
             if processes.is_main and progress["step"] < parts.total_steps:
                 environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
+                environment["sizes"] = parts.sizes
                 for change in changes:
                     report(f"allowed: {change}")
                 if checkpoint:
@@ -214,7 +215,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                     "train",
                     step,
                     {
-                        "tokens": step * parts.tokens_per_step,
+                        **parts.spent_until(step),
                         "learning_rate": learning_rate,
                         **parts.schedules.logged(step),
                         "tokens_per_second": (step - logged_at) * parts.tokens_per_step / seconds,
@@ -236,7 +237,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                         f"validation cross-entropy is {values['cross_entropy']} at step {step}; "
                         "try a smaller optim.learning_rate"
                     )
-                log.write("eval", step, {"tokens": step * parts.tokens_per_step, **values})
+                log.write("eval", step, {**parts.spent_until(step), **values})
                 progress["cross_entropy"] = values["cross_entropy"]
                 if values["cross_entropy"] < progress["best_cross_entropy"]:
                     progress |= {"best_cross_entropy": values["cross_entropy"], "best_step": step}
@@ -264,7 +265,6 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
     return {
         "objective": config.objective,
         "steps": total_steps,
-        "tokens": total_steps * parts.tokens_per_step,
         "seconds": progress["seconds"],
         "best_cross_entropy": progress["best_cross_entropy"],
         "best_step": progress["best_step"],

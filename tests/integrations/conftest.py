@@ -102,7 +102,7 @@ def eval_lines(trainer: AvataRLTrainer) -> list[dict[str, float]]:
 def native_lines(run: Path, event: str) -> list[dict[str, float]]:
     """The lines of a native run, without what Trainer does not log."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    left_out = ("event", "tokens", "tokens_per_second", "skipped_steps", "seconds")
+    left_out = ("event", "tokens", "player_flops", "critic_flops", "tokens_per_second", "skipped_steps", "seconds")
     return [
         {name: value for name, value in line.items() if name not in left_out}
         for line in lines

@@ -13,6 +13,9 @@ from avatarl.models import PlayerConfig
 
 from ..conftest import TINY
 
+# What each line of metrics says was spent until its step, in this order.
+SPENT = ("tokens", "player_flops", "critic_flops")
+
 
 class Interrupted(Exception):
     """Stands for whatever ends a run in the middle."""

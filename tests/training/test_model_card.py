@@ -23,7 +23,7 @@ from avatarl.training.folder.model_card import hub_dataset, model_card
 from avatarl.training.processes import Processes
 
 from ..fuzz.mutations import HOSTILE_TEXTS
-from .runs import Interrupted, lines_of
+from .runs import SPENT, Interrupted, lines_of
 from .test_config import read_config
 
 PAGES = ("README.md", "curve.svg")
@@ -95,9 +95,11 @@ def test_the_evaluation_is_that_of_the_player(finished):
     for name, step in (("player", lines_of(finished[1])[-1]["step"]), ("final", 6)):
         (line,) = (line for line in lines_of(finished[1]) if line["event"] == "eval" and line["step"] == step)
         rows = dict(re.findall(r"^\| `(\w+)` \| ([-\d.e+]+) \|$", card_of(finished[1], name), re.MULTILINE))
-        metrics = {key: value for key, value in line.items() if key not in ("event", "step", "tokens")}
+        metrics = {key: value for key, value in line.items() if key not in ("event", "step", *SPENT)}
         assert {"expected_reward_share", "other_reward_share", "entropy"} < rows.keys() == metrics.keys()
         assert all(float(rows[key]) == pytest.approx(value, rel=1e-5) for key, value in metrics.items())
+        spent = f"{line['player_flops']:.3g} of the player, {line['critic_flops']:.3g} of critics"
+        assert f"\n| FLOPs until then | {spent} |\n" in card_of(finished[1], name)
 
 
 def test_the_recipe_trains_it_again(finished, tmp_path: Path):

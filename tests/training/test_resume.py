@@ -166,8 +166,10 @@ def test_changes_are_allowed_when_asked_for_and_written_down(tiny_config, tmp_pa
     stop_after_step_6(tiny_config(tmp_path), interrupt)
     changed = tiny_config(tmp_path, steps=9, optim=OptimConfig(learning_rate=2e-2, warmup_steps=2))
     assert train(changed, resume=True, allow_changes=True, quiet=True)["steps"] == 9
-    (resumption,) = json.loads((tmp_path / "run" / "environment.json").read_text())["resumed"]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    (resumption,) = environment["resumed"]
     assert resumption["step"] == 4
+    assert resumption["sizes"]["player_flops"] == environment["sizes"]["player_flops"] * 9 // 8  # of another run
     assert resumption["changes"] == ["optim.learning_rate was 0.01 and is 0.02", "steps was 8 and is 9"]
     assert train(changed, resume=True, quiet=True)["steps"] == 9  # they are the run's settings now
 

@@ -134,6 +134,7 @@ def test_a_critic_first_then_none(tiny_config, tmp_path: Path, monkeypatch):
         assert line["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
     assert all("critic_wins" in line for line in first[:5]) and not any("critic_wins" in line for line in first[5:])
     assert first[5]["critic_weight"] == 0 and first[6]["cross_entropy"] != constant[6]["cross_entropy"]
+    assert [line["critic_flops"] for line in first] == [summary["critic_flops"] * min(x["step"], 4) // 4 for x in first]
     assert summary["critic_flops"] > 0
 
 
@@ -213,6 +214,8 @@ def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):
     assert weights[3] == 0 and weights[4] == pytest.approx(0.3)
     per_token = summary["player_flops"] / 3 / summary["tokens"]
     assert summary["critic_flops"] == pytest.approx(per_token * 5 * config.windows_per_step * config.block)
+    spent = [line["critic_flops"] for line in lines if line["event"] == "train"]
+    assert spent == [summary["critic_flops"] * judged // 5 for judged in (0, 0, 0, 1, 2, 3, 4, 5)]
     other = tiny_config(tmp_path / "other", critic="ema:0.9:3", log_every_steps=1)
     train(other, quiet=True)
     assert lines_of(tmp_path / "other" / "run")[:4] == lines[:4] and lines_of(tmp_path / "other" / "run") != lines
@@ -234,7 +237,7 @@ def test_averages_that_cannot_be(tiny_config, tmp_path: Path, name: str, message
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("interrupted_in", [3, 8])
+@pytest.mark.parametrize("interrupted_in", [3, 5, 8])
 def test_resuming_in_every_stage(tiny_config, tmp_path: Path, critic_folder: Path, interrupt, interrupted_in: int):
     """Two critics, one of them an average from step 2 on; both are forgotten after step 6."""
     settings = dict(
@@ -251,6 +254,32 @@ def test_resuming_in_every_stage(tiny_config, tmp_path: Path, critic_folder: Pat
     train(tiny_config(tmp_path, **settings), resume=True, quiet=True)
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
     assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("before, goes_on_from", [("ema:0.5:6", "player"), ("ema:0.5:2", "average0")])
+def test_an_average_under_other_settings(tiny_config, tmp_path: Path, interrupt, before: str, goes_on_from: str):
+    """One that should have begun by now begins with the player as it is; one that has goes on at its new pace."""
+    interrupt(5)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, critic=before, checkpoint_every_steps=1), quiet=True)
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        changed = tiny_config(tmp_path, critic="ema:0.75:3", checkpoint_every_steps=1)
+        train(changed, resume=True, allow_changes=True, quiet=True)
+    at_4, at_5 = (tmp_path / "run" / "checkpoints" / f"step-0000000{step}" for step in (4, 5))
+    start, player = load_file(at_4 / f"{goes_on_from}.safetensors"), load_file(at_5 / "player.safetensors")
+    for name, mean in load_file(at_5 / "average0.safetensors").items():
+        torch.testing.assert_close(mean, 0.75 * start[name] + 0.25 * player[name])
+
+
+def test_an_average_may_begin_with_the_first_player(tiny_config, tmp_path: Path, tokenizer):
+    config = tiny_config(tmp_path, critic="ema:0.75:0", checkpoint_every_steps=1, steps=1)
+    train(config, quiet=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    start = build_player(config.player, tokenizer, BLOCK, config.seed).state_dict()
+    player = load_file(checkpoint / "player.safetensors")
+    for name, mean in load_file(checkpoint / "average0.safetensors").items():
+        torch.testing.assert_close(mean, 0.75 * start[name] + 0.25 * player[name])
 
 
 def test_a_recipe_holds_schedules(tiny_config, tmp_path: Path):

@@ -23,7 +23,7 @@ from avatarl.training.rewarded_player import RewardedPlayer
 from avatarl.training.validation import Validation
 
 from ..conftest import BLOCK
-from .runs import Interrupted, contents_of, lines_of, weights_of, with_dropout
+from .runs import SPENT, Interrupted, contents_of, lines_of, weights_of, with_dropout
 from .test_config import read_config
 
 MODEL_FILES = {
@@ -36,6 +36,7 @@ MODEL_FILES = {
     "tokenizer_config.json",
 }
 CHECKPOINT_FILES = {"player.safetensors", "optimiser.safetensors", "state.json", "manifest.json"}
+SIZES = {"parameters", "non_embedding_parameters", *SPENT, "cached_critic_flops"}  # as environment.json has them
 
 
 @pytest.fixture
@@ -82,6 +83,9 @@ def test_every_objective_trains_and_leaves_a_whole_run_folder(tiny_config, tmp_p
     assert (summary["steps"], summary["tokens"]) == (8, 8 * 4 * BLOCK)
     assert summary["best_cross_entropy"] == min(x["cross_entropy"] for x in lines_of(run) if x["event"] == "eval")
     assert (summary["critic_flops"] > 0) == (OBJECTIVES[objective](config.avatarl, config.baseline).needs_critic)
+    for line in lines_of(run):
+        assert tuple(line)[2:5] == SPENT and all(type(line[name]) is int for name in SPENT)
+        assert [8 * line[name] for name in SPENT] == [line["step"] * summary[name] for name in SPENT]
     before = build_player(config.player, AutoTokenizer.from_pretrained(run / "final"), BLOCK, config.seed)
     trained = weights_of(run / "final")
     assert all(not torch.equal(value, trained[name]) for name, value in before.named_parameters())
@@ -89,11 +93,12 @@ def test_every_objective_trains_and_leaves_a_whole_run_folder(tiny_config, tmp_p
 
 def test_the_folder_says_what_was_run(tiny_config, tmp_path: Path, data_folder: Path):
     config = tiny_config(tmp_path)
-    train(config, quiet=True)
+    summary = train(config, quiet=True)
     assert read_config(tmp_path / "run" / "config.yaml") == config
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["data_digest"] == PreparedData.open(data_folder).digest
     assert environment["precision"] == "fp32" and "torch" in environment["versions"]
+    assert environment["sizes"] == {name: summary[name] for name in SIZES}
 
 
 def test_a_quiet_run_prints_nothing_and_another_only_to_stderr(tiny_config, tmp_path: Path, capfd):

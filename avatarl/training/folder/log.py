@@ -147,7 +147,7 @@ def forget_lines_after(path: Path, step: int) -> None:
 
 
 def evaluations_of(run: Path) -> list[dict[str, float]]:
-    """Step, tokens and metrics of a run's evaluations so far, in order, as far as they are finite numbers."""
+    """Step, tokens, FLOPs and metrics of a run's evaluations so far, in order, as far as they are finite numbers."""
     evaluations = []
     for _, line in lines_of(run / METRICS, having='"event": "eval"'):
         numbers = {

@@ -120,10 +120,10 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
 
     Args:
         parts: The run.
-        evaluation: ``step``, ``tokens`` and the means of its metrics.
+        evaluation: ``step``, what was spent until then, and the means of its metrics.
     """
     config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
-    sources = sources_of(manifest)
+    sources, spent = sources_of(manifest), parts.spent_until(step)
     settings = {name: value for name, value in config.as_dict().items() if name != "out"}
     if not parts.critic_names:
         settings["critic"] = None  # a recipe may name one that the objective does not ask
@@ -134,13 +134,11 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         metadata=metadata(Path(config.out).name, config.objective, sources, evaluation["cross_entropy"]),
         name=markdown_code(Path(config.out).name),
         objective=config.objective,
-        total=parts.sizes["parameters"],
-        non_embedding=parts.sizes["non_embedding_parameters"],
+        total=parts.parameters.total,
+        non_embedding=parts.parameters.non_embedding,
         cross_entropy=evaluation["cross_entropy"],
         step=step,
-        tokens=step * parts.tokens_per_step,
-        player_flops=parts.sizes["player_flops"] * step / parts.total_steps,
-        critic_flops=float(parts.critic_flops_until(step)),
+        **spent,
         block=config.block,
         precision=parts.precision,
         critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
@@ -155,7 +153,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         metrics="\n".join(
             f"| {markdown_code(name)} | {value:.6g} |"
             for name, value in evaluation.items()
-            if name not in ("step", "tokens")
+            if name not in ("step", *spent)
         ),
         recipe=f"{fence}yaml\n{recipe}{fence}",
     )

@@ -91,7 +91,8 @@ class Tracker:
         """Send numbers as ``EVENT/NAME``, unless they were sent before the run was resumed."""
         if self._library and step > self._logged.get(event, 0):
             with self._failing_alone():
-                self._library.log({f"{event}/{name}": value for name, value in values.items()}, step=step)
+                # As floats: FLOPs outgrow the 64 bits that others keep whole numbers in.
+                self._library.log({f"{event}/{name}": float(value) for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         """Wait until what was logged is sent, but not for ever."""
