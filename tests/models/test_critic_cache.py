@@ -19,6 +19,7 @@ from avatarl.data.prepare import prepare
 from avatarl.errors import RunFailed
 from avatarl.models import CriticCache, cache_critic, load_critic
 from avatarl.models.critic_cache import RecordFormat, is_cache, parts, write
+from avatarl.models.critic_cache.read import record_format
 from avatarl.models.critic_cache.record import NATS_PER_UNIT, decode, encode
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import StoredCritic
@@ -325,6 +326,39 @@ def test_a_cache_of_a_fraction(caches, tmp_path, data):
     manifest["files"]["valid-00000.bin"] = file_record(cache / "valid-00000.bin")
     (cache / "cache.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="covers 460 train and 3 valid windows; expected all, 460 and 39"):
+        CriticCache.open(cache, data, BLOCK)
+
+
+def sign_anew(cache: Path, name: str) -> None:
+    """Let the manifest say that a file is as it was written."""
+    manifest = json.loads((cache / "cache.json").read_text())
+    manifest["files"][name] = file_record(cache / name)
+    (cache / "cache.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind, field", [("top", "top"), ("sample", "draws"), ("both", "top"), ("both", "draws")])
+def test_a_token_that_is_none_in_a_cache_that_is_signed(caches, tmp_path, data, kind, field):
+    cache = Path(shutil.copytree(caches[kind], tmp_path / "cache"))
+    record = record_format(json.loads((cache / "cache.json").read_text()))
+    records = np.fromfile(cache / "train-00000.bin", record.dtype)
+    for token in (data.vocab_size - 1, data.vocab_size):
+        records[field][7, 2] = token
+        records.tofile(cache / "train-00000.bin")
+        sign_anew(cache, "train-00000.bin")
+        if token < data.vocab_size:
+            CriticCache.open(cache, data, BLOCK)
+    with pytest.raises(UserError, match=f"train-00000.bin: holds a token id that is none of {data.vocab_size}; make"):
+        CriticCache.open(cache, data, BLOCK)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
+def test_a_frequency_that_is_none_in_a_cache_that_is_signed(caches, tmp_path, data, value):
+    cache = damaged(caches, tmp_path)
+    log_frequencies = np.fromfile(cache / "log_frequencies.bin", "<f4")
+    log_frequencies[3] = value
+    log_frequencies.tofile(cache / "log_frequencies.bin")
+    sign_anew(cache, "log_frequencies.bin")
+    with pytest.raises(UserError, match="log_frequencies.bin: holds what is no logarithm of a frequency; make it"):
         CriticCache.open(cache, data, BLOCK)
 
 

@@ -137,13 +137,18 @@ def test_the_cap_does_not_follow_what_was_drawn():
     assert torch.stack(totals).std(dim=0).max() < 1e-9  # all is paid, always in the same proportion
 
 
-def test_rounding_does_not_decide_what_a_sure_critic_gives_the_target():
+@pytest.mark.parametrize("probs", [[1.0], [math.exp(-62.5 / 2048), 0.015, 0.01, 0.004, 0.001]])
+def test_rounding_does_not_decide_what_a_sure_critic_gives_the_target(probs: list[float]):
+    """What is left besides the four most likely tokens: 1e-5, or 1e-3 where the favourite is off by 2e-4."""
     critic = -25 - torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16  # no ties
-    critic[0, 0], critic[0, 5] = 0.0, -10.0
+    critic[0, [0, 10, 11, 12, 13][: len(probs)]] = torch.tensor(probs, dtype=torch.float64).log()
+    critic[0, 5] = -10.0
     player, targets = torch.arange(64, dtype=torch.float64).unsqueeze(0) / 16, torch.tensor([5])
     config = AvataRLConfig(top_k=4, tail="target", threshold="none")
     held = stored(critic, targets, 8)
-    rounded = held._replace(log_probs=(held.log_probs * 2048).round() / 2048)
+    rounded = held._replace(
+        log_probs=(held.log_probs * 2048).round() / 2048, log_rest=(held.log_rest * 2048).round() / 2048
+    )
     expected, found = (reward_landscape(player, each, targets, config).consensus[0, 0] for each in (critic, rounded))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
