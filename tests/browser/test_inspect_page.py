@@ -181,6 +181,17 @@ def test_text_and_names_from_outside_are_text(open_page, page_file, inspection):
     assert page.evaluate("document.querySelector('meta[http-equiv]').content").startswith("default-src 'none'")
 
 
+def test_a_hostile_token_is_text_wherever_it_stands(open_page, inspection, tmp_path):
+    """A tokenizer may hold any text as one token."""
+    token = "<img src=x onerror=alert(4)><b>"
+    hostile = dataclasses.replace(inspection, texts=dict.fromkeys(inspection.texts, token))
+    write_inspection(hostile, tmp_path / "page.html")
+    page = open_page(tmp_path / "page.html")
+    assert page.locator("main img").count() == page.locator("#cells b").count() == 0
+    assert page.locator("#cells button").first.inner_text() == token
+    assert page.locator("#actions td").first.inner_text() == token
+
+
 def test_a_place_of_disagreement_leads_there(open_page, page_file, inspection):
     page = open_page(page_file)
     places = inspection.disagreements(5)

@@ -32,6 +32,7 @@ CHANGED = {
     "no cap": dict(reward_cap=None, reward_scale=3.0),
     "low cap": dict(reward_cap=0.2, threshold="none"),
     "critic alone": dict(reality_weight=0.0, critic_weight=1.0, threshold="none"),
+    "critic alone, no smoothing": dict(reality_weight=0.0, critic_weight=1.0, smoothing=0.0),
     "text alone": dict(critic_weight=0.0),
     "much bonus": dict(entropy_coef=0.5),
     "tail to the target": dict(tail="target", threshold="none"),
