@@ -251,6 +251,39 @@ def inspect_command(arguments: Sequence[str]) -> None:
         print_inspection(Console(), inspection, settings["position"])
 
 
+def report_command(arguments: Sequence[str]) -> None:
+    """runs side by side in one page: settings, results, curves, calibration, samples"""
+    from .results.report import report
+
+    parser = _parser("report")
+    parser.add_argument("runs", nargs="+", help="run folders, finished or not")
+    parser.add_argument("--out", required=True, help="the page to write: .html, or .md without curves")
+    parser.add_argument("--baseline", help="the run to compare with (default: the first trained by cross-entropy)")
+    parser.add_argument("--data", help="prepared data to evaluate all runs on (default: each on its own)")
+    parser.add_argument("--max_windows", type=int, default=64, help="validation windows to evaluate on")
+    parser.add_argument("--prompt", nargs="+", help="texts to continue (default: beginnings of held-out documents)")
+    parser.add_argument("--sample_tokens", type=int, default=80, help="length of a continuation")
+    parser.add_argument("--evaluate", type=bool, default=True, help="false: only what the run folders hold")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    settings = _parse(parser, arguments)
+    report(prompts=settings.pop("prompt"), **settings)
+    print(visible(str(settings["out"])))
+
+
+def play_command(arguments: Sequence[str]) -> None:
+    """a page on this machine: players continue a prompt, each token shows what it was paid"""
+    from .results.play import play
+
+    parser = _parser("play")
+    parser.add_argument("runs", nargs="+", help="one or two run folders, model folders or hub ids")
+    parser.add_argument("--critic", nargs="+", help="critics (default: those that the first run was trained with)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no password")
+    parser.add_argument("--port", type=int, default=7860, help="port there")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    settings = _parse(parser, arguments)
+    play(critics=settings.pop("critic"), **settings)
+
+
 def push_command(arguments: Sequence[str]) -> None:
     """send a finished player to the Hugging Face Hub"""
     from .results import push_to_hub
@@ -271,6 +304,8 @@ COMMANDS = {
     "evaluate": evaluate_command,
     "generate": generate_command,
     "inspect": inspect_command,
+    "report": report_command,
+    "play": play_command,
     "push": push_command,
 }
 
@@ -327,7 +362,8 @@ def _add_recipe(parser) -> None:
 def _parse(parser, arguments: Sequence[str]) -> dict:
     """Parsed settings with dataclasses built; a mistake names the nearest option."""
     if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the last one would count alone
-        several = "--critic A B" if "evaluate" in parser.prog else "--critic '[A, B]'"
+        takes_list = parser.prog.split()[1] in ("evaluate", "inspect", "play")
+        several = "--critic A B" if takes_list else "--critic '[A, B]'"
         raise UserError(f"critic is given more than once; expected {several} for several")
     try:
         settings = parser.parse_args(list(arguments))

@@ -27,6 +27,7 @@ from .inert import backticks_around, markdown_code, one_line, visible
 from .models import PlayerConfig
 from .objective.config import require_whole
 from .results import draw_curves, evaluate, generate
+from .results.prompts import held_out_prompts
 from .training import OptimConfig, TrainConfig, train
 
 PLAYER = TrainConfig(
@@ -48,7 +49,7 @@ PLAYER = TrainConfig(
 CRITIC_LAYERS, CRITIC_STEPS = 2, 128
 # A short text is not read more often than this; beyond it both players only get worse.
 MOST_EPOCHS = 8
-SAMPLE_TOKENS, PROMPT_TOKENS = 120, 12
+SAMPLE_TOKENS = 120
 
 
 def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int = 1, quiet: bool = False) -> dict:
@@ -153,16 +154,8 @@ def unigram_entropy(data: PreparedData) -> float:
 
 def write_samples(path: Path, data: PreparedData, runs: dict[str, str]) -> None:
     """Continuations of the same prompts by each run: the beginning of a document, and beginnings of held-out ones."""
-    tokenizer = data.load_tokenizer()
-    held_out = data.valid.slice(0, min(len(data.valid), 100_000))
-    starts = np.flatnonzero(held_out == data.end_of_text_id)[:-1] + 1
-    starts = starts[starts + PROMPT_TOKENS < len(held_out)]
-    chosen = starts[np.linspace(0, len(starts) - 1, 3).astype(int)] if len(starts) else np.array([0])
-    openings = [held_out[start : start + PROMPT_TOKENS].tolist() for start in chosen]
-    openings = [ids[: ids.index(data.end_of_text_id)] if data.end_of_text_id in ids else ids for ids in openings]
-    prompts = dict.fromkeys(["", *map(tokenizer.decode, openings)])
     parts = ["# Samples", "", "Temperature 0.8, the same seed for every model; prompts are from held-out text."]
-    for prompt in prompts:
+    for prompt in held_out_prompts(data):
         parts += ["", f"## {markdown_code(repr(prompt)) if prompt else 'beginning of a document'}"]
         for name, run in runs.items():
             (text,) = generate(run, prompt, max_new_tokens=SAMPLE_TOKENS)

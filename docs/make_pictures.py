@@ -1,76 +1,49 @@
-"""Draw the README's pictures from a finished demo: ``python docs/make_pictures.py runs/demo``."""
+"""Make the README's pictures from a finished demo: ``python docs/make_pictures.py runs/demo``.
+
+They are the pages of `avatarl report` and `avatarl inspect` as Chromium shows them (Debian's package, or CHROMIUM).
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-import matplotlib
-import torch
+from playwright.sync_api import Page, sync_playwright
 
-from avatarl import AvataRLConfig, reward_landscape
-from avatarl.data import PreparedData, Windows
-from avatarl.models import load_model, load_tokenizer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from avatarl.cli import main as avatarl
 
 HERE = Path(__file__).parent
-LOOKED_AT, SHOWN_ACTIONS = 300, 9
+SENTENCE = "Return the first item of the list, or None if the list is empty."
 
 
 def main(demo: Path) -> None:
-    """Write docs/landscape.png and docs/curves.png."""
-    draw_landscape(demo, HERE / "landscape.png")
-    shutil.copy(demo / "curves.png", HERE / "curves.png")
+    """Write docs/curves.png and docs/inspected.png."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as api:
+        report, inspection = Path(folder) / "report.html", Path(folder) / "inspection.html"
+        runs = [str(demo / name) for name in ("avatarl", "cross_entropy", "critic")]
+        run("report", *runs, "--evaluate", "false", "--out", str(report))
+        run("inspect", "--player", runs[0], "--text", SENTENCE, "--out", str(inspection))
+        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+        browser = api.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        take(browser.new_page(viewport={"width": 1400, "height": 1000}), report, "#curves", HERE / "curves.png")
+        take(browser.new_page(viewport={"width": 1240, "height": 880}), inspection, None, HERE / "inspected.png")
+        browser.close()
 
 
-def draw_landscape(demo: Path, out: Path) -> None:
-    """The rewards of the held-out position where most is paid to other tokens than the text's, drawn as bars."""
-    tokenizer = load_tokenizer(demo / "avatarl")
-    player, critic = load_model(demo / "avatarl"), load_model(demo / "critic")
-    inputs, targets = Windows(PreparedData.open(demo / "data").valid, 64).batch(range(LOOKED_AT))
-    with torch.no_grad():
-        player_logits, critic_logits = player(inputs).logits, critic(inputs).logits
-    landscape = reward_landscape(player_logits, critic_logits, targets, AvataRLConfig.article())
-    paid = landscape.rewards > 0
-    # Among positions where the critic finds the text's token possible and several actions are paid.
-    interest = landscape.rewards[:, 1:].sum(1) * (paid.sum(1) >= 3) * paid[:, 0] * (landscape.critic[:, 0] > 0.001)
-    position = int(interest.argmax())
+def run(*command: str) -> None:
+    """One command of avatarl; whatever it says stands on the terminal."""
+    if status := avatarl(command):
+        sys.exit(status)
 
-    probs = player_logits.flatten(0, 1)[position].softmax(-1)
-    order = landscape.critic[position].masked_fill(~landscape.valid[position], -1).argsort(descending=True)
-    shown = sorted({0, *order[:SHOWN_ACTIONS].tolist()}, key=order.tolist().index)
-    actions = landscape.actions[position, shown]
-    labels = [repr(tokenizer.decode(token))[1:-1] for token in actions.tolist()]
-    columns = {
-        "reality p_R": landscape.reality[position, shown],
-        "critic p_C": landscape.critic[position, shown],
-        "consensus p": landscape.consensus[position, shown],
-        "reward r": landscape.rewards[position, shown],
-        "player π": probs[actions],
-    }
-    window, offset = divmod(position, targets.shape[1])
-    context = tokenizer.decode(inputs[window, max(0, offset - 16) : offset + 1]).replace("\n", "⏎")
 
-    figure, axes = pyplot.subplots(1, len(columns), figsize=(11, 3.6), sharey=True, layout="constrained")
-    threshold = 1 / int(landscape.valid[position].sum())
-    for axis, (title, values), colour in zip(
-        axes, columns.items(), ("#009E73", "#D55E00", "#0072B2", "#0072B2", "#999999"), strict=True
-    ):
-        axis.barh(range(len(labels)), values.tolist(), color=colour)
-        axis.set_title(title, size=11)
-        axis.spines[["top", "right"]].set_visible(False)
-        if title == "consensus p":
-            axis.axvline(threshold, color="black", linewidth=1, linestyle="--")
-            axis.annotate("1/n", (threshold, -0.5), xytext=(3, 2), textcoords="offset points", size=8)
-    axes[0].set_yticks(
-        range(len(labels)), [f"{'text: ' if k == 0 else ''}{x}" for k, x in zip(shown, labels, strict=True)]
-    )
-    axes[0].invert_yaxis()
-    figure.suptitle(f"… {context} ▢", size=11)
-    figure.savefig(out, dpi=110)
+def take(page: Page, path: Path, element: str | None, out: Path) -> None:
+    """A picture of an element of a page, or of what its window shows."""
+    page.goto(path.as_uri())
+    page.wait_for_load_state("networkidle")
+    (page.locator(element) if element else page).screenshot(path=out)
 
 
 if __name__ == "__main__":

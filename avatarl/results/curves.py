@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from avatarl.errors import UserError
 from avatarl.inert import visible
 
-from .runs import read_metrics
+from .runs import number_of, read_metrics
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles repeat the difference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 STYLES = ("-", "--", "-.", ":")
-LARGEST_NUMBER = 1e30  # far beyond what a run logs, and far below where the arithmetic of axes overflows
 
 
 def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapping[str, float] | None = None) -> None:
@@ -77,12 +73,5 @@ def _points(run: str | Path, event: str, metric: str) -> tuple[list[float], list
         if metric not in line:
             continue
         for name, numbers in zip(("tokens", metric), points, strict=True):
-            value = line.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; a number is expected")
-            if not isinstance(value, int) and not math.isfinite(value):
-                value = math.nan
-            elif abs(value) > LARGEST_NUMBER:
-                raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; too large to be drawn")
-            numbers.append(float(value))
+            numbers.append(number_of(line, name, run))
     return points

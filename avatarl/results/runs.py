@@ -51,7 +51,9 @@ def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run
     for folder, name in zip(map(Path, folders), distinct_names(folders), strict=True):
         if not os.path.isdir(folder):
             raise UserError(f"run {folder}: no such folder; a run folder is expected")
-        settings = flatten(read_settings(folder))
+        with refusing(f"{folder / CONFIG} cannot be read (", ")"):
+            settings = flatten(read_settings(folder))
+            str(settings)  # fails for numbers of thousands of digits, which no page can show
         columns = read_columns(folder, metrics)
         parts = (os.path.isdir(folder / part) for part in ("player", "final"))
         runs.append(Run(folder, name, settings, read_record(folder), *columns, *parts))
@@ -128,7 +130,8 @@ def read_columns(run: str | Path, metrics: Sequence[str]) -> list[Columns]:
             raise UserError(f"{path} is not a regular file that exists; expected a run's metrics")
         for line in _lines(path, may_be_torn=True):
             if line["event"] in EVENTS:
-                row = [number_of(line, name, run) if name in line else math.nan for name in names]
+                values = [number_of(line, name, run) if name in line else None for name in names]
+                row = [math.nan if value is None else math.inf if math.isnan(value) else value for value in values]
                 if not (math.isfinite(row[0]) and math.isfinite(row[1])):
                     raise UserError(f"{path}: a line has no step or no tokens; expected both")
                 rows[line["event"]].append(row)
@@ -136,7 +139,7 @@ def read_columns(run: str | Path, metrics: Sequence[str]) -> list[Columns]:
 
 
 def number_of(line: dict, name: str, run: str | Path) -> float:
-    """A number in a line of metrics; infinity for what is not finite.
+    """A number in a line of metrics; NaN for what is not finite.
 
     Raises:
         UserError: It is no number, or none that can be drawn.
@@ -145,7 +148,7 @@ def number_of(line: dict, name: str, run: str | Path) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; a number is expected")
     if not isinstance(value, int) and not math.isfinite(value):
-        return math.inf
+        return math.nan
     if abs(value) > LARGEST_NUMBER:
         raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; too large to be drawn")
     return float(value)

@@ -243,6 +243,20 @@ def damage_metrics(folder: Path, rng: random.Random) -> str:
     return f"line {number + 1}"
 
 
+def damage_what_is_reported(folder: Path, rng: random.Random) -> str:
+    """What a report reads of a run: its settings, its record or its metrics."""
+    if rng.random() < 0.3:
+        return f"metrics, {damage_metrics(folder, rng)}"
+    name = rng.choice(("config.yaml", "environment.json"))
+    path = folder / name
+    if name == "config.yaml" and rng.random() < 0.5:
+        path.rename(folder / "recipe.yaml")
+        what = damage_recipe(folder, rng)
+        (folder / "recipe.yaml").rename(path)
+        return f"settings, {what}"
+    return f"{name}, {replace_entry(path, rng)}" if rng.random() < 0.1 else damage_one(path, rng)
+
+
 def damage_sources(folder: Path, rng: random.Random) -> str:
     """One source damaged, and its name written down for the reader; all are named at times."""
     names = ["text.jsonl", "text.txt", "text.md", "text.parquet"]

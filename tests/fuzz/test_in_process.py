@@ -17,9 +17,11 @@ from avatarl.cli import main
 from avatarl.data import PreparedData, Windows, prepare
 from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
 from avatarl.errors import UserError
+from avatarl.inert import OBEYED
 from avatarl.models import CriticCache, load_model, load_tokenizer
 from avatarl.models.critic_cache import is_cache
 from avatarl.results import draw_curves, evaluate, generate, read_metrics
+from avatarl.results.report import report
 from avatarl.training import TrainConfig
 from avatarl.training.assembly import assemble
 from avatarl.training.folder.checkpoint import newest_good_checkpoint
@@ -40,6 +42,7 @@ from .damages import (
     damage_run,
     damage_sources,
     damage_tokenizer,
+    damage_what_is_reported,
     write_setting,
 )
 from .harness import EXPLOITED, Subject, fuzz
@@ -58,6 +61,7 @@ COUNTS = {
     "evaluate": (10, 200),
     "metrics": (100, 1600),
     "curves": (6, 100),
+    "report": (60, 1000),
     "run folder": (60, 1200),
     "critic cache": (120, 1500),
     "sources": (40, 800),
@@ -213,6 +217,17 @@ def test_curves(good_run: Path, size, tmp_path, watch, monkeypatch):
         draw_curves({name: folder for name in names[:2]} | {"_$x$": folder}, drawn, {names[3]: 4.0})
 
     check(Subject("curves", good_run, damage_metrics, read, writes=True), size, tmp_path, watch, monkeypatch)
+
+
+@sizes
+def test_reports(good_run_folder: Path, size, tmp_path, watch, monkeypatch):
+    def read(folder: Path) -> None:
+        report([folder], tmp_path / "report.md", evaluate=False)
+        page = (tmp_path / "report.md").read_text(encoding="utf-8")
+        assert not OBEYED.search(page) and len(page) < 1_000_000
+
+    subject = Subject("report", good_run_folder, damage_what_is_reported, read, writes=True)
+    check(subject, size, tmp_path, watch, monkeypatch)
 
 
 # --- sources --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A player with opinions, as a model folder."""
+"""A player with opinions, as a model folder; and two runs of training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from avatarl.models import build_player
+from avatarl.training import train
 
 from ..conftest import BLOCK, TINY_PLAYER
 
@@ -22,3 +23,16 @@ def player_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     player.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_config) -> list[Path]:
+    """The folders of a player's run and of its cross-entropy twin's."""
+    folder = tmp_path_factory.mktemp("trained")
+    configs = [
+        tiny_config(folder, out=str(folder / "player")),
+        tiny_config(folder, out=str(folder / "twin"), objective="cross_entropy", critic=None),
+    ]
+    for config in configs:
+        train(config, quiet=True)
+    return [Path(config.out) for config in configs]

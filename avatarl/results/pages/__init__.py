@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from avatarl.inert import visible
+from avatarl.inert import backticks_around, markdown_code, visible
 
 HERE = Path(__file__).parent
+# What Markdown shows as it stands: no mark-up, and no address that it would make a link of.
+PLAIN = re.compile(r"(?:[A-Za-z0-9 ,%()±−–—'-]|\.(?=[0-9 ]|$))*")
 
 
 def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
@@ -40,6 +43,21 @@ def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> st
     return _ENVIRONMENT.get_template(template).render(policy=Markup(policy), scripts=sources, **values)
 
 
+def render_markdown(template: str, **values: Any) -> str:
+    """A Markdown page.
+
+    Args:
+        template: A file of this folder. Text from outside passes its filter ``inline``, or ``fence`` for many lines.
+        values: What the template names.
+    """
+    return _MARKDOWN.get_template(template).render(**values)
+
+
+def macros_of(template: str) -> Any:
+    """The macros of a template of this folder, as functions that give parts of a page."""
+    return _ENVIRONMENT.get_template(template).module
+
+
 def read_source(name: str) -> Markup:
     """A style sheet or script of this folder."""
     return Markup((HERE / name).read_text(encoding="utf-8"))
@@ -54,6 +72,17 @@ def _inert(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def _inline(text: str) -> str:
+    """Text in a paragraph or a table's cell: plain words and numbers as they are, anything else as code."""
+    return text if PLAIN.fullmatch(text) else markdown_code(text)
+
+
+def _fence(text: str) -> str:
+    """Text of several lines, as a block of code that it cannot leave."""
+    fence = backticks_around(text, fewest=3)
+    return f"{fence}text\n{visible(text)}\n{fence}"
+
+
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(HERE),
     autoescape=True,
@@ -64,3 +93,5 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 _ENVIRONMENT.globals["read_source"] = read_source
+_MARKDOWN = _ENVIRONMENT.overlay(autoescape=False)
+_MARKDOWN.filters |= {"inline": _inline, "fence": _fence}

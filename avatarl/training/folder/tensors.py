@@ -7,7 +7,7 @@ the rows it wants from whichever file has them. So a run may go on with another 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +74,16 @@ def optimiser_tensors(player: nn.Module, optimisers: Optimisers) -> dict[str, Te
     }
 
 
-def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
+def load_player(files: Iterable[Path], player: nn.Module) -> None:
+    """Put back the player's tensors alone.
+
+    Raises:
+        UserError: The files hold tensors of another model.
+    """
+    _copy_into(tensors_of_model(player), SavedTensors(_by_part(files).get("player", [])))
+
+
+def load_run(files: Sequence[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
     """Put back what :func:`run_state` gave.
 
     An optimiser that keeps other things than were saved starts anew, and so does a snapshot that was not saved: the run
@@ -84,7 +93,7 @@ def load_run(files: Iterable[Path], model: RewardedPlayer, optimisers: Optimiser
         UserError: The files hold tensors of another model.
     """
     saved = _by_part(files)
-    _copy_into(tensors_of_model(model.player), SavedTensors(saved.get("player", [])))
+    load_player(files, model.player)
     if model.snapshot and "snapshot" in saved:
         _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved["snapshot"]))
     elif model.snapshot:

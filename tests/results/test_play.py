@@ -1,0 +1,318 @@
+"""What is behind the page of `avatarl play`: what is said, how it is judged, and that all that is shown is text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from avatarl import AvataRLConfig, UserError
+from avatarl.cli import main
+from avatarl.data import PreparedData
+from avatarl.data.prepare import prepare
+from avatarl.models import build_player, load_model, load_tokenizer
+from avatarl.results import play
+from avatarl.results.generate import Sampling, continue_ids, prompt_ids
+from avatarl.results.inspector import Inspector, shown_token
+from avatarl.training import OptimConfig, train
+
+from ..conftest import BLOCK, TINY_PLAYER, write_documents
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra app)")
+
+PROMPT, COUNT, SEED = "quick fox", 6, 3
+HOSTILE = "<img src=x onerror=alert(1)>&{{7*7}}${7*7}</script>\u202e"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_config) -> str:
+    """A run of eight steps, with checkpoints after the fourth and the last."""
+    folder = tmp_path_factory.mktemp("played")
+    fast = OptimConfig(learning_rate=0.1, warmup_steps=1)  # so that each checkpoint says something else
+    train(tiny_config(folder, optim=fast), quiet=True)
+    return str(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def side(run: str) -> play.Side:
+    return play.Side(run, play.pick_device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def judges(side: play.Side) -> play.Judges:
+    return play.open_judges(side, None)
+
+
+def say(sides: list[play.Side], judges: play.Judges | None, *choices: str, prompt: str = PROMPT) -> list:
+    return play.say(sides, judges, prompt, 1.5, COUNT, SEED, *choices)
+
+
+def texts_of(model: Path, prompt: str) -> list[str]:
+    """The tokens that `avatarl generate` draws, from the ids below it."""
+    tokenizer = load_tokenizer(model)
+    read = prompt_ids(tokenizer, prompt)
+    sampling = Sampling(max_new_tokens=COUNT, temperature=1.5, seed=SEED)
+    (ids,) = continue_ids(load_model(model), tokenizer, read, sampling)
+    return [shown_token(tokenizer, token) for token in ids[len(read) :]]
+
+
+def click(said: play.Said, place: int) -> str:
+    return play.candidates_of_click(said, gradio.EventData(None, {"place": place}))
+
+
+def text_of(html: str) -> str:
+    return play.Markup(html).striptags()
+
+
+def table_of(html: str) -> dict[int, dict[str, float]]:
+    """The numbers of a table of candidates, by token and column; those of several critics in a list."""
+    rows = re.findall(r'<tr data-token="(\d+)".*?</tr>', html, re.DOTALL)
+    cells = [re.findall(r'<td class="(\w+)" data-value="([^"]+)"', row) for row in html.split("<tr data-token=")[1:]]
+    return {int(row): {name: float(value) for name, value in of} for row, of in zip(rows, cells, strict=True)}
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("choice", "model"), [("best", "player"), ("final", "final"), ("step 8", "final")])
+def test_a_player_says_what_generate_does(side, run, choice: str, model: str):
+    _, said, _ = say([side], None, choice)
+    assert said.texts == texts_of(Path(run) / model, PROMPT)
+    assert said.player == f"{run}, {choice}"
+
+
+def test_checkpoints_differ_and_leave_nothing(side, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    texts = {choice: say([side], None, choice)[1].texts for choice in ("step 4", "step 8")}
+    assert texts["step 4"] != texts["step 8"]
+    assert say([side], None, "step 4")[1].texts == texts["step 4"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sides_stand_in_their_order(side, player_folder, judges):
+    other = play.Side(str(player_folder), play.pick_device("cpu"))
+    assert other.choices == ["model"]
+    first, second, said_first, said_second, below = say([side, other], judges, "best", "model")
+    assert said_first.texts != said_second.texts
+    for html, said in ((first, said_first), (second, said_second)):
+        assert text_of(html) == text_of(f"{PROMPT}{''.join(said.texts)}").replace("␣", " ")
+        assert html.count("<button") == len(said.texts) == html.count("aria-pressed")
+    assert below == play.HINT
+
+
+def test_an_empty_prompt_begins_a_document(side, run, judges):
+    _, said, _ = say([side], judges, "final", prompt="")
+    assert said.texts == texts_of(Path(run) / "final", "")
+    assert len(said.positions) == len(said.texts)
+
+
+# --- how it is judged -----------------------------------------------------------------------------------------------
+
+
+def test_every_token_is_judged_as_the_inspector_does(side, run, judges, critic_folder, tokenizer):
+    html, said, _ = say([side], judges, "best")
+    inspector = Inspector.open(run, device="cpu")
+    assert inspector.config == judges.config and inspector.names[1:] == tuple(judges.names) == (str(critic_folder),)
+    ids = [*tokenizer.encode(PROMPT), *(position.token for position in said.positions)]
+    assert [shown_token(tokenizer, position.token) for position in said.positions] == said.texts
+    expected = inspector.inspect_ids(ids).positions[-len(said.texts) :]
+    shares = [float(share) for share in re.findall(r"--share: ([\d.e-]+)", html)]
+    assert shares == pytest.approx([0.65 * position.expected_reward_share**0.5 for position in expected], abs=1e-6)
+    for place, position in enumerate(expected):
+        shown = table_of(click(said, place))
+        assert list(shown)[0] == said.positions[place].token
+        assert shown.keys() == {action.token for action in position.actions}
+        for action in position.actions:
+            names = ("reality", "consensus", "reward", "policy")
+            numbers = {name: getattr(action, name) for name in names} | {"push": -action.gradient}
+            numbers["critic"] = action.critic[0]
+            assert shown[action.token] == pytest.approx(numbers, rel=1e-4, abs=1e-7)
+
+
+def test_the_table_says_who_proposed(side, judges):
+    _, said, _ = say([side], judges, "best")
+    html = click(said, 2)
+    assert f"Token 3 of <code>{said.player}</code>" in html
+    assert f"{len(said.positions[2].actions)} active actions" in html and "every one of them is paid" in html
+    for action, row in zip(sorted_actions(said, 2), html.split("<tr data-token=")[1:], strict=True):
+        assert tuple(re.findall(r'<b class="by \w+" title="([^"]+)">', row.split("</tr>")[0])) == action.proposed_by
+        assert f'<td title="{play.escape(action.text)}">{play.escape(action.text)}</td>' in row
+
+
+def sorted_actions(said: play.Said, place: int) -> list:
+    first, *others = said.positions[place].actions
+    return [first, *sorted(others, key=lambda action: -action.consensus)]
+
+
+def test_several_critics_have_a_column_each(side, critic_folder, player_folder):
+    judges = play.open_judges(side, [str(critic_folder), str(player_folder)])
+    _, said, _ = say([side], judges, "best")
+    html = click(said, 0)
+    assert re.findall(r'<th scope="col">(p critic[^<]*)', html) == ["p critic 1", "p critic 2"]
+    row = html.split("<tr data-token=")[1]
+    values = [float(value) for value in re.findall(r'<td class="critic" data-value="([^"]+)"', row)]
+    assert values == list(said.positions[0].actions[0].critic)
+
+
+def test_the_threshold_is_said_and_drawn(side, judges):
+    judges = dataclasses.replace(judges, config=AvataRLConfig.article(top_k=4))
+    _, said, _ = say([side], judges, "best")
+    html = click(said, 0)
+    assert f"a consensus above {said.positions[0].threshold:.3g} is paid" in html
+    assert html.count('<b style="left:') == len(said.positions[0].actions)
+
+
+@pytest.mark.parametrize("place", [-1, COUNT, 99, "0", None, 1.5])
+def test_a_click_on_no_token_shows_nothing(side, judges, place):
+    _, said, _ = say([side], judges, "best")
+    assert click(said, place) == click(None, 0) == ""
+
+
+# --- without judges -------------------------------------------------------------------------------------------------
+
+
+def introduction_of(app: gradio.Blocks) -> str:
+    return next(block.value for block in app.blocks.values() if isinstance(block, gradio.HTML))
+
+
+def test_without_a_critic_a_line_says_why_and_players_speak(player_folder, run, tmp_path: Path):
+    shown = introduction_of(play.build_app([str(player_folder), run], device="cpu"))
+    assert f"Tokens are not judged: {player_folder} was trained without a critic." in shown and "--critic" in shown
+    side = play.Side(str(player_folder), play.pick_device("cpu"))
+    html, said, below = say([side], None, "model")
+    assert "<button" not in html and below == "" and said.positions == ()
+    assert text_of(html) == text_of(f"{PROMPT}{''.join(said.texts)}").replace("␣", " ")
+
+
+def test_a_critic_that_is_gone_is_a_line_unless_it_was_asked_for(run, tmp_path: Path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "player").symlink_to(Path(run) / "player")
+    settings = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    gone = str(tmp_path / "gone" / "critic")
+    (copy / "config.yaml").write_text(yaml.safe_dump({**settings, "critic": gone}))
+    assert f"Tokens are not judged: {gone}: no such folder" in introduction_of(
+        play.build_app([str(copy)], device="cpu")
+    )
+    with pytest.raises(UserError, match="no such folder"):
+        play.build_app([run], [gone], device="cpu")
+
+
+def test_players_and_critics_share_their_tokens(run, player_folder, critic_folder, tmp_path: Path):
+    source = write_documents(tmp_path / "documents.jsonl", count=20, seed=2)
+    prepare([str(source)], tmp_path / "data", tokenizer="bpe:280", quiet=True)
+    tokenizer = PreparedData.open(tmp_path / "data").load_tokenizer()
+    other = str(tmp_path / "other")
+    build_player(TINY_PLAYER, tokenizer, BLOCK, seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    for runs, critic in (([run, other], critic_folder), ([other], critic_folder), ([run], other)):
+        with pytest.raises(UserError, match="has another vocabulary"):
+            play.build_app(runs, [str(critic)], device="cpu")
+    shown = introduction_of(play.build_app([run, other], device="cpu"))
+    assert f"Tokens are not judged: player {other}, model has another vocabulary" in shown
+
+
+def test_the_settings_are_the_first_runs(run, player_folder, critic_folder):
+    shown = introduction_of(play.build_app([run, str(player_folder)], device="cpu"))
+    assert (
+        f"judged as if it were the text's, by\n<code>{critic_folder}</code>,\nwith the settings of <code>{run}" in shown
+    )
+    given = play.open_judges(play.Side(str(player_folder), play.pick_device("cpu")), [str(critic_folder)])
+    assert given.config == AvataRLConfig.article()
+
+
+# --- what is from outside is text -----------------------------------------------------------------------------------
+
+
+def test_hostile_names_prompts_and_tokens_are_text(side, judges):
+    _, said, _ = say([side], judges, "best")
+    actions = tuple(dataclasses.replace(action, text=HOSTILE) for action in said.positions[0].actions)
+    positions = [dataclasses.replace(said.positions[0], text=HOSTILE, actions=actions)]
+    hostile = play.Said(HOSTILE, HOSTILE, [HOSTILE], positions)
+    judges = dataclasses.replace(judges, names=[HOSTILE])
+    for html, places in {
+        play.PAGE.said(hostile): 3,
+        play.PAGE.said(dataclasses.replace(hostile, positions=())): 2,
+        click(hostile, 0): 4 + 2 * len(actions),
+        play.PAGE.introduction(judges, HOSTILE, ""): 2,
+        play.PAGE.introduction(None, HOSTILE, HOSTILE): 1,
+    }.items():
+        assert "<img" not in html and "</script" not in html and "\u202e" not in html
+        assert html.count(str(play.escape(HOSTILE.replace("\u202e", "\\u202e")))) == places
+
+
+def test_what_is_refused_is_said_in_an_escaped_line(side, judges, monkeypatch):
+    def refuse(*_arguments):
+        raise UserError(f"{HOSTILE}\nis no player")
+
+    monkeypatch.setattr(side, "say", refuse)
+    with pytest.raises(gradio.Error) as shown:
+        say([side], judges, "best")
+    assert "<img" not in shown.value.message and "\n" not in shown.value.message
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown.value.message
+    assert not shown.value.print_exception  # no traceback in the terminal
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompt": "old oak " * BLOCK}, f"prompt has .* expected fewer than the model&#39;s context of {BLOCK}"),
+        ({"count": 2.5}, "max_new_tokens is 2.5"),
+        ({"count": 0}, "max_new_tokens is 0"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": 1 << 63}, "seed is .* below 2.63"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"choice": "step 5"}, "has no player &#39;step 5&#39;; expected one of best, final, step 4, step 8"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_page_is_named(side, judges, changed: dict, message: str):
+    asked = {"prompt": PROMPT, "temperature": 0.8, "count": COUNT, "seed": SEED, "choice": "best", **changed}
+    with pytest.raises(gradio.Error, match=message):
+        play.say([side], judges, *asked.values())
+
+
+# --- serving --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_for_this_machine_alone(run, monkeypatch):
+    settings = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda _app, **given: settings.update(given))
+    app = play.build_app([run], device="cpu")
+    monkeypatch.setenv("no_proxy", "example.org")
+    play.launch(app, "127.0.0.1", 7860)
+    assert settings["server_name"] == "127.0.0.1" and settings["share"] is False
+    assert not app.analytics_enabled
+    assert settings["theme"]._stylesheets == []
+    assert "http" not in settings["head"] and "@import" not in settings["head"]
+    assert not any(settings[name] for name in ("footer_links", "run_history", "enable_monitoring", "pwa", "mcp_server"))
+    play.launch(app, "::1", 7860)
+    assert settings["server_name"] == "[::1]"
+
+
+def test_a_port_that_cannot_be_had_is_refused_before_anything_is_opened(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        assert main(["play", "no/such/run", "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"avatarl: port {port} of 127.0.0.1 cannot be listened on") and len(err.splitlines()) == 1
+    for host, port in (("127.0.0.1", 99999), ("127.0.0.1", 0), ("192.0.2.1", 7860), ("no host", 7860), ("x" * 99, 1)):
+        with pytest.raises(UserError, match="port .*expected"):
+            play.check_port(host, port)
+
+
+def test_without_gradio_the_extra_is_named(run, monkeypatch):
+    monkeypatch.setattr(play, "gradio", None)
+    with pytest.raises(UserError, match=r'play needs gradio.*pip install "avatarl\[app\]"'):
+        play.build_app([run])
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_one_or_two_runs_are_expected(run, count: int):
+    with pytest.raises(UserError, match=f"play is given {count} runs; expected one or two"):
+        play.build_app([run] * count)
