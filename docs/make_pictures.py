@@ -28,7 +28,7 @@ def main(demo: Path) -> None:
         run("inspect", "--player", runs[0], "--text", SENTENCE, "--out", str(inspection))
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
         browser = api.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        take(browser.new_page(viewport={"width": 1400, "height": 1000}), report, "#curves", HERE / "curves.png")
+        take(browser.new_page(viewport={"width": 1400, "height": 1000}), report, "section[aria-labelledby=curves-heading]", HERE / "curves.png")
         take(browser.new_page(viewport={"width": 1240, "height": 880}), inspection, None, HERE / "inspected.png")
         browser.close()
 
