@@ -5,6 +5,7 @@ They are the pages of `avatarl report` and `avatarl inspect` as Chromium shows t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -15,20 +16,26 @@ from playwright.sync_api import Page, sync_playwright
 
 from avatarl.cli import main as avatarl
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SENTENCE = "Return the first item of the list, or None if the list is empty."
 
 
 def main(demo: Path) -> None:
     """Write docs/curves.png and docs/inspected.png."""
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as api:
+    # In the demo's folder, so that the pictures show names and nobody's paths.
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as api, contextlib.chdir(demo):
         report, inspection = Path(folder) / "report.html", Path(folder) / "inspection.html"
-        runs = [str(demo / name) for name in ("avatarl", "cross_entropy", "critic")]
+        runs = ["avatarl", "cross_entropy", "critic"]
         run("report", *runs, "--evaluate", "false", "--out", str(report))
-        run("inspect", "--player", runs[0], "--text", SENTENCE, "--out", str(inspection))
+        run("inspect", "--player", "avatarl", "--critic", "critic", "--text", SENTENCE, "--out", str(inspection))
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
         browser = api.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        take(browser.new_page(viewport={"width": 1400, "height": 1000}), report, "section[aria-labelledby=curves-heading]", HERE / "curves.png")
+        take(
+            browser.new_page(viewport={"width": 1400, "height": 1000}),
+            report,
+            "section[aria-labelledby=curves-heading]",
+            HERE / "curves.png",
+        )
         take(browser.new_page(viewport={"width": 1240, "height": 880}), inspection, None, HERE / "inspected.png")
         browser.close()
 
