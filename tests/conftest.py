@@ -42,6 +42,16 @@ def write_documents(path: Path, count: int, seed: int) -> Path:
     return path
 
 
+def save_model(folder: Path, tokenizer, seed: int, factor: float, player: PlayerConfig = TINY_PLAYER) -> Path:
+    """A model folder of random weights, its logits ``factor`` times as large so that it has opinions."""
+    model = build_player(player, tokenizer, BLOCK, seed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(factor)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with 300 tokens of vocabulary; some hundred windows of 16 to train on, a dozen to check."""
@@ -60,13 +70,13 @@ def tokenizer(data_folder: Path) -> transformers.PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def critic_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     """A critic: another random model of the same kind, its logits made large enough to have opinions."""
-    folder = tmp_path_factory.mktemp("critic") / "model"
-    critic = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=77)
-    with torch.no_grad():
-        critic.get_output_embeddings().weight.mul_(20)
-    critic.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("critic") / "model", tokenizer, seed=77, factor=20)
+
+
+@pytest.fixture(scope="session")
+def player_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A model that is not the critic, its logits large enough to be sure of some tokens."""
+    return save_model(tmp_path_factory.mktemp("player") / "model", tokenizer, seed=5, factor=15)
 
 
 @pytest.fixture(scope="session")

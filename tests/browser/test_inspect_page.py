@@ -7,14 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from avatarl import AvataRLConfig
-from avatarl.models import build_player
 from avatarl.results.inspector import Inspection, Inspector
 from avatarl.results.payouts import write_inspection
 
-from ..conftest import BLOCK, TINY_PLAYER
 from .conftest import SCHEMES, WIDTHS, has_sideways_scrolling
 
 pytestmark = pytest.mark.browser
@@ -26,15 +23,9 @@ COLUMNS = ("reality", "consensus", "reward", "policy", "push")
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory, tokenizer, critic_folder: Path) -> Inspector:
-    """A player under a hostile name, and a critic."""
-    folder = tmp_path_factory.mktemp("page") / "player"
-    player = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=5)
-    with torch.no_grad():
-        player.get_output_embeddings().weight.mul_(15)
-    player.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    inspector = Inspector.open(folder, [str(critic_folder)], CONFIG, device="cpu")
+def opened(player_folder: Path, critic_folder: Path) -> Inspector:
+    """A player and a critic under hostile names."""
+    inspector = Inspector.open(player_folder, [str(critic_folder)], CONFIG, device="cpu")
     inspector.names = (HOSTILE, HOSTILE)
     return inspector
 

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 import yaml
 
 from avatarl.models import build_player, cache_critic
@@ -24,15 +23,9 @@ __all__ = ["limits", "watch"]
 
 
 @pytest.fixture(scope="session")
-def good_model(tmp_path_factory, tokenizer) -> Path:
+def good_model(player_folder: Path) -> Path:
     """A model folder with its weights in one file."""
-    folder = tmp_path_factory.mktemp("good-model") / "model"
-    player = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=5)
-    with torch.no_grad():
-        player.get_output_embeddings().weight.mul_(15)
-    player.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return player_folder
 
 
 @pytest.fixture(scope="session")

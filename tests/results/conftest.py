@@ -1,28 +1,22 @@
-"""A player with opinions, as a model folder; and two runs of training."""
+"""A second critic, and two runs of training."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
-from avatarl.models import build_player
+from avatarl.models import PlayerConfig
 from avatarl.training import train
 
-from ..conftest import BLOCK, TINY_PLAYER
+from ..conftest import TINY, save_model
 
 
 @pytest.fixture(scope="session")
-def player_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """A model that is not the critic, its logits large enough to be sure of some tokens."""
-    folder = tmp_path_factory.mktemp("player") / "model"
-    player = build_player(TINY_PLAYER, tokenizer, BLOCK, seed=5)
-    with torch.no_grad():
-        player.get_output_embeddings().weight.mul_(15)
-    player.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def second_critic(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A wider critic, that agrees with the first about nothing."""
+    wider = PlayerConfig(settings={**TINY, "hidden_size": 24})
+    return save_model(tmp_path_factory.mktemp("second") / "model", tokenizer, seed=8, factor=20, player=wider)
 
 
 @pytest.fixture(scope="session")

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from rich.cells import cell_len
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from avatarl import AvataRLConfig, UserError, avatarl_loss, reward_landscape
 from avatarl.cli import main
 from avatarl.data.tokenizer import end_of_text_id
-from avatarl.models import PlayerConfig, build_player
 from avatarl.results.inspector import Inspector, shown_token, thresholds
-from avatarl.results.payouts import SUMMARY, print_inspection, write_inspection
+from avatarl.results.payouts import SUMMARY
 
-from ..conftest import BLOCK, TINY
+from ..conftest import BLOCK
 
 TEXT = "quick fox old oak\nblue sea, wise owl"
 CONFIG = AvataRLConfig.article(top_k=5, threshold="none", entropy_coef=0.3)
@@ -42,17 +36,6 @@ def ids_of(tokenizer, text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def inspector(player_folder: Path, critic_folder: Path) -> Inspector:
     return Inspector.open(player_folder, [str(critic_folder)], CONFIG, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def second_critic(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("second") / "model"
-    critic = build_player(PlayerConfig(settings={**TINY, "hidden_size": 24}), tokenizer, BLOCK, seed=8)
-    with torch.no_grad():
-        critic.get_output_embeddings().weight.mul_(20)
-    critic.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # --- against the objective ------------------------------------------------------------------------------------------
@@ -257,6 +240,12 @@ def test_the_command_changes_single_settings_of_the_run(run: Path, tmp_path: Pat
     assert capsys.readouterr().out.strip() == str(tmp_path / "out.json")
 
 
+def test_settings_of_a_recipe_reach_the_page(run: Path, tmp_path: Path):
+    assert main(["inspect", "--player", str(run), "--text", TEXT, "--out", str(tmp_path / "out.html")]) == 0
+    page = (tmp_path / "out.html").read_text()
+    assert '"top_k":3' in page and '"tail":"renormalise"' in page
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -332,90 +321,3 @@ def test_white_space_and_bytes_are_visible(tokenizer):
 def test_characters_that_a_terminal_obeys_are_shown(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: "a\x1b[2J\u202eb")
     assert shown_token(tokenizer, 5) == "a\\x1b[2J\\u202eb"
-
-
-# --- the terminal ---------------------------------------------------------------------------------------------------
-
-
-def printed(inspection, position: int | None = None, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    print_inspection(console, inspection, position)
-    return console.file.getvalue()
-
-
-def test_the_terminal_shows_text_means_and_disagreements(inspector):
-    inspection = inspector.inspect(TEXT)
-    lines = printed(inspection).splitlines()
-    assert max(map(cell_len, lines)) <= 80 and len(lines) <= 24
-    assert " 0 quick fox old oak⏎" in lines
-    assert any(
-        line.startswith("cross-entropy") and f"{inspection.summary['cross_entropy']:.4g}" in line for line in lines
-    )
-    for place in inspection.disagreements(5):
-        assert any(line.startswith(f"{place} ") and inspection.positions[place].text in line for line in lines)
-
-
-def test_the_terminal_colours_what_was_earned(inspector):
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
-    print_inspection(console, inspector.inspect(TEXT))
-    assert "48;2;11;92;146" in console.file.getvalue() or "48;2;29;61;92" in console.file.getvalue()
-
-
-def test_the_terminal_shows_one_positions_candidates(inspector):
-    inspection = inspector.inspect(TEXT)
-    position = inspection.positions[3]
-    lines = printed(inspection, 3).splitlines()
-    assert max(map(cell_len, lines)) <= 80
-    (head,) = [number for number, line in enumerate(lines) if line.startswith("token ")]
-    rows = lines[head + 1 :]
-    first, *others = position.actions
-    others = sorted(others, key=lambda action: -action.consensus)
-    assert rows[0].split()[0] == first.text and rows[1].split()[0] == others[0].text
-    assert f"{first.reality:.4f}" in rows[0] and f"{first.consensus:.4f}" in rows[0]
-    assert ("↑" if first.gradient < 0 else "↓") in rows[0] and "█" * 12 in "".join(rows)
-
-
-def test_unpaid_candidates_beyond_the_first_are_added_up(player_folder, critic_folder):
-    config = AvataRLConfig.article(top_k=16)
-    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
-    position = inspection.positions[2]
-    others = sorted(position.actions[1:], key=lambda action: -action.consensus)
-    rest = [action for action in others if action.reward == 0][8:]
-    (line,) = [line for line in printed(inspection, 2).splitlines() if f"{len(rest)} more" in line]
-    assert f"{math.fsum(action.consensus for action in rest):.4f}" in line
-    assert len(printed(inspection, 2).splitlines()) <= 24
-
-
-def test_names_from_outside_are_inert_in_the_terminal(inspector, monkeypatch):
-    monkeypatch.setattr(inspector, "names", ("[red]p\x1b[31m\nlayer", "c[/]ritic"))
-    text = printed(inspector.inspect(TEXT))
-    assert "player [red]p\\x1b[31m layer, critic c[/]ritic" in text.splitlines()[0]
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_json_holds_every_number(inspector, tmp_path: Path):
-    inspection = inspector.inspect(TEXT)
-    write_inspection(inspection, tmp_path / "out.json")
-
-    def refuse(constant: str):
-        raise AssertionError(f"{constant} is no JSON")
-
-    written = json.loads((tmp_path / "out.json").read_text(), parse_constant=refuse)
-    assert written.keys() == {"player", "critics", "config", "positions", "summary"}
-    assert written["positions"][2]["actions"][1]["consensus"] == inspection.positions[2].actions[1].consensus
-    assert written["positions"][2]["actions"][0]["proposed_by"][0] == "text"
-    assert written["config"]["entropy_coef"] == CONFIG.entropy_coef
-
-
-def test_a_page_that_cannot_be_written(inspector, tmp_path: Path):
-    with pytest.raises(UserError, match="which cannot be written"):
-        write_inspection(inspector.inspect(TEXT), tmp_path / "nowhere" / "out.html")
-
-
-def test_settings_of_a_recipe_reach_the_page(run: Path, tmp_path: Path):
-    write_inspection(Inspector.open(run, device="cpu").inspect(TEXT), tmp_path / "out.html")
-    page = (tmp_path / "out.html").read_text()
-    assert '"top_k":3' in page and '"tail":"renormalise"' in page
-    assert yaml.safe_load((run / "config.yaml").read_text())["avatarl"]["top_k"] == 3
