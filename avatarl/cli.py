@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from .errors import RunFailed, RunStopped, UserError, nearest_name
 from .inert import one_line, visible
+from .options import add_recipe, make_parser, one_line_of, option_in, parse
 from .process import set_up_process
 from .version import __version__
 
@@ -45,15 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[command](arguments[1:])
         return 0
     except RunStopped as stop:
-        return _end(_one_line(stop), 128 + stop.signum, debug)
+        return _end(one_line_of(stop), 128 + stop.signum, debug)
     except KeyboardInterrupt:
         return _end("interrupted", INTERRUPTED, debug)
     except (UserError, ArgumentError) as error:
-        return _end(_one_line(error), USER_MISTAKE, debug)
+        return _end(one_line_of(error), USER_MISTAKE, debug)
     except RunFailed as error:
-        return _end(_one_line(error), RUN_FAILURE, debug)
+        return _end(one_line_of(error), RUN_FAILURE, debug)
     except Exception as error:
-        return _end(f"{type(error).__name__}: {_one_line(error)}", RUN_FAILURE, debug)
+        return _end(f"{type(error).__name__}: {one_line_of(error)}", RUN_FAILURE, debug)
 
 
 def demo_command(arguments: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def demo_command(arguments: Sequence[str]) -> None:
     parser.add_argument("source", nargs="?", default="python-docs", help="text to learn, as for prepare")
     parser.add_argument("--out", default="runs/demo", help="folder to make")
     parser.add_argument("--seed", type=int, default=1, help="decides initial weights and data order")
-    demo(**_parse(parser, arguments))
+    demo(**parse(parser, arguments))
 
 
 def prepare_command(arguments: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ def prepare_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of the text held out")
     parser.add_argument("--text_field", default="text", help="the field of jsonl, parquet and hub: that holds the text")
     parser.add_argument("--processes", type=int, default=1, help="read so many files or shards at once")
-    manifest = prepare(**_parse(parser, arguments))
+    manifest = prepare(**parse(parser, arguments))
     tokens, documents = manifest["tokens"], manifest["documents"]
     print(
         f"{tokens['train']:,} training tokens in {documents['train']:,} documents, "
@@ -96,11 +96,11 @@ def train_command(arguments: Sequence[str]) -> None:
     from .training import TrainConfig, train
 
     parser = _parser("train")
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint")
     parser.add_argument("--allow_changes", action="store_true", help="resume under other settings, data or critics")
     parser.add_class_arguments(TrainConfig)
-    settings = _parse(parser, arguments)
+    settings = parse(parser, arguments)
     settings.pop("config")
     resume, allow_changes = settings.pop("resume"), settings.pop("allow_changes")
     summary = train(TrainConfig(**settings), resume=resume, allow_changes=allow_changes)
@@ -128,7 +128,7 @@ def critic_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--precision", default="auto", help="bf16, fp32 or auto, as in the runs that will use it")
     parser.add_argument("--critic_quantization", type=dict[str, Any] | None, help="as a recipe has it")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    settings = _parse(parser, list(arguments[1:]) if action == "cache" else ["--help"])
+    settings = parse(parser, list(arguments[1:]) if action == "cache" else ["--help"])
     manifest = cache_critic(**settings)
     if not _process():
         tokens = manifest["block"] * sum(manifest["windows"].values())
@@ -145,13 +145,13 @@ def plan_command(arguments: Sequence[str]) -> None:
     from .training import TrainConfig
 
     parser = _parser("plan")
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--processes", type=int, default=1, help="how many share the run, a device each")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of the device's peak to suppose")
     parser.add_argument("--vocab_size", type=int, help="tokens of vocabulary, where the data is not there yet")
     parser.add_argument("--critic_preset", help="size of critics that are not there yet")
     parser.add_class_arguments(TrainConfig)
-    settings = _parse(parser, arguments)
+    settings = parse(parser, arguments)
     recipe = settings.pop("config")
     options = {name: settings.pop(name) for name in ("processes", "utilisation", "vocab_size", "critic_preset")}
     print(plan_table(plan(TrainConfig(**settings), recipe=str(recipe[0]) if recipe else None, **options)))
@@ -174,7 +174,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--include_path", help="of tasks: a folder with your own (YAML)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_class_arguments(AvataRLConfig, "avatarl")
-    settings = {name: value for name, value in _parse(parser, arguments).items() if value is not None}
+    settings = {name: value for name, value in parse(parser, arguments).items() if value is not None}
     _check_what_to_evaluate(settings)
     model, device = settings.pop("model"), settings.pop("device")
     names, include_path = settings.pop("tasks", None), settings.pop("include_path", None)
@@ -215,7 +215,7 @@ def generate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="draw from the shortest list that reaches this probability")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same texts")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    print(visible("\n\n---\n\n".join(generate(**_parse(parser, arguments)))))
+    print(visible("\n\n---\n\n".join(generate(**parse(parser, arguments)))))
 
 
 def inspect_command(arguments: Sequence[str]) -> None:
@@ -236,9 +236,10 @@ def inspect_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_class_arguments(AvataRLConfig, "avatarl")
     # Settings that are not given are those that the player was trained with.
-    own, _ = trained_with(_option(arguments, "--player") or "")
-    parser.set_defaults({f"avatarl.{name}": value for name, value in dataclasses.asdict(own).items()})
-    settings = _parse(parser, arguments)
+    if player := option_in(arguments, "--player"):
+        own, _ = trained_with(player)
+        parser.set_defaults({f"avatarl.{name}": value for name, value in dataclasses.asdict(own).items()})
+    settings = parse(parser, arguments)
     text = read_text(settings["text"], settings["file"])
     if settings["out"]:
         kind_of(settings["out"])
@@ -265,7 +266,7 @@ def report_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--sample_tokens", type=int, default=80, help="length of a continuation")
     parser.add_argument("--evaluate", type=bool, default=True, help="false: only what the run folders hold")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    settings = _parse(parser, arguments)
+    settings = parse(parser, arguments)
     report(prompts=settings.pop("prompt"), **settings)
     print(visible(str(settings["out"])))
 
@@ -280,7 +281,7 @@ def play_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no password")
     parser.add_argument("--port", type=int, default=7860, help="port there")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    settings = _parse(parser, arguments)
+    settings = parse(parser, arguments)
     play(critics=settings.pop("critic"), **settings)
 
 
@@ -292,7 +293,7 @@ def push_command(arguments: Sequence[str]) -> None:
     parser.add_argument("model", help="a run folder (its best player) or a model folder")
     parser.add_argument("--repo", required=True, help="OWNER/NAME on the Hub, made where there is none")
     parser.add_argument("--private", action="store_true", help="whether nobody else may see it")
-    print(push_to_hub(**_parse(parser, arguments)))
+    print(push_to_hub(**parse(parser, arguments)))
 
 
 COMMANDS = {
@@ -308,14 +309,6 @@ COMMANDS = {
     "play": play_command,
     "push": push_command,
 }
-
-
-def _option(arguments: Sequence[str], name: str) -> str | None:
-    """The value of an option before the arguments are parsed; None where it is not there."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument.split("=")[0] == name:
-            return argument.partition("=")[2] if "=" in argument else following
-    return None
 
 
 def _help() -> str:
@@ -334,79 +327,7 @@ def _help() -> str:
 
 
 def _parser(command: str, action: str = ""):
-    from jsonargparse import ArgumentParser
-
-    # Options are not abbreviated: a launcher before ours would take prefixes for its own.
-    return ArgumentParser(
-        prog=f"avatarl {command} {action}".rstrip(),
-        description=COMMANDS[command].__doc__,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-
-
-def _add_recipe(parser) -> None:
-    """The option ``--config``, whose file is looked at before the parser reads it."""
-    from jsonargparse import ActionConfigFile
-
-    from .outside import check_recipe
-
-    class Recipe(ActionConfigFile):
-        def __call__(self, parser, settings, value, option_string=None):
-            check_recipe(value)
-            super().__call__(parser, settings, value, option_string)
-
-    parser.add_argument("--config", action=Recipe, help="a recipe (YAML); later options replace its settings")
-
-
-def _parse(parser, arguments: Sequence[str]) -> dict:
-    """Parsed settings with dataclasses built; a mistake names the nearest option."""
-    if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the last one would count alone
-        takes_list = parser.prog.split()[1] in ("evaluate", "inspect", "play")
-        several = "--critic A B" if takes_list else "--critic '[A, B]'"
-        raise UserError(f"critic is given more than once; expected {several} for several")
-    try:
-        settings = parser.parse_args(list(arguments))
-    except ArgumentError as error:
-        raise UserError(_explain(error, parser)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config is not UTF-8 text ({_one_line(error)}); expected YAML") from error
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
-        raise UserError(f"config cannot be read ({_one_line(error)}); expected settings by name") from error
-    # Outer ones before those in them.
-    for group in sorted({action.dest.rpartition(".")[0] for action in parser._actions if "." in action.dest}):
-        if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
-            raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
-    return parser.instantiate(settings).as_dict()
-
-
-def _explain(error: ArgumentError, parser) -> str:
-    """The parser's complaint in one line: the field, what was found, what is accepted or the nearest known option."""
-    message = _one_line(error)
-    if wrong := re.match(r'Parser key "([\w.]+)": (.*)(?:Given value:|Got value:) (.*)$', message):
-        field, reasons, value = wrong.groups()
-        reasons = reasons.split("Given value type")[0]
-        types = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", reasons))
-        accepted = " or ".join(name or choices for name, choices in types) or reasons.strip()
-        return f"{field} is {value!r}; expected {accepted.replace('NoneType', 'null')}"
-    if wrong := re.match(r'Parser key "([\w.]+)": Unable to load config', message):
-        raise UserError(f"{wrong[1]} is no file and no setting; expected its settings by name, as {wrong[1]}.NAME")
-    unknown = re.search(
-        r"unrecognized arguments: --([\w.]+)|(?:Group|Key) '([\w.]+)' does not accept option '([\w.]+)'"
-        r"|[Oo]ption '([\w.]+)'",
-        message,
-    )
-    if unknown is None:
-        return message
-    name = ".".join(part for part in unknown.groups() if part)
-    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    return f"{name} is not a setting of {parser.prog}{nearest_name(name, known)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return make_parser(f"avatarl {command} {action}".rstrip(), COMMANDS[command].__doc__)
 
 
 def _end(message: str, status: int, debug: bool) -> int:

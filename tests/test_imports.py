@@ -14,13 +14,13 @@ import avatarl
 PACKAGE = Path(avatarl.__file__).parent
 CHAPTERS = ("objective", "data", "models", "training", "integrations", "planning", "results")
 LATER = {
-    "objective": {"data", "models", "training", "planning", "results", "demo", "cli", "process"},
-    "data": {"objective", "models", "training", "planning", "results", "demo", "cli", "process"},
-    "models": {"training", "planning", "results", "demo", "cli", "process"},
-    "training": {"planning", "results", "demo", "cli", "process"},
-    "integrations": {"planning", "results", "demo", "cli", "process"},
-    "planning": {"results", "demo", "cli", "process"},
-    "results": {"demo", "cli", "process"},
+    "objective": {"data", "models", "training", "planning", "results", "demo", "cli", "options", "process"},
+    "data": {"objective", "models", "training", "planning", "results", "demo", "cli", "options", "process"},
+    "models": {"training", "planning", "results", "demo", "cli", "options", "process"},
+    "training": {"planning", "results", "demo", "cli", "options", "process"},
+    "integrations": {"planning", "results", "demo", "cli", "options", "process"},
+    "planning": {"results", "demo", "cli", "options", "process"},
+    "results": {"demo", "cli", "options", "process"},
 }
 
 

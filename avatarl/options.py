@@ -1,0 +1,90 @@
+"""A command's options: parsed by jsonargparse, whose complaints become one line that a person can act on."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from .errors import UserError, nearest_name
+
+
+def make_parser(prog: str, description: str | None):
+    """A parser of one command."""
+    from jsonargparse import ArgumentParser
+
+    # Options are not abbreviated: a launcher before ours would take prefixes for its own.
+    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+
+
+def add_recipe(parser) -> None:
+    """The option ``--config``, whose file is looked at before the parser reads it."""
+    from jsonargparse import ActionConfigFile
+
+    from .outside import check_recipe
+
+    class Recipe(ActionConfigFile):
+        def __call__(self, parser, settings, value, option_string=None):
+            check_recipe(value)
+            super().__call__(parser, settings, value, option_string)
+
+    parser.add_argument("--config", action=Recipe, help="a recipe (YAML); later options replace its settings")
+
+
+def parse(parser, arguments: Sequence[str]) -> dict:
+    """Parsed settings with dataclasses built; a mistake names the nearest option."""
+    if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the last one would count alone
+        takes_list = parser.prog.split()[1] in ("evaluate", "inspect", "play")
+        several = "--critic A B" if takes_list else "--critic '[A, B]'"
+        raise UserError(f"critic is given more than once; expected {several} for several")
+    try:
+        settings = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UserError(_explain(error, parser)) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config is not UTF-8 text ({one_line_of(error)}); expected YAML") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
+        raise UserError(f"config cannot be read ({one_line_of(error)}); expected settings by name") from error
+    # Outer ones before those in them.
+    for group in sorted({action.dest.rpartition(".")[0] for action in parser._actions if "." in action.dest}):
+        if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
+            raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
+    return parser.instantiate(settings).as_dict()
+
+
+def option_in(arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option before the arguments are parsed; None where it is not there."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument.split("=")[0] == name:
+            return argument.partition("=")[2] if "=" in argument else following
+    return None
+
+
+def _explain(error: ArgumentError, parser) -> str:
+    """The parser's complaint in one line: the field, what was found, what is accepted or the nearest known option."""
+    message = one_line_of(error)
+    if wrong := re.match(r'Parser key "([\w.]+)": (.*)(?:Given value:|Got value:) (.*)$', message):
+        field, reasons, value = wrong.groups()
+        reasons = reasons.split("Given value type")[0]
+        types = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", reasons))
+        accepted = " or ".join(name or choices for name, choices in types) or reasons.strip()
+        return f"{field} is {value!r}; expected {accepted.replace('NoneType', 'null')}"
+    if wrong := re.match(r'Parser key "([\w.]+)": Unable to load config', message):
+        raise UserError(f"{wrong[1]} is no file and no setting; expected its settings by name, as {wrong[1]}.NAME")
+    unknown = re.search(
+        r"unrecognized arguments: --([\w.]+)|(?:Group|Key) '([\w.]+)' does not accept option '([\w.]+)'"
+        r"|[Oo]ption '([\w.]+)'",
+        message,
+    )
+    if unknown is None:
+        return message
+    name = ".".join(part for part in unknown.groups() if part)
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    return f"{name} is not a setting of {parser.prog}{nearest_name(name, known)}"
+
+
+def one_line_of(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
