@@ -12,7 +12,7 @@ from avatarl.objective.checks import compute_dtype
 from avatarl.objective.fused import chunked, implementations
 from avatarl.objective.protocol import Rows
 
-from .test_linear import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
+from .heads import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
 
 compiles_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
