@@ -235,6 +235,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", help="write a page (.html) or the numbers (.json) instead")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_class_arguments(AvataRLConfig, "avatarl")
+    parser.groups["avatarl"].title = "Settings of the rewards (default: those of the player's run, else the article's)"
     # Settings that are not given are those that the player was trained with.
     if player := option_in(arguments, "--player"):
         own, _ = trained_with(player)
@@ -259,7 +260,9 @@ def report_command(arguments: Sequence[str]) -> None:
     parser = _parser("report")
     parser.add_argument("runs", nargs="+", help="run folders, finished or not")
     parser.add_argument("--out", required=True, help="the page to write: .html, or .md without curves")
-    parser.add_argument("--baseline", help="the run to compare with (default: the first trained by cross-entropy)")
+    parser.add_argument(
+        "--baseline", help="the run to compare with (default: the first trained by cross-entropy, critics aside)"
+    )
     parser.add_argument("--data", help="prepared data to evaluate all runs on (default: each on its own)")
     parser.add_argument("--max_windows", type=int, default=64, help="validation windows to evaluate on")
     parser.add_argument("--prompt", nargs="+", help="texts to continue (default: beginnings of held-out documents)")

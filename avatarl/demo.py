@@ -210,8 +210,12 @@ def print_results(console: Console, results: dict, out: Path) -> None:
         f"{EXPLANATION}\n"
         f"Unigram entropy of the training text: {results['unigram_entropy']:.3f} nats. "
         f"Reward paid to tokens other than the text's: {paid_elsewhere:.1%}.\n"
-        f"One seed, {results['seconds'] / 60:.1f} minutes. Look at {shown}/samples.md, curves.png, results.json; "
-        f"talk to it with: avatarl generate {shown}/avatarl --prompt 'Return the'",
+        f"One seed, {results['seconds'] / 60:.1f} minutes. "
+        f"Look at {shown}/samples.md, curves.png, results.json, and at:\n"
+        f"avatarl report {shown}/avatarl {shown}/cross_entropy --out report.html\n"
+        f"avatarl inspect --player {shown}/avatarl --text 'Return the sum of the numbers.'\n"
+        f"avatarl generate {shown}/avatarl --prompt 'Return the'",
+        soft_wrap=True,  # commands that are copied
         highlight=False,
         markup=False,
     )

@@ -26,7 +26,7 @@ from avatarl.errors import UserError
 from avatarl.inert import visible
 from avatarl.models import load_critic, load_model, load_tokenizer
 from avatarl.models.critic_cache import is_cache
-from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
+from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence, resolve_model
 from avatarl.objective import AvataRL, AvataRLConfig, RewardLandscape, reward_landscape
 from avatarl.objective.critics import proposals
 from avatarl.objective.protocol import Rows
@@ -162,6 +162,7 @@ class Inspector:
         Raises:
             UserError: One cannot be opened, or they do not fit each other.
         """
+        resolve_model(player)  # a name that is none is not to be blamed on the critic
         chosen, (own_config, own_critics) = pick_device(device), trained_with(player)
         config = config or own_config
         critics = own_critics if critics is None else critics
@@ -195,7 +196,11 @@ class Inspector:
         if len(ids) < 2:
             raise UserError("text has no token to judge; give some text")
         if len(ids) - 1 > MOST_TOKENS:
-            raise UserError(f"text has {len(ids) - 1:,} tokens; expected at most {MOST_TOKENS:,}, a part of it")
+            fitting = len(self.tokenizer.decode(ids[1 : MOST_TOKENS + 1]))
+            raise UserError(
+                f"text has {len(ids) - 1:,} tokens; expected at most {MOST_TOKENS:,}, which its first {fitting:,} "
+                "characters have"
+            )
         windows = [self._judge(window) for window in self._windows(ids)]
         positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
         summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
@@ -303,7 +308,7 @@ def read_text(text: str | None, file: str | Path | None) -> str:
         UserError: Both or neither are given, or the file cannot be read.
     """
     if (text is None) == (file is None):
-        raise UserError("expected the text to look at: either text or file")
+        raise UserError("expected the text to look at: either text or file (- is standard input)")
     if text is not None:
         return text
     try:

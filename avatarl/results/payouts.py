@@ -144,7 +144,7 @@ def print_inspection(console: Console, inspection: Inspection, position: int | N
         print_position(console, inspection, position)
         return
     console.print(_plain(f"player {inspection.player}, critic {', '.join(inspection.critics) or 'none'}"))
-    console.print()
+    console.print("a line's number is that of its first token", style="dim", highlight=False)
     print_text(console, inspection)
     means = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, value in inspection.summary.items():
@@ -183,9 +183,12 @@ def print_text(console: Console, inspection: Inspection) -> None:
             line.append("\n")
             used = 0
     line.append("\n" if used else "")
-    line.append("expected reward, share of the best: ", style="dim")
-    for bound, style in EARNED.items():
-        line.append(f" < {bound:.0%} " if bound < 1 else " more ", style=style)
+    if console.color_system is None or console.no_color:
+        line.append("(without colours: --position N shows what was earned at a token)", style="dim")
+    else:
+        line.append("expected reward, share of the best: ", style="dim")
+        for bound, style in EARNED.items():
+            line.append(f" < {bound:.0%} " if bound < 1 else " more ", style=style)
     console.print(line, soft_wrap=True)
 
 

@@ -171,7 +171,7 @@ def build_app(runs: Sequence[str], critics: Sequence[str] | None = None, device:
         UserError: gradio is not installed, or a model cannot be opened.
     """
     if gradio is None:
-        raise UserError('play needs gradio, which is not installed; expected pip install "avatarl[app]"')
+        raise UserError("play needs gradio, which is not installed; pip install 'avatarl[app]'")
     if not 1 <= len(runs) <= 2:
         raise UserError(f"play is given {len(runs)} runs; expected one or two")
     chosen = pick_device(device)
@@ -299,7 +299,7 @@ def check_port(host: str, port: int) -> None:
             listening.bind(address)
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f"port {port} of {host} cannot be listened on ({error}); expected a free port of an address of this machine"
+            f"port {port} of {host} cannot be listened on ({error}); give a free one with --port, or another --host"
         ) from error
 
 

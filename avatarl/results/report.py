@@ -76,7 +76,7 @@ def report(
         runs: Run folders, finished or not.
         out: The page to write (.html, one file that opens from disk; or .md, without curves).
         baseline: The one of ``runs`` that the others are compared with; when None the first whose objective is
-            cross_entropy, else the first.
+            cross_entropy and that is not another's critic, else the first.
         data: Prepared data to evaluate all runs on, instead of each on its own.
         max_windows: How many validation windows that evaluation reads, the same of all runs.
         prompts: What to continue; when None the beginnings of held-out documents.
@@ -125,13 +125,20 @@ def _check_out(out: Path) -> None:
 
 def _baseline(runs: Sequence[Run], wanted: str | Path | None) -> int:
     """The number of the run that the others are compared with."""
-    if wanted is None:
-        objectives = [run.settings.get("objective") for run in runs]
-        return objectives.index("cross_entropy") if "cross_entropy" in objectives else 0
     folders = [os.path.abspath(run.folder) for run in runs]
+    if wanted is None:
+        named = [critic for run in runs for critic in _as_list(run.settings.get("critic"))]
+        critics = {os.path.abspath(name) for name in named if isinstance(name, str)}
+        twins = [number for number, run in enumerate(runs) if run.settings.get("objective") == "cross_entropy"]
+        # A critic is trained by it too, and no equal of the players that it judged.
+        return next((number for number in twins if folders[number] not in critics), twins[0] if twins else 0)
     if os.path.abspath(wanted) not in folders:
         raise UserError(f"baseline is {wanted}; expected one of the runs: {', '.join(str(run.folder) for run in runs)}")
     return folders.index(os.path.abspath(wanted))
+
+
+def _as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 # --- evaluating and sampling ------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run
     for folder, name in zip(map(Path, folders), distinct_names(folders), strict=True):
         if not os.path.isdir(folder):
             raise UserError(f"run {folder}: no such folder; a run folder is expected")
+        if not os.path.lexists(folder / CONFIG):
+            inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+            runs_inside = f"; in it are {', '.join(inside)}" if inside else ""
+            raise UserError(f"run {folder} has no {CONFIG}; a run folder is expected{runs_inside}")
         with refusing(f"{folder / CONFIG} cannot be read (", ")"):
             settings = flatten(read_settings(folder))
             str(settings)  # fails for numbers of thousands of digits, which no page can show

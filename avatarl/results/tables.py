@@ -203,9 +203,9 @@ def results_table(
             _compared(metric, found, baseline, everywhere if metric.name == "bits_per_byte" else is_same_text)
             for metric in EVALUATED
         ]
-        sections.append(("Evaluated for this report", tuple(rows)))
+        sections.append(("Evaluated for this report, on the same windows", tuple(rows)))
     rows = [_compared(metric, logged, baseline, is_same_log) for metric in BEST]
-    sections.append(("In the run's own evaluations", tuple(rows)))
+    sections.append(("In each run's own evaluations, on its own windows", tuple(rows)))
     scale, unit = _flops_unit([done.total_flops or 0 for done in trained])
     costs = (
         Metric("total_flops", "FLOPs of player and critics", unit, 3, scale=1 / scale),

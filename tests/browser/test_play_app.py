@@ -134,7 +134,7 @@ def expected(
 
 def assert_shows(page, run: Path, inspection: Inspection, number: int, place: int) -> None:
     """The table is that of a position."""
-    page.locator("#candidates h2", has_text=f"Token {place + 1} of {run}").wait_for()
+    page.locator("#candidates h2", has_text=f"Position {place} of {run}").wait_for()
     script = """rows => rows.map(row => [Number(row.dataset.token), Object.fromEntries(
         [...row.querySelectorAll("td[data-value]")].map(cell => [cell.className, Number(cell.dataset.value)]))])"""
     shown = dict(page.eval_on_selector_all("#candidates tbody tr", script))

@@ -279,14 +279,21 @@ def test_text_without_a_token_and_text_without_end(inspector, monkeypatch):
     with pytest.raises(UserError, match="text has no token to judge"):
         inspector.inspect("")
     monkeypatch.setattr("avatarl.results.inspector.MOST_TOKENS", 5)
-    with pytest.raises(UserError, match=r"text has \d+ tokens; expected at most 5"):
+    with pytest.raises(
+        UserError, match=r"text has \d+ tokens; expected at most 5, which its first \d+ characters have"
+    ):
         inspector.inspect(TEXT)
+
+
+def test_a_player_that_is_none_is_not_blamed_on_the_critic(run: Path):
+    with pytest.raises(UserError, match="no such folder"):
+        Inspector.open(run / "player" / "nowhere", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either text or file"),
+        ([], r"either text or file (- is standard input)"),
         (["--text", "a", "--file", "b"], "either text or file"),
         (["--file", "nowhere.txt"], "file nowhere.txt cannot be read"),
         (["--text", "a", "--out", "x.txt"], "expected a name that ends in .html or .json"),

@@ -51,6 +51,14 @@ def test_the_terminal_colours_what_was_earned(inspector):
     assert "48;2;11;92;146" in console.file.getvalue() or "48;2;29;61;92" in console.file.getvalue()
 
 
+def test_without_colours_nothing_is_said_of_them(inspector):
+    text = printed(inspector.inspect(TEXT))
+    assert "without colours: --position N" in text and "< 15%" not in text
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
+    print_inspection(console, inspector.inspect(TEXT))
+    assert "< 15%" in console.file.getvalue() and "without colours" not in console.file.getvalue()
+
+
 def test_the_terminal_shows_one_positions_candidates(inspector):
     inspection = inspector.inspect(TEXT)
     position = inspection.positions[3]

@@ -133,6 +133,17 @@ def test_differences_are_better_or_worse(tmp_path: Path):
     ]
 
 
+def test_a_critic_is_no_baseline_of_the_players_that_it_judged(tmp_path: Path):
+    critic = write_run(tmp_path / "critic", [line("eval", 1, cross_entropy=6.0)], objective="cross_entropy")
+    player = write_run(tmp_path / "player", [line("eval", 1, cross_entropy=4.5)], critic=str(critic))
+    twin = write_run(tmp_path / "twin", [line("eval", 1, cross_entropy=5.0)], objective="cross_entropy")
+    name = "best validation cross-entropy nats per token"
+    rows = report_of([critic, player, twin], tmp_path / "report.html").tables["Results"]
+    assert rows[name] == ["6.000 worse +1.000", "4.500 better −0.500", "5.000"]
+    rows = report_of([player, critic], tmp_path / "report.html").tables["Results"]
+    assert rows[name] == ["4.500 better −1.500", "6.000"]
+
+
 def test_the_best_evaluation_is_not_the_last(tmp_path: Path):
     """Rewards are those of the last."""
     scores = ((1, 5.0, 0.1), (2, 4.0, 0.2), (3, 4.5, 0.3))

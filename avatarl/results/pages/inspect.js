@@ -77,7 +77,7 @@
     if (isRight) return value;
     const bounds = [[least, "at least"], [above, "above"], [most, "at most"], [below, "below"]]
       .filter(([bound]) => Number.isFinite(bound)).map(([bound, words]) => `${words} ${bound}`).join(" and ");
-    throw new Error(`${control.words}: expected a ${control.whole ? "whole number" : "number"} ${bounds}`);
+    throw new Error(`${control.words}: expected a ${control.whole ? "whole number" : "number"} ${bounds}.`);
   }
 
   // The rules of AvataRLConfig about settings together.
@@ -98,11 +98,16 @@
   function takeSettings() {
     const wanted = {...opened};
     try {
-      for (const control of CONTROLS) wanted[control.name] = read(control);
+      for (const control of CONTROLS) {
+        const input = find(`setting-${control.name}`);
+        input.setAttribute("aria-invalid", "true"); // unless it can be read
+        wanted[control.name] = read(control);
+        input.removeAttribute("aria-invalid");
+      }
       wanted.critic_weight = withTotal(wanted.critic_weight);
       check(wanted);
     } catch (error) {
-      find("refused").textContent = `${error.message} The numbers below are still those of the settings before.`;
+      find("refused").textContent = `${error.message} The numbers shown are still those of the settings before.`;
       return;
     }
     find("refused").textContent = "";
@@ -146,11 +151,14 @@
 
   function buildCells() {
     const cells = find("cells");
+    let word = null;
     data.positions.forEach((position, number) => {
       const text = textOf(position.answers.tokens[0]);
       const cell = make("button", text.replaceAll("␣", " "), {type: "button", tabindex: number ? -1 : 0, "data-number": number});
       cell.addEventListener("click", () => choose(number));
-      cells.append(cell);
+      // Lines break between words, and within what is longer than any word.
+      if (!word || /^[␣⏎⇥]/.test(text) || word.textContent.length > 30) cells.append(word = make("span", "", {class: "word"}));
+      word.append(cell);
       if (text.endsWith("⏎")) cells.append(make("br"));
     });
     cells.addEventListener("keydown", (event) => {
@@ -189,6 +197,9 @@
       cellOf(place).tabIndex = place === number ? 0 : -1;
     }
     chosen = number;
+    const cells = find("cells"), cell = cellOf(number);
+    if (cell.offsetTop < cells.scrollTop || cell.offsetTop + cell.offsetHeight > cells.scrollTop + cells.clientHeight)
+      cells.scrollTop = cell.offsetTop - cells.clientHeight / 2;
     showPosition();
   }
 
