@@ -163,6 +163,8 @@ def test_the_keyboard_is_enough(open_page, page_file, inspection):
 def test_text_and_names_from_outside_are_text(open_page, page_file, inspection):
     page = open_page(page_file)
     shown = page.locator("#cells").evaluate("element => element.textContent")
+    lines = page.locator("#cells").inner_text().split("\n")
+    assert [lines[0].strip(), lines[1][:8]] == ["quick fox old oak⏎", "blue sea"]
     assert shown == TEXT.replace("\n", "⏎")
     assert page.locator("h1 + p code").first.inner_text() == HOSTILE.replace("\u202e", "\\u202e")
     assert page.locator("main img").count() == 0

@@ -159,7 +159,9 @@
       // Lines break between words, and within what is longer than any word.
       if (!word || /^[␣⏎⇥]/.test(text) || word.textContent.length > 30) cells.append(word = make("span", "", {class: "word"}));
       word.append(cell);
-      if (text.endsWith("⏎")) cells.append(make("br"));
+      if (!text.endsWith("⏎")) return;
+      cells.append(make("br"));
+      word = null;
     });
     cells.addEventListener("keydown", (event) => {
       const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity}[event.key];
