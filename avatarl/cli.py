@@ -244,6 +244,8 @@ def inspect_command(arguments: Sequence[str]) -> None:
     text = read_text(settings["text"], settings["file"])
     if settings["out"]:
         kind_of(settings["out"])
+        if settings["position"] is not None:
+            raise UserError(f"position is {settings['position']}, and out has every position; expected one of them")
     inspector = Inspector.open(settings["player"], settings["critic"], settings["avatarl"], settings["device"])
     inspection = inspector.inspect(text)
     if settings["out"]:

@@ -55,11 +55,12 @@ def parse(parser, arguments: Sequence[str]) -> dict:
 
 
 def option_in(arguments: Sequence[str], name: str) -> str | None:
-    """The value of an option before the arguments are parsed; None where it is not there."""
+    """The value of an option before the arguments are parsed, the last as for the parser; None where there is none."""
+    found = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         if argument.split("=")[0] == name:
-            return argument.partition("=")[2] if "=" in argument else following
-    return None
+            found = argument.partition("=")[2] if "=" in argument else following
+    return found
 
 
 def _explain(error: ArgumentError, parser) -> str:

@@ -163,14 +163,7 @@ class Inspector:
             UserError: One cannot be opened, or they do not fit each other.
         """
         resolve_model(player)  # a name that is none is not to be blamed on the critic
-        chosen, (own_config, own_critics) = pick_device(device), trained_with(player)
-        config = config or own_config
-        critics = own_critics if critics is None else critics
-        if config.needs_critic and not critics:
-            raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
-        for name in critics:
-            if name.startswith("ema:") or is_cache(name):
-                raise UserError(f"critic {name} cannot be asked about any text; give a run, a model folder or a hub id")
+        chosen, (config, critics) = pick_device(device), settings_and_critics(player, critics, config)
         tokenizer = load_tokenizer(player)
         opened = load_model(player, torch.float32, chosen)
         check_rows(opened, tokenizer, str(player))
@@ -184,6 +177,12 @@ class Inspector:
             UserError: It has no token to judge, or too many.
         """
         (ids,) = encode_texts(self.tokenizer, [text])
+        if len(ids) > MOST_TOKENS:
+            fitting = len(self.tokenizer.decode(ids[:MOST_TOKENS]))
+            raise UserError(
+                f"text has {len(ids):,} tokens; expected at most {MOST_TOKENS:,}, which its first {fitting:,} "
+                "characters have"
+            )
         end_id = end_of_text_id(self.tokenizer)
         return self.inspect_ids(ids if end_id is None else [end_id, *ids])
 
@@ -191,16 +190,10 @@ class Inspector:
         """Judge every token of ``ids`` but the first, which is only read.
 
         Raises:
-            UserError: There are fewer than two, or too many.
+            UserError: There are fewer than two.
         """
         if len(ids) < 2:
             raise UserError("text has no token to judge; give some text")
-        if len(ids) - 1 > MOST_TOKENS:
-            fitting = len(self.tokenizer.decode(ids[1 : MOST_TOKENS + 1]))
-            raise UserError(
-                f"text has {len(ids) - 1:,} tokens; expected at most {MOST_TOKENS:,}, which its first {fitting:,} "
-                "characters have"
-            )
         windows = [self._judge(window) for window in self._windows(ids)]
         positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
         summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
@@ -285,6 +278,24 @@ class Inspector:
             disagreement=disagreement,
             **{name: metrics[name] for name in of_position},
         )
+
+
+def settings_and_critics(
+    player: str | Path, critics: Sequence[str] | None = None, config: AvataRLConfig | None = None
+) -> tuple[AvataRLConfig, list[str]]:
+    """Those that are given; where None, those that the player was trained with.
+
+    Raises:
+        UserError: There is no critic, or one that cannot be asked about other text than it was trained beside.
+    """
+    own_config, own_critics = trained_with(player)
+    config, critics = config or own_config, list(own_critics if critics is None else critics)
+    if config.needs_critic and not critics:
+        raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
+    for name in critics:
+        if name.startswith("ema:") or is_cache(name):
+            raise UserError(f"critic {name} cannot be asked about any text; give a run, a model folder or a hub id")
+    return config, critics
 
 
 def trained_with(player: str | Path) -> tuple[AvataRLConfig, list[str]]:

@@ -30,7 +30,7 @@ from avatarl.objective.config import require_whole
 from .checkpoints import model_of, players_of
 from .evaluate import context_length
 from .generate import Sampling, continue_ids, prompt_ids
-from .inspector import Inspector, Position, shown_token, trained_with
+from .inspector import Inspector, Position, settings_and_critics, shown_token
 from .pages import macros_of, read_source
 
 try:
@@ -148,10 +148,7 @@ def open_judges(side: Side, critics: Sequence[str] | None) -> Judges:
     Raises:
         UserError: There is none, or one cannot be opened.
     """
-    config, own = trained_with(side.run)
-    names = list(own if critics is None else critics)
-    if config.needs_critic and not names:
-        raise UserError(f"{side.run} was trained without a critic")
+    config, names = settings_and_critics(side.run, critics)
     opened = [load_critic(name, side.player.tokenizer, device=side.device) for name in names]
     return Judges(opened, names, config, side.player.tokenizer)
 

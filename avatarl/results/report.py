@@ -31,7 +31,7 @@ from .evaluate import evaluate as evaluate_model
 from .generate import generate
 from .pages import read_source, render_markdown, render_page
 from .prompts import held_out_prompts
-from .runs import Run, read_runs
+from .runs import Run, read_runs, same_data
 from .tables import (
     overview_table,
     reliability_tables,
@@ -246,18 +246,18 @@ def _warnings(
     warnings = []
     identities = [run.record.get("identity") for run in runs]
     tokenizers = {str(identity.get("tokenizer")) for identity in identities if isinstance(identity, dict)}
-    trained_on = {str(run.record.get("data_digest", run.settings.get("data"))) for run in runs}
-    if len(trained_on) > 1:
+    is_same_data = all(same_data(run, other) for run in runs for other in runs)
+    if not is_same_data:
         warnings.append("The runs were trained on different data, and validated on different text while they trained.")
-    if len(trained_on) > 1 and len(tokenizers) > 1:
+    if not is_same_data and len(tokenizers) > 1:
         warnings.append(
             "The runs have different tokenizers: nats per token, perplexity, accuracies and entropy of one say nothing "
             "about another. Bits per byte do, where the text is the same."
         )
     elif not all(is_same_text[number] for number in evaluations):
         warnings.append(
-            "The runs were evaluated on different data, each on its own: only bits per byte can be compared, and only "
-            "where the text is the same. --data DIR evaluates all on one."
+            "The runs were evaluated on different data, each on its own, and no differences are taken: only bits per "
+            "byte can be compared, and only where the text is the same. --data DIR evaluates all on one."
         )
     return warnings
 

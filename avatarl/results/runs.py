@@ -64,6 +64,28 @@ def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run
     return runs
 
 
+def same_data(run: Run, other: Run) -> bool:
+    """Whether two runs were trained on the same data: by its digests, and by its path where one of them is unknown."""
+    digests = [each.record.get("data_digest") for each in (run, other)]
+    if None in digests:
+        return run.settings.get("data") == other.settings.get("data")
+    return digests[0] == digests[1]
+
+
+def same_rewards(run: Run, other: Run) -> bool:
+    """Whether two runs were rewarded by the same critics under the same settings, so that their rewards compare."""
+
+    def rules(of: Run) -> list:
+        identity = of.record.get("identity")
+        identity = identity if isinstance(identity, dict) else {}
+        # The same weights under another path are the same critic.
+        critics = [digest for name, digest in identity.items() if name.startswith("critic ")]
+        settings = {name: value for name, value in of.settings.items() if name.startswith(("avatarl.", "schedules."))}
+        return [settings, critics or of.settings.get("critic")]
+
+    return rules(run) == rules(other)
+
+
 def distinct_names(folders: Sequence[str | Path]) -> list[str]:
     """For each folder the end of its path that no other has, on one line.
 

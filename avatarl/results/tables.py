@@ -11,7 +11,7 @@ import yaml
 
 from avatarl.inert import one_line
 
-from .runs import LARGEST_NUMBER, Run
+from .runs import LARGEST_NUMBER, Run, same_data, same_rewards
 
 MOST_EVALUATIONS, MOST_RESUMPTIONS = 20, 20  # lines for people to read
 ABSENT, UNKNOWN, NOT_RECORDED = "—", "unknown", "not recorded"
@@ -87,6 +87,7 @@ def what_was_trained(run: Run, train_tokens: int | None) -> Trained:
 def overview_table(runs: Sequence[Run], trained: Sequence[Trained]) -> Table:
     """What each run is: objective, sizes, what it read and took, where it ran."""
     both = list(zip(runs, trained, strict=True))
+    caches = [_size(run, "cached_critic_flops") for run in runs]
     flops = [flops for each in trained for flops in each.flops or ()]
     rows = [
         Row("objective", tuple(_words(run.settings.get("objective")) for run in runs)),
@@ -97,6 +98,7 @@ def overview_table(runs: Sequence[Run], trained: Sequence[Trained]) -> Table:
         Row("epochs", tuple(Cell(UNKNOWN if done.epochs is None else f"{done.epochs:.2f}") for done in trained)),
         _flops_row("FLOPs of the player", [done.flops and done.flops[0] for done in trained], flops),
         _flops_row("FLOPs of critics", [done.flops and done.flops[1] for done in trained], flops),
+        *([_flops_row("FLOPs of critics' caches, once", caches, flops)] if any(caches) else []),
         Row("training time", tuple(Cell(_duration(done.seconds)) for done in trained)),
         Row("device", tuple(_words(run.record.get("device")) for run in runs)),
         Row("processes", tuple(_words(run.record.get("processes")) for run in runs)),
@@ -106,9 +108,6 @@ def overview_table(runs: Sequence[Run], trained: Sequence[Trained]) -> Table:
         Row("started", tuple(Cell(_time(run.record.get("started"))) for run in runs)),
         Row("revision", tuple(_words(run.record.get("revision")) for run in runs)),
     ]
-    caches = [_size(run, "cached_critic_flops") for run in runs]
-    if any(caches):
-        rows.insert(8, _flops_row("FLOPs of critics' caches, once", caches, flops))
     return Table("", _names(runs), (("", tuple(rows)),), is_of_words=True)
 
 
@@ -173,6 +172,9 @@ EVALUATED = (
 BEST = (
     Metric("cross_entropy", "best validation cross-entropy", "nats per token", 3, -1),
     Metric("tokens", "reached at", "training tokens", 0),
+)
+# Which compare only where the rewards are the same.
+REWARDED = (
     Metric("expected_reward_share", "expected reward at the end", "% of the best possible", 1, +1, 100),
     Metric("other_reward_share", "reward on other tokens at the end", "% of the reward", 1, 0, 100),
 )
@@ -190,21 +192,20 @@ def results_table(
     Args:
         evaluations: Of the runs that could be evaluated, by their number.
         baseline: The number of the run that the others are compared with.
-        is_same_text: For each run whether it was evaluated on the same tokens as the baseline; bits per byte are
-            compared even if not.
+        is_same_text: For each run whether it was evaluated on the same tokens as the baseline; no difference is taken
+            where not.
     """
     found = [evaluations.get(number, {}) for number in range(len(runs))]
     logged = [_of_log(run) for run in runs]
-    is_same_log = [_validated_on(run) == _validated_on(runs[baseline]) for run in runs]
+    is_same_log = [_validated_alike(run, runs[baseline]) for run in runs]
+    is_same_reward = [alike and same_rewards(run, runs[baseline]) for alike, run in zip(is_same_log, runs, strict=True)]
     everywhere = [True] * len(runs)
     sections = []
     if evaluations:
-        rows = [
-            _compared(metric, found, baseline, everywhere if metric.name == "bits_per_byte" else is_same_text)
-            for metric in EVALUATED
-        ]
+        rows = [_compared(metric, found, baseline, is_same_text) for metric in EVALUATED]
         sections.append(("Evaluated for this report, on the same windows", tuple(rows)))
     rows = [_compared(metric, logged, baseline, is_same_log) for metric in BEST]
+    rows += [_compared(metric, logged, baseline, is_same_reward) for metric in REWARDED]
     sections.append(("In each run's own evaluations, on its own windows", tuple(rows)))
     scale, unit = _flops_unit([done.total_flops or 0 for done in trained])
     costs = (
@@ -227,10 +228,10 @@ def _of_log(run: Run) -> dict[str, float]:
     return {"cross_entropy": float(scores[best]), "tokens": float(run.eval["tokens"][best]), **rewards}
 
 
-def _validated_on(run: Run) -> tuple:
-    """What decides which tokens a run's own evaluations read."""
-    data = run.record.get("data_digest") or run.settings.get("data")
-    return data, run.settings.get("block"), run.settings.get("eval_windows")
+def _validated_alike(run: Run, other: Run) -> bool:
+    """Whether two runs' own evaluations read the same tokens."""
+    settings = ("block", "eval_windows")
+    return same_data(run, other) and all(run.settings.get(name) == other.settings.get(name) for name in settings)
 
 
 def _compared(metric: Metric, values: Sequence[Mapping[str, Any]], baseline: int, is_same: Sequence[bool]) -> Row:

@@ -297,6 +297,7 @@ def test_a_player_that_is_none_is_not_blamed_on_the_critic(run: Path):
         (["--text", "a", "--file", "b"], "either text or file"),
         (["--file", "nowhere.txt"], "file nowhere.txt cannot be read"),
         (["--text", "a", "--out", "x.txt"], "expected a name that ends in .html or .json"),
+        (["--text", "a", "--out", "x.json", "--position", "0"], "position is 0, and out has every position"),
         (["--text", "a", "--position", "77"], "position is 77; expected 0 to 0"),
     ],
 )
@@ -304,6 +305,20 @@ def test_mistakes_of_the_command_are_one_line(run: Path, arguments, message, cap
     assert main(["inspect", "--player", str(run), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_last_of_two_players_brings_its_settings(run: Path, player_folder, critic_folder, capsys):
+    critic = ["--critic", str(critic_folder), "--text", TEXT, "--position", "1"]
+    assert main(["inspect", "--player", str(run), "--player", str(player_folder), *critic]) == 0
+    twice = capsys.readouterr().out
+    assert main(["inspect", "--player", str(player_folder), *critic]) == 0
+    assert capsys.readouterr().out == twice
+
+
+def test_tokens_of_a_long_context_are_judged_all_the_same(inspector, tokenizer, monkeypatch):
+    monkeypatch.setattr("avatarl.results.inspector.MOST_TOKENS", 5)
+    ids = ids_of(tokenizer, TEXT)
+    assert len(inspector.inspect_ids(ids).positions) == len(ids) - 1 > 5
 
 
 def test_text_from_a_file(run: Path, tmp_path: Path, capsys):

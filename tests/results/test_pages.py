@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from avatarl.results.pages import read_source, render_page
+from avatarl.results.pages import PLAIN, read_source, render_page
 
 HOSTILE = "</code></script><script>alert(1)</script>\x1b[2J\u202e&amp;'\""
 
@@ -69,3 +69,13 @@ def test_nothing_is_loaded_and_only_given_scripts_run():
 def test_a_script_that_would_end_itself_is_refused(script: str):
     with pytest.raises(ValueError, match="the mark that ends it"):
         render_page("inspect.html", [script], player="p", critics=[], count=1, data={})
+
+
+@pytest.mark.parametrize("text", ["---", "- x", "1. y", "12.", "a*b", "<b>", "`", "https://x.y", "x\ny", "# a", "> a"])
+def test_what_markdown_would_take_for_more_than_text_is_no_plain_text(text: str):
+    assert not PLAIN.fullmatch(text)
+
+
+@pytest.mark.parametrize("text", ["", "run 1", "0.5 better −0.1", "±0", "— (none)", "a-b, c", "1.5"])
+def test_what_it_shows_as_it_stands_is(text: str):
+    assert PLAIN.fullmatch(text)

@@ -182,7 +182,9 @@ def introduction_of(app: gradio.Blocks) -> str:
 
 def test_without_a_critic_a_line_says_why_and_players_speak(player_folder, run, tmp_path: Path):
     shown = introduction_of(play.build_app([str(player_folder), run], device="cpu"))
-    assert f"Tokens are not judged: {player_folder} was trained without a critic." in shown and "--critic" in shown
+    assert (
+        f"critic is not given, and {player_folder} is no run that was trained with one" in shown and "--critic" in shown
+    )
     side = play.Side(str(player_folder), play.pick_device("cpu"))
     html, said, below = say([side], None, "model")
     assert "<button" not in html and below == "" and said.positions == ()

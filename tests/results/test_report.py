@@ -161,7 +161,7 @@ def test_the_baseline_is_one_of_the_runs(tmp_path: Path):
 
 
 def test_only_what_can_be_compared_is(tmp_path: Path, monkeypatch):
-    """Bits per byte of different tokenizers compare, nats per token do not."""
+    """Other data may be other text: no number of one is set against the other's."""
     scores = dict.fromkeys(("cross_entropy", "perplexity", "top1_accuracy", "bits_per_byte"), 2.0) | {"tokens": 5}
     tables = {"reliability": [], "top16_reliability": []}
     values = iter((scores | tables, dict.fromkeys(scores, 1.0) | tables))
@@ -176,11 +176,43 @@ def test_only_what_can_be_compared_is(tmp_path: Path, monkeypatch):
         runs.append(run)
     report(runs, tmp_path / "report.html", prompts=["a"], quiet=True)
     page = Page(tmp_path / "report.html")
-    assert page.tables["Results"]["bits per byte bits"] == ["2.000", "1.000 better −1.000"]
+    assert page.tables["Results"]["bits per byte bits"] == ["2.000", "1.000"]
     assert page.tables["Results"]["cross-entropy nats per token"] == ["2.000", "1.000"]
     assert page.tables["Results"]["best validation cross-entropy nats per token"] == ["3.000", "3.000"]
     assert "different tokenizers" in page.text and "different data" in page.text
     assert page.tables["What was trained on what"]["epochs"] == [f"{50 * 2048 / 100:.2f}", f"{50 * 2048 / 101:.2f}"]
+
+
+def test_rewards_compare_only_where_they_are_the_same(tmp_path: Path):
+    lines = [[line("eval", 1, cross_entropy=4.0, expected_reward_share=share)] for share in (0.1, 0.3, 0.3, 0.3, 0.3)]
+    rules = [{"top_k": 16}, {"top_k": 4}, {"top_k": 16}, {"top_k": 16}, {"top_k": 16}]
+    digests = ["a", "a", "b", "a", "a"]
+    paths = ["critic", "critic", "critic", "moved", "critic"]
+    schedules = [{"critic_weight": shape} for shape in ("constant", "constant", "constant", "constant", "linear")]
+    runs = [
+        write_run(
+            tmp_path / f"run{number}",
+            lines[number],
+            {"identity": {f"critic {paths[number]}": digests[number]}},
+            avatarl=rules[number],
+            critic=paths[number],
+            schedules=schedules[number],
+        )
+        for number in range(5)
+    ]
+    rows = report_of(runs, tmp_path / "report.html").tables["Results"]
+    found = rows["expected reward at the end % of the best possible"]
+    assert found == ["10.0", "30.0", "30.0", "30.0 better +20.0", "30.0"]  # the same critic that was moved
+
+
+def test_a_lost_record_makes_no_other_data(tmp_path: Path):
+    lines = [line("eval", 1, cross_entropy=4.0)]
+    runs = [write_run(tmp_path / "a", lines, {"data_digest": "1"}), write_run(tmp_path / "b", lines)]
+    page = report_of(runs, tmp_path / "report.html")
+    assert "different data" not in page.text
+    assert page.tables["Results"]["best validation cross-entropy nats per token"] == ["4.000", "4.000 ±0"]
+    other = write_run(tmp_path / "c", lines, {"data_digest": "2"})
+    assert "different data" in report_of([runs[0], other], tmp_path / "report.html").text
 
 
 def test_settings_that_differ_come_first(tmp_path: Path):

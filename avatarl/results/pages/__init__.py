@@ -19,8 +19,8 @@ from markupsafe import Markup
 from avatarl.inert import backticks_around, markdown_code, visible
 
 HERE = Path(__file__).parent
-# What Markdown shows as it stands: no mark-up, and no address that it would make a link of.
-PLAIN = re.compile(r"(?:[A-Za-z0-9 ,%()±−–—'-]|\.(?=[0-9 ]|$))*")
+# What Markdown shows as it stands: no mark-up, no item of a list or rule, and no address that it would link to.
+PLAIN = re.compile(r"(?!-|\d+\.(?: |$))(?:[A-Za-z0-9 ,%()±−–—'-]|\.(?=[0-9 ]|$))*")
 
 
 def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:

@@ -4,7 +4,7 @@
   const { runs, axes, charts, reliability } = JSON.parse(document.getElementById("drawn").textContent);
   const AXIS = {
     tokens: { title: "training tokens", column: "training_tokens", exponentformat: "B", hoverformat: ",d" },
-    flops: { title: "FLOPs of player and critics", column: "flops", exponentformat: "power", hoverformat: ".4~g" },
+    flops: { title: "FLOPs of player and critics in the run", column: "flops", exponentformat: "power", hoverformat: ".4~g" },
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   // A finger that drags over a chart wants to scroll the page.
