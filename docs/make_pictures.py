@@ -50,6 +50,9 @@ def take(page: Page, path: Path, element: str | None, out: Path) -> None:
     """A picture of an element of a page, or of what its window shows."""
     page.goto(path.as_uri())
     page.wait_for_load_state("networkidle")
+    page.add_style_tag(
+        content=".controls { position: static !important; }"
+    )  # what follows a reader would cover a heading
     (page.locator(element) if element else page).screenshot(path=out)
 
 
