@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avatarl.data.dataset import PreparedData, TokenStream, WindowOrder, Windows
+from avatarl.data.dataset import PreparedData, TokenStream, WindowOrder, Windows, spread
 from avatarl.data.prepare import prepare
 
-__all__ = ["PreparedData", "TokenStream", "WindowOrder", "Windows", "prepare"]
+__all__ = ["PreparedData", "TokenStream", "WindowOrder", "Windows", "prepare", "spread"]

@@ -238,15 +238,21 @@ class Windows:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def spread(total: int, count: int | None) -> np.ndarray:
+    """``count`` of ``total`` windows, evenly apart, the first and the last among them, int64 (count,); None: all."""
+    return np.linspace(0, total - 1, total if count is None else min(count, total)).round().astype(np.int64)
+
+
 class WindowOrder:
     """The endless order of training, epoch after epoch: a pure function of the seed and the position."""
 
-    def __init__(self, num_windows: int, seed: int) -> None:
+    def __init__(self, num_windows: int, seed: int, count: int | None = None) -> None:
+        """An order of ``count`` of ``num_windows`` windows, spread evenly (None: of all)."""
         if num_windows < 1:
             raise UserError(f"num_windows: found {num_windows}; at least 1 is expected")
         if seed < 0:
             raise UserError(f"seed: found {seed}; a whole number of at least 0 is expected")
-        self.num_windows = num_windows
+        self.chosen = spread(num_windows, count)
         self.seed = seed
         self._epoch: int | None = None
         self._permutation = np.empty(0, dtype=np.int64)
@@ -258,8 +264,8 @@ class WindowOrder:
         chosen = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
-            epoch, first = divmod(position + filled, self.num_windows)
-            part = self._permutation_of(epoch)[first : first + count - filled]
+            epoch, first = divmod(position + filled, len(self.chosen))
+            part = self.chosen[self._permutation_of(epoch)[first : first + count - filled]]
             chosen[filled : filled + len(part)] = part
             filled += len(part)
         return chosen
@@ -268,7 +274,7 @@ class WindowOrder:
         if epoch != self._epoch:
             # NumPy promises the same raw bits for ever, but not the same `Generator.permutation`; sorting the bits
             # keeps a run resumable under another version of NumPy.
-            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_windows)
+            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.chosen))
             self._permutation = np.argsort(bits, kind="stable")
             self._epoch = epoch
         return self._permutation

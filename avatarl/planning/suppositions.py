@@ -34,6 +34,7 @@ def data_facts(config: TrainConfig, vocab_size: int | None, warnings: list[str])
                 f"vocab_size is {vocab_size}, but {config.data} has {manifest['vocab_size']}; leave vocab_size out"
             )
         windows = (manifest["tokens"]["train"] - 1) // config.block
+        windows = min(windows, config.train_windows or windows)
         return manifest["vocab_size"], config.total_steps(windows)
     if config.steps is None:
         raise UserError(

@@ -119,11 +119,12 @@ class Assembly:
     def describe(self) -> str:
         """One line that says what is being trained on what."""
         tokens = self.spent_until(self.total_steps)["tokens"]
+        epochs = tokens / (len(self.order.chosen) * self.config.block)
         several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
         return (
             f"{self.config.objective}: {self.parameters.total:,} parameters "
             f"({self.parameters.non_embedding:,} outside the embedding), {self.total_steps:,} steps, "
-            f"{tokens:,} tokens ({tokens / len(self.data.train):.2f} epochs), {self.device} {self.precision}{several}"
+            f"{tokens:,} tokens ({epochs:.2f} epochs), {self.device} {self.precision}{several}"
         )
 
 
@@ -136,7 +137,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     data = PreparedData.open(config.data)
     tokenizer = data.load_tokenizer()
     windows, valid_windows = Windows(data.train, config.block), Windows(data.valid, config.block)
-    total_steps = config.total_steps(len(windows))
+    order = WindowOrder(len(windows), config.seed, config.train_windows)
+    total_steps = config.total_steps(len(order.chosen))
     processes.share(range(config.windows_per_step))  # refuses what cannot be shared
 
     device = pick_device(config.device, processes.local_rank)
@@ -182,7 +184,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         data=data,
         tokenizer=tokenizer,
         windows=windows,
-        order=WindowOrder(len(windows), config.seed),
+        order=order,
         objective=objective,
         critic_names=critic_names,
         critic_flops=[

@@ -166,6 +166,8 @@ class TrainConfig:
             ``batch_windows · accumulate_steps`` windows.
         steps: Optimiser steps. Give this or ``epochs``.
         epochs: Passes over the training windows. Give this or ``steps``.
+        train_windows: Train on so many windows of the training split only, spread evenly over it, the same for every
+            seed: scarcer text (None: all).
         seed: Decides initial weights, data order, dropout and sampled actions.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where the device multiplies it natively.
         device: ``cpu``, ``cuda``, or ``auto``.
@@ -203,6 +205,7 @@ class TrainConfig:
     accumulate_steps: int = 1
     steps: int | None = None
     epochs: float | None = None
+    train_windows: int | None = None
     seed: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
@@ -251,7 +254,7 @@ class TrainConfig:
             raise UserError("shard_critics is true, and critic_quantization is given; expected one of them at most")
         if self.tracker is not None:
             require_choice("tracker", self.tracker, ("trackio", "wandb"))
-        for name in ("eval_windows", "keep_every"):
+        for name in ("train_windows", "eval_windows", "keep_every"):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), minimum=1)
         if (self.steps is None) == (self.epochs is None):

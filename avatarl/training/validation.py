@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 
-from avatarl.data import Windows
+from avatarl.data import Windows, spread
 from avatarl.models import CriticCache
 from avatarl.objective import Scheduled
 
@@ -34,8 +33,7 @@ class Validation:
         processes: Processes,
         caches: Mapping[int, CriticCache],
     ):
-        count = len(windows) if config.eval_windows is None else min(config.eval_windows, len(windows))
-        self._chosen = np.linspace(0, len(windows) - 1, count).round().astype(np.int64)
+        self._chosen = spread(len(windows), config.eval_windows)
         self._windows, self._config, self._device, self._processes = windows, config, device, processes
         self._caches = caches
 
