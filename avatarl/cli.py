@@ -12,6 +12,7 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import RunFailed, RunStopped, UserError, nearest_name
@@ -123,6 +124,7 @@ def critic_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--kind", default="top", help="top, its most likely tokens, or sample, tokens drawn from it")
     parser.add_argument("--bytes_per_token", type=int, default=134, help="budget of a position (6 + 4 or 2 a token)")
     parser.add_argument("--keep_top", type=int, default=0, help="with sample: so many most likely tokens besides")
+    parser.add_argument("--train_windows", type=int | None, help="as in the runs that will use it (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="decides the drawn tokens")
     parser.add_argument("--batch_windows", type=int, default=16, help="windows in a forward pass")
     parser.add_argument("--precision", default="auto", help="bf16, fp32 or auto, as in the runs that will use it")
@@ -276,6 +278,22 @@ def report_command(arguments: Sequence[str]) -> None:
     print(visible(str(settings["out"])))
 
 
+def compare_command(arguments: Sequence[str]) -> None:
+    """arms by seeds: train what is missing, then say how they differ, with intervals"""
+    from .comparison import ComparisonConfig, compare
+
+    parser = _parser("compare")
+    add_recipe(parser)
+    parser.add_class_arguments(ComparisonConfig)
+    parser.add_argument("--device", default="auto", help="of the evaluation of finished players: cpu, cuda or auto")
+    settings = parse(parser, arguments)
+    settings.pop("config")
+    device = settings.pop("device")
+    comparison = ComparisonConfig(**settings)
+    compare(comparison, device=device)
+    print(visible((Path(comparison.out) / "report.md").read_text(encoding="utf-8")))
+
+
 def play_command(arguments: Sequence[str]) -> None:
     """a page on this machine: players continue a prompt, each token shows what it was paid"""
     from .results.play import play
@@ -311,6 +329,7 @@ COMMANDS = {
     "generate": generate_command,
     "inspect": inspect_command,
     "report": report_command,
+    "compare": compare_command,
     "play": play_command,
     "push": push_command,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .errors import UserError, nearest_name
 
@@ -37,8 +37,17 @@ def parse(parser, arguments: Sequence[str]) -> dict:
         takes_list = parser.prog.split()[1] in ("evaluate", "inspect", "play")
         several = "--critic A B" if takes_list else "--critic '[A, B]'"
         raise UserError(f"critic is given more than once; expected {several} for several")
+    return _parsed(parser, lambda: parser.parse_args(list(arguments)))
+
+
+def parse_settings(parser, nested: dict) -> dict:
+    """The same of settings that are nested as in a recipe, not written on a command line."""
+    return _parsed(parser, lambda: parser.parse_object(nested))
+
+
+def _parsed(parser, read: Callable) -> dict:
     try:
-        settings = parser.parse_args(list(arguments))
+        settings = read()
     except ArgumentError as error:
         raise UserError(_explain(error, parser)) from error
     except UnicodeDecodeError as error:

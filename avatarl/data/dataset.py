@@ -209,11 +209,22 @@ def _verify(folder: Path, name: str, expected: dict) -> None:
         raise UserError(f"{path}: changed since it was prepared (its SHA-256 is another); prepare the data anew")
 
 
-class Windows:
-    """The non-overlapping windows of a stream: window i predicts tokens i * block + 1 to (i + 1) * block."""
+def spread(total: int, count: int | None) -> np.ndarray:
+    """``count`` of ``total`` windows, evenly apart, the first and the last among them, int64 (count,); None: all."""
+    return np.linspace(0, total - 1, total if count is None else min(count, total)).round().astype(np.int64)
 
-    def __init__(self, stream: TokenStream, block: int) -> None:
-        """Cut ``stream`` into windows of ``block`` predictions; UserError where it is too short for one."""
+
+class Windows:
+    """The non-overlapping windows of a stream: window i predicts tokens i * block + 1 to (i + 1) * block.
+
+    Of a part of them, window i is the i-th of that part.
+    """
+
+    def __init__(self, stream: TokenStream, block: int, count: int | None = None) -> None:
+        """Cut ``stream`` into windows of ``block`` predictions; UserError where it is too short for one.
+
+        ``count`` leaves so many of them, spread evenly (None: all).
+        """
         if block < 1:
             raise UserError(f"block: found {block}; a whole number of at least 1 is expected")
         if len(stream) < block + 1:
@@ -222,9 +233,10 @@ class Windows:
             )
         self.stream = stream
         self.block = block
+        self._places = spread((len(stream) - 1) // block, count)  # of each window among all of the stream's
 
     def __len__(self) -> int:
-        return (len(self.stream) - 1) // self.block
+        return len(self._places)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 (B, block); a target is the token after its input."""
@@ -232,27 +244,21 @@ class Windows:
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index} of {len(self)}")
-            start = int(index) * self.block
+            start = int(self._places[index]) * self.block
             windows[row] = self.stream.slice(start, start + self.block + 1)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def spread(total: int, count: int | None) -> np.ndarray:
-    """``count`` of ``total`` windows, evenly apart, the first and the last among them, int64 (count,); None: all."""
-    return np.linspace(0, total - 1, total if count is None else min(count, total)).round().astype(np.int64)
-
-
 class WindowOrder:
     """The endless order of training, epoch after epoch: a pure function of the seed and the position."""
 
-    def __init__(self, num_windows: int, seed: int, count: int | None = None) -> None:
-        """An order of ``count`` of ``num_windows`` windows, spread evenly (None: of all)."""
+    def __init__(self, num_windows: int, seed: int) -> None:
         if num_windows < 1:
             raise UserError(f"num_windows: found {num_windows}; at least 1 is expected")
         if seed < 0:
             raise UserError(f"seed: found {seed}; a whole number of at least 0 is expected")
-        self.chosen = spread(num_windows, count)
+        self.num_windows = num_windows
         self.seed = seed
         self._epoch: int | None = None
         self._permutation = np.empty(0, dtype=np.int64)
@@ -264,8 +270,8 @@ class WindowOrder:
         chosen = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
-            epoch, first = divmod(position + filled, len(self.chosen))
-            part = self.chosen[self._permutation_of(epoch)[first : first + count - filled]]
+            epoch, first = divmod(position + filled, self.num_windows)
+            part = self._permutation_of(epoch)[first : first + count - filled]
             chosen[filled : filled + len(part)] = part
             filled += len(part)
         return chosen
@@ -274,7 +280,7 @@ class WindowOrder:
         if epoch != self._epoch:
             # NumPy promises the same raw bits for ever, but not the same `Generator.permutation`; sorting the bits
             # keeps a run resumable under another version of NumPy.
-            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.chosen))
+            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_windows)
             self._permutation = np.argsort(bits, kind="stable")
             self._epoch = epoch
         return self._permutation

@@ -67,6 +67,13 @@ class AvataRLConfig:
         preset = dict(top_k=4, threshold="mass", entropy_coef=0.0, temperature=1.01, per_action_mean=True)
         return cls(**{**preset, **overrides})
 
+    @classmethod
+    def dense(cls, **overrides) -> AvataRLConfig:
+        """Text and critic mixed over the whole vocabulary: nothing is cut, capped or paid twice."""
+        preset = dict(pool="arithmetic", tail="dense", smoothing=0.0, reality_weight=0.5, critic_weight=0.5)
+        whole = dict(threshold="none", reward_scale=1.0, reward_cap=None, entropy_coef=0.0)
+        return cls(**{**preset, **whole, **overrides})
+
     def __post_init__(self):
         if isinstance(self.critic_weight, list):  # YAML has no tuples
             object.__setattr__(self, "critic_weight", tuple(self.critic_weight))

@@ -107,11 +107,13 @@ class Assembly:
     def sizes(self) -> dict[str, int]:
         """Of the player and of the whole run: parameters, tokens and FLOPs.
 
+        ``unique_tokens`` are those of an epoch.
         ``cached_critic_flops`` were spent elsewhere: on the forward passes that made the run's caches.
         """
         return {
             "parameters": self.parameters.total,
             "non_embedding_parameters": self.parameters.non_embedding,
+            "unique_tokens": len(self.windows) * self.config.block,
             **self.spent_until(self.total_steps),
             "cached_critic_flops": sum(cache.flops for cache in self.caches.values()),
         }
@@ -119,7 +121,7 @@ class Assembly:
     def describe(self) -> str:
         """One line that says what is being trained on what."""
         tokens = self.spent_until(self.total_steps)["tokens"]
-        epochs = tokens / (len(self.order.chosen) * self.config.block)
+        epochs = tokens / (len(self.windows) * self.config.block)
         several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
         return (
             f"{self.config.objective}: {self.parameters.total:,} parameters "
@@ -136,9 +138,9 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     """
     data = PreparedData.open(config.data)
     tokenizer = data.load_tokenizer()
-    windows, valid_windows = Windows(data.train, config.block), Windows(data.valid, config.block)
-    order = WindowOrder(len(windows), config.seed, config.train_windows)
-    total_steps = config.total_steps(len(order.chosen))
+    windows = Windows(data.train, config.block, config.train_windows)
+    valid_windows = Windows(data.valid, config.block)
+    total_steps = config.total_steps(len(windows))
     processes.share(range(config.windows_per_step))  # refuses what cannot be shared
 
     device = pick_device(config.device, processes.local_rank)
@@ -184,7 +186,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         data=data,
         tokenizer=tokenizer,
         windows=windows,
-        order=order,
+        order=WindowOrder(len(windows), config.seed),
         objective=objective,
         critic_names=critic_names,
         critic_flops=[
@@ -222,7 +224,7 @@ def open_critics(
     critics: list[FrozenModel | CriticCache] = []
     for name in names:
         if is_cache(name):
-            critics.append(CriticCache.open(name, data, config.block))
+            critics.append(CriticCache.open(name, data, config.block, config.train_windows))
         elif name.startswith("ema:"):
             average = build_player(config.player, tokenizer, config.block, config.seed).to(device)
             critics.append(AveragedPlayer(average, *parse_ema_critic(name)))

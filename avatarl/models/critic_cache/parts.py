@@ -20,6 +20,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from avatarl.data import PreparedData, Windows
 from avatarl.data.dataset import file_record
 from avatarl.errors import RunFailed, UserError
 from avatarl.outside import parse_json, read_regular_file
@@ -44,6 +45,11 @@ class Part(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.split}-{self.number:05d}.bin"
+
+
+def windows_of(data: PreparedData, block: int, train_windows: int | None) -> dict[str, Windows]:
+    """The windows that a cache is of: so many of the training split, spread evenly, and all of the validation split."""
+    return {"train": Windows(data.train, block, train_windows), "valid": Windows(data.valid, block)}
 
 
 def parts_of(identity: dict) -> Iterator[Part]:

@@ -11,14 +11,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from avatarl.data import PreparedData, Windows
+from avatarl.data import PreparedData
 from avatarl.data.dataset import file_record
 from avatarl.errors import UserError
 from avatarl.objective import StoredCritic
 from avatarl.outside import parse_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
-from .parts import FORMAT_VERSION, FREQUENCIES, LARGEST_MANIFEST_BYTES, MANIFEST, SPLITS, UNFINISHED, is_done, parts_of
+from .parts import (
+    FORMAT_VERSION,
+    FREQUENCIES,
+    LARGEST_MANIFEST_BYTES,
+    MANIFEST,
+    SPLITS,
+    UNFINISHED,
+    is_done,
+    parts_of,
+    windows_of,
+)
 from .record import RecordFormat
 
 # Enough to keep a disk busy; hashing leaves the interpreter free.
@@ -40,19 +50,20 @@ class CriticCache:
         self.path, self.manifest, self.digest = path, manifest, digest
         self.record = record_format(manifest)
         self._log_frequencies = torch.from_numpy(np.fromfile(path / FREQUENCIES, "<f4"))
-        self._windows = {split: Windows(getattr(data, split), manifest["block"]) for split in SPLITS}
+        self._windows = windows_of(data, manifest["block"], manifest["windows"]["train"])
         self._parts: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
         for part in parts_of(manifest):
             self._parts[part.split].append(np.memmap(path / part.name, self.record.dtype, mode="r"))
 
     @classmethod
-    def open(cls, path: str | Path, data: PreparedData, block: int) -> CriticCache:
+    def open(cls, path: str | Path, data: PreparedData, block: int, train_windows: int | None = None) -> CriticCache:
         """Open a cache after comparing it with the data, and every file of it with its size and SHA-256.
 
         Args:
             path: The folder that ``avatarl critic cache`` made.
             data: What it has to be of.
             block: Tokens in the windows that will be asked for.
+            train_windows: How many of the training split these are, spread evenly (None: all).
 
         Raises:
             UserError: It is not finished, damaged, of another version, of other data, another tokenizer or other
@@ -68,12 +79,12 @@ class CriticCache:
                 f"{path}: a cache of windows of {manifest['block']} tokens; expected block, {block}; {AGAIN}, --block "
                 f"{block}"
             )
-        windows = {split: len(Windows(getattr(data, split), block)) for split in SPLITS}
+        windows = {split: len(of_split) for split, of_split in windows_of(data, block, train_windows).items()}
         if manifest["windows"] != windows:
             found = manifest["windows"]
             raise UserError(
-                f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected all, "
-                f"{windows['train']} and {windows['valid']}; {AGAIN}"
+                f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected "
+                f"{windows['train']} and {windows['valid']}; {AGAIN}, --train_windows"
             )
         name, files = manifest["critic"]["name"], manifest["critic"]["files"]
         now = weight_files(name) if files else None

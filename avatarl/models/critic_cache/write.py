@@ -32,7 +32,19 @@ from ..counting import count_parameters, forward_flops_per_token
 from ..critics import load_critic
 from ..digest import digest_of_model, digest_of_tokenizer, weight_files
 from ..loading import head_weight, last_hidden, longest_sequence
-from .parts import FORMAT_VERSION, SPLITS, Part, finish, is_done, new_file, parts_of, record_path, start, write_whole
+from .parts import (
+    FORMAT_VERSION,
+    SPLITS,
+    Part,
+    finish,
+    is_done,
+    new_file,
+    parts_of,
+    record_path,
+    start,
+    windows_of,
+    write_whole,
+)
 from .record import KINDS, RecordFormat
 
 COUNTED_AT_ONCE = 1 << 22
@@ -48,6 +60,7 @@ def cache_critic(
     kind: str = "top",
     bytes_per_token: int = 134,
     keep_top: int = 0,
+    train_windows: int | None = None,
     seed: int = 1,
     batch_windows: int = 16,
     precision: str = "auto",
@@ -68,6 +81,7 @@ def cache_critic(
             distribution: an unbiased estimate of it (Anshumann et al., "Sparse Logit Sampling", arXiv 2503.16870).
         bytes_per_token: The budget of a position; :mod:`.record` says what it buys.
         keep_top: With ``sample``, keep so many most likely tokens exactly, and draw from the rest.
+        train_windows: How many windows of the training split, as in the runs that will use it (None: all).
         seed: Decides the drawn tokens.
         batch_windows: Windows in a forward pass.
         precision: ``bf16``, ``fp32`` or ``auto``, as in the runs that will use it.
@@ -89,6 +103,7 @@ def cache_critic(
         ("keep_top", keep_top, 0),
         ("seed", seed, 0),
         ("batch_windows", batch_windows, 1),
+        *((("train_windows", train_windows, 1),) if train_windows is not None else ()),
     ):
         require_whole(name, value, minimum)
     if kind == "top" and keep_top:
@@ -102,7 +117,7 @@ def cache_critic(
         int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     out, prepared = Path(out), PreparedData.open(data)
-    splits = {split: Windows(getattr(prepared, split), block) for split in SPLITS}
+    splits = windows_of(prepared, block, train_windows)
     record = RecordFormat.within(kind, bytes_per_token, keep_top, prepared.vocab_size)
     chosen = pick_device(device, local_rank)
     precision = pick_precision(precision, chosen)

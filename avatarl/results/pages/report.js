@@ -1,10 +1,12 @@
-// Charts of a report. Every figure's numbers stand once, in the page's data; what is drawn is made from them here.
+// Charts of a report on runs, or on arms with the means of their runs. Every figure's numbers stand once, in the page's data; what is drawn is made from them here.
 "use strict";
 (() => {
   const { runs, axes, charts, reliability } = JSON.parse(document.getElementById("drawn").textContent);
   const AXIS = {
     tokens: { title: "training tokens", column: "training_tokens", exponentformat: "B", hoverformat: ",d" },
     flops: { title: "FLOPs of player and critics in the run", column: "flops", exponentformat: "power", hoverformat: ".4~g" },
+    all_flops: { title: "FLOPs of player and critics, the critics' training included", column: "all_flops", exponentformat: "power", hoverformat: ".4~g" },
+    seconds: { title: "seconds of training", column: "seconds", exponentformat: "none", hoverformat: ".4~g" },
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   // A finger that drags over a chart wants to scroll the page.

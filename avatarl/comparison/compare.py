@@ -1,0 +1,75 @@
+"""Runs what a comparison lacks, and writes what it found: three CSV files, and a report made from them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from avatarl.data import PreparedData
+from avatarl.errors import UserError
+from avatarl.results.minimal_pairs import read_pairs
+from avatarl.training.folder.durable import replace_file
+from avatarl.training.folder.lock import RunLock
+
+from .config import ComparisonConfig
+from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_rows
+from .progress import Job, Progress
+from .report import write_reports
+from .workers import Workers
+
+CONFIG = "comparison.yaml"
+
+
+def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool = False) -> None:
+    """Train every arm with every seed, and say how they differ.
+
+    What lies in ``comparison.out`` already is not done again: the same call goes on where one was stopped, and with
+    further arms or seeds adds them. ``comparison.out`` then holds ``results.csv``, ``curves.csv`` and ``tuning.csv``,
+    ``report.html`` and ``report.md``, the runs, their recipes and what they printed.
+
+    Args:
+        comparison: What is compared.
+        device: Where the finished players are evaluated: ``cpu``, ``cuda`` or ``auto``.
+        quiet: Print nothing.
+
+    Raises:
+        UserError: A setting is wrong, or the folder holds runs of another comparison.
+        RunFailed: A run failed.
+        RunStopped: SIGTERM or SIGINT; the same call goes on.
+    """
+    out = Path(comparison.out)
+    data_folder = comparison.base_settings().get("data")
+    if data_folder is None:
+        raise UserError("data is not given; expected a prepared data folder, here or in the base recipe")
+    if comparison.pairs is not None:
+        read_pairs(comparison.pairs)
+    data = PreparedData.open(data_folder)
+    progress = Progress.of(comparison, data)  # finds what is wrong before anything is made
+
+    def say(message: str) -> None:
+        if not quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def look() -> list[Job]:
+        nonlocal progress
+        progress = Progress.of(comparison, data)
+        return progress.missing
+
+    out.mkdir(parents=True, exist_ok=True)
+    with RunLock(out):
+        replace_file(out / CONFIG, yaml.safe_dump(asdict(comparison), sort_keys=False))
+        with Workers(out, comparison.workers, say) as workers:
+            if progress.missing:
+                say(f"{len(progress.members)} runs are there; {workers.count} at once for what is missing")
+            workers.work_until(look)
+        say(f"evaluating {len(progress.members)} players")
+        results = [result_row(member, comparison, data, out, device) for member in progress.members]
+        write_rows(out / "results.csv", RESULT, results)
+        write_rows(out / "curves.csv", CURVE, [row for member in progress.members for row in curve_rows(member)])
+        grid = comparison.tuning.grid if comparison.tuning else {}
+        tuning = ("arm", *grid, "cross_entropy", "is_chosen")
+        write_rows(out / "tuning.csv", tuning, tuning_rows(progress.tuned, grid))
+        write_reports(out, comparison.baseline)

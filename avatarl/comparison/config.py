@@ -1,0 +1,219 @@
+"""What is compared: arms by seeds from one base recipe. Field names are the keys of a comparison's YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from avatarl.errors import UserError, nearest_name
+from avatarl.objective import AvataRLConfig
+from avatarl.objective.config import require_whole
+from avatarl.options import make_parser, parse_settings
+from avatarl.outside import check_recipe
+from avatarl.training import TrainConfig
+
+# What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
+SHARED = ("out", "data", "seed", "block", "eval_windows")
+PRESETS = ("article", "released", "dense")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Settings = dict[str, Any]  # of a recipe, by dotted names; no setting that holds others is among them
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """The search that each arm goes through, the same for all.
+
+    Args:
+        grid: For each setting that is tuned, by its dotted name, the values that are tried, in rising order.
+        seed: The seed of the runs of the search, none of the comparison's.
+        arms: The arms that are tuned (None: all but those that say ``tuned_as``).
+    """
+
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    seed: int = 0
+    arms: list[str] | None = None
+
+    def __post_init__(self):
+        require_whole("tuning.seed", self.seed, minimum=0)
+        if not self.grid:
+            raise UserError("tuning.grid is empty; expected values to try by setting, such as optim.learning_rate")
+        for name, values in self.grid.items():
+            if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
+                raise UserError(f"tuning.grid.{name} is {values!r}; expected a list of different values")
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """A comparison.
+
+    Args:
+        arms: For each arm what it changes of the base recipe. Besides settings of a recipe: ``preset`` (article,
+            released or dense) for those of ``avatarl``, and ``tuned_as`` (an arm) for the values that the search found
+            for that one. ``critic`` may name one of ``critics``, or several.
+        out: The folder to make, with every run in it.
+        base: The recipe that all arms start from: its settings, or a file that holds them.
+        data: A prepared data folder, in the place of the base recipe's.
+        seeds: A run of each arm for each: initial weights, order of the data, dropout and draws.
+        baseline: The arm that the others are compared with.
+        critics: Critics that are trained first, on the same data: for each what it changes of the base recipe, with
+            ``tuned_as`` as for arms, and ``cache`` (the options of ``avatarl critic cache``, or ``{}``) to store what
+            it says.
+        tuning: The search for each arm's settings (None: none).
+        pairs: Minimal pairs to score every player on: a .jsonl file or a folder of them.
+        workers: How many runs train at once (None: one on each GPU, or on each core of a CPU).
+    """
+
+    arms: dict[str, dict[str, Any]]
+    out: str
+    base: str | dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    baseline: str = "cross_entropy"
+    critics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tuning: TuningConfig | None = None
+    pairs: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self):
+        if not self.arms:
+            raise UserError("arms is empty; expected what each arm changes of the base recipe, by its name")
+        for kind, names in (("arm", self.arms), ("critic", self.critics)):
+            for name, changes in names.items():
+                if not NAME.fullmatch(str(name)):
+                    raise UserError(f"{kind} is named {name!r}; expected letters, digits, '.', '_' and '-'")
+                if not isinstance(changes, dict | None):
+                    raise UserError(f"{kind} {name} is {changes!r}; expected settings by name, or {{}}")
+        _require_arm("baseline", self.baseline, self.arms)
+        for number in self.seeds:
+            require_whole("seeds", number, minimum=0)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds is {self.seeds}; expected at least one, each once")
+        if self.workers is not None:
+            require_whole("workers", self.workers, minimum=1)
+        if self.tuning is not None:
+            if self.tuning.seed in self.seeds:
+                raise UserError(f"tuning.seed is {self.tuning.seed}, one of seeds; expected another, which only tunes")
+            for name in self.tuning.arms or ():
+                _require_arm("tuning.arms", name, self.arms)
+        for kind, names in (("arm", self.arms), ("critic", self.critics)):
+            for name, changes in names.items():
+                self._check_inheritance(kind, name, changes or {})
+
+    def _check_inheritance(self, kind: str, name: str, changes: Mapping[str, Any]) -> None:
+        """Refuse ``tuned_as`` of what is not tuned, and critics that wait for themselves."""
+        other = changes.get("tuned_as")
+        if other is not None:
+            _require_arm(f"{kind} {name}: tuned_as", other, self.arms)
+            if not self.is_tuned(other):
+                raise UserError(f"{kind} {name}: tuned_as is {other!r}, which is not tuned; expected one that is")
+        self._ancestors(kind, name, ())
+
+    def _ancestors(self, kind: str, name: str, path: tuple[tuple[str, str], ...]) -> None:
+        """Walk to all that an arm or critic waits for; UserError where that is itself."""
+        if (kind, name) in path:
+            raise UserError(f"{kind} {name} waits for itself: its critics and tuned_as lead back to it")
+        path = (*path, (kind, name))
+        changes = (self.arms if kind == "arm" else self.critics)[name] or {}
+        if "tuned_as" in changes:
+            self._ancestors("arm", changes["tuned_as"], path)
+        for critic in critics_of(changes):
+            if critic in self.critics:
+                self._ancestors("critic", critic, path)
+
+    def is_tuned(self, arm: str) -> bool:
+        """Whether an arm goes through the search itself."""
+        if self.tuning is None or "tuned_as" in (self.arms[arm] or {}):
+            return False
+        return self.tuning.arms is None or arm in self.tuning.arms
+
+    def base_settings(self) -> Settings:
+        """The base recipe's settings by their dotted names, with ``data`` in its place.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        nested = self.base
+        if isinstance(nested, str):
+            check_recipe(nested)
+            nested = yaml.safe_load(Path(nested).read_text(encoding="utf-8"))
+            if not isinstance(nested, dict):
+                raise UserError(f"base {self.base} holds no settings by name; expected a recipe")
+        settings = by_dotted_names(nested)
+        for name in ("out", "seed"):
+            settings.pop(name, None)
+        if self.data is not None:
+            settings["data"] = self.data
+        return settings
+
+    def changes_of(self, kind: str, name: str) -> Settings:
+        """What an arm or a critic changes of the base recipe, by dotted names, its preset spelled out.
+
+        Raises:
+            UserError: It changes what all runs share.
+        """
+        given = dict((self.arms if kind == "arm" else self.critics)[name] or {})
+        for key in ("tuned_as", *(("cache", "seed") if kind == "critic" else ())):
+            given.pop(key, None)
+        changes = {}
+        if (preset := given.pop("preset", None)) is not None:
+            if preset not in PRESETS:
+                raise UserError(f"{kind} {name}: preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+            changes = by_dotted_names({"avatarl": dataclasses.asdict(getattr(AvataRLConfig, preset)())})
+        changes |= by_dotted_names(given)
+        shared = [setting for setting in changes if setting in SHARED]
+        if shared:
+            raise UserError(f"{kind} {name} changes {shared[0]}, which all runs share; set it in the base recipe")
+        return changes
+
+
+def critics_of(changes: Mapping[str, Any]) -> list[str]:
+    """The critics that settings name."""
+    critic = changes.get("critic")
+    return [] if critic is None else [critic] if isinstance(critic, str) else list(critic)
+
+
+def by_dotted_names(nested: Mapping[str, Any], prefix: str = "") -> Settings:
+    """Settings by their dotted names, whether they were nested, dotted already, or both.
+
+    ``player.settings`` and ``critic_quantization`` are one setting each.
+    """
+    flat: Settings = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name not in ("player.settings", "critic_quantization"):
+            flat |= by_dotted_names(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def make_run(settings: Settings, out: Path, seed: int) -> TrainConfig:
+    """The run that settings describe.
+
+    Raises:
+        UserError: A setting is unknown, or its value is not accepted.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in {**settings, "out": str(out), "seed": seed}.items():
+        *groups, last = name.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    parser = make_parser("avatarl compare", None)
+    parser.add_class_arguments(TrainConfig)
+    return TrainConfig(**parse_settings(parser, nested))
+
+
+def _require_arm(field: str, name: object, arms: Mapping[str, Any]) -> None:
+    if name not in arms:
+        raise UserError(
+            f"{field} is {name!r}; expected one of the arms, {', '.join(arms)}{nearest_name(str(name), arms)}"
+        )

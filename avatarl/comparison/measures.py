@@ -1,0 +1,227 @@
+"""What finished runs measured, as rows of numbers: one of each run, one of each of its evaluations, one of each point
+that was tried. The tables are made from these rows alone, whether they come from runs or from the CSV files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from avatarl.data import PreparedData
+from avatarl.errors import UserError
+from avatarl.outside import refusing
+from avatarl.results.evaluate import evaluate
+from avatarl.results.minimal_pairs import read_pairs, score_pairs
+from avatarl.results.runs import read_metrics, read_record, read_settings
+from avatarl.training.folder.durable import replace_file
+from avatarl.training.folder.identity import flatten
+
+from .config import ComparisonConfig
+from .progress import Member, Tuned
+
+# Of results.csv: text and whole numbers first, then what an evaluation of the best player on the whole validation split
+# says, then what the run took. Units are those of docs/metrics.md.
+LABELS = ("arm", "seed", "objective", "parameters", "unique_tokens", "tokens", "best_tokens")
+EVALUATED = (
+    "cross_entropy",
+    "bits_per_byte",
+    "top1_accuracy",
+    "top16_accuracy",
+    "entropy",
+    "expected_calibration_error",
+    "top16_calibration_error",
+    "minimal_pairs_accuracy",
+)
+TRAINED = ("best_cross_entropy", "final_cross_entropy", "other_reward_share", "expected_reward_share")
+SPENT = ("player_flops", "critic_flops", "critic_training_flops", "seconds")
+RESULT = (*LABELS, *EVALUATED, *TRAINED, *SPENT)
+# Of curves.csv. ``flops`` are those of player and critics' forward passes, ``all_flops`` with their training;
+# those that were spent before the first step count from the start.
+CURVE = ("arm", "seed", "step", "tokens", "flops", "all_flops", "seconds", "cross_entropy")
+
+Row = dict[str, Any]
+
+
+def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData, out: Path, device: str) -> Row:
+    """One run: what its best player does on the whole validation split, and what it took.
+
+    An evaluation is kept in ``OUT/evaluations`` and read back while player and data are the same.
+    """
+    record, sizes = read_record(member.folder), sizes_of(member.folder)
+    settings = flatten(read_settings(member.folder))
+    found = _evaluation(member, comparison, data, out, device)
+    evaluations = read_metrics(member.folder, "eval")
+    best = min(evaluations, key=lambda line: line["cross_entropy"])
+    last = evaluations[-1]
+    flops = spent_before(member)
+    return {
+        "arm": member.arm,
+        "seed": member.seed,
+        "objective": settings["objective"],
+        **{name: sizes[name] for name in ("parameters", "unique_tokens", "tokens")},
+        "best_tokens": best["tokens"],
+        **{name: found[name] for name in EVALUATED[:-1]},
+        "minimal_pairs_accuracy": found.get("minimal_pairs", {}).get("accuracy"),
+        "best_cross_entropy": best["cross_entropy"],
+        "final_cross_entropy": last["cross_entropy"],
+        "other_reward_share": last.get("other_reward_share"),
+        "expected_reward_share": last.get("expected_reward_share"),
+        "player_flops": sizes["player_flops"],
+        "critic_flops": sizes["critic_flops"] + sizes["cached_critic_flops"],
+        "critic_training_flops": flops[1],
+        "seconds": seconds_until(read_metrics(member.folder, "train"), sizes["tokens"]),
+        "device": record.get("device"),
+    }
+
+
+def curve_rows(member: Member) -> list[Row]:
+    """Every evaluation of a run, with what had been spent until then."""
+    cached, training = spent_before(member)
+    lines = read_metrics(member.folder, "train")
+    rows = []
+    for line in read_metrics(member.folder, "eval"):
+        flops = line["player_flops"] + line["critic_flops"] + cached
+        rows.append(
+            {
+                "arm": member.arm,
+                "seed": member.seed,
+                "step": line["step"],
+                "tokens": line["tokens"],
+                "flops": flops,
+                "all_flops": None if training is None else flops + training,
+                "seconds": seconds_until(lines, line["tokens"]),
+                "cross_entropy": line["cross_entropy"],
+            }
+        )
+    return rows
+
+
+def tuning_rows(tuned: Iterable[Tuned], grid: Mapping[str, Sequence]) -> list[Row]:
+    """Every point that the searches tried."""
+    return [
+        {
+            "arm": each.arm,
+            **dict(zip(grid, each.point, strict=True)),
+            "cross_entropy": each.cross_entropy,
+            "is_chosen": int(each.is_chosen),
+        }
+        for each in tuned
+    ]
+
+
+def sizes_of(run: Path) -> dict[str, float]:
+    """Parameters, tokens and FLOPs of a run, from its record.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    sizes = read_record(run).get("sizes")
+    if not isinstance(sizes, dict):
+        raise UserError(f"{run / 'environment.json'} is missing or damaged; expected the record of a run")
+    return sizes
+
+
+def spent_before(member: Member) -> tuple[float, float | None]:
+    """FLOPs that were spent on a run's critics before its first step: on their caches, and on their training.
+
+    The latter is None where a critic was made elsewhere, so that nobody knows.
+    """
+    cached = sizes_of(member.folder)["cached_critic_flops"]
+    named = read_settings(member.folder).get("critic") or []
+    outside = [name for name in ([named] if isinstance(named, str) else named) if not _needs_no_training(name)]
+    if len(outside) > len(member.critics):
+        return cached, None
+    trained = [sizes_of(critic) for critic in member.critics]
+    return cached, sum(
+        sizes["player_flops"] + sizes["critic_flops"] + sizes["cached_critic_flops"] for sizes in trained
+    )
+
+
+def _needs_no_training(critic: str) -> bool:
+    return critic.startswith(("ema:", "random:"))
+
+
+def seconds_until(lines: Iterable[Mapping[str, float]], tokens: float) -> float:
+    """Seconds of training until a number of tokens had been read, from a run's own lines; evaluations not counted."""
+    seconds = before = 0.0
+    for line in lines:
+        if line["tokens"] > tokens:
+            # The line that lies across it, in proportion.
+            return seconds + (tokens - before) / line["tokens_per_second"]
+        seconds += (line["tokens"] - before) / line["tokens_per_second"]
+        before = line["tokens"]
+    return seconds
+
+
+def _evaluation(
+    member: Member, comparison: ComparisonConfig, data: PreparedData, out: Path, device: str
+) -> dict[str, Any]:
+    weights = hashlib.sha256((member.folder / "player" / "model.safetensors").read_bytes()).hexdigest()
+    of = {"player": weights, "data": data.digest, "pairs": comparison.pairs}
+    path = out / "evaluations" / f"{member.arm}-seed-{member.seed}.json"
+    if path.is_file():
+        with refusing(f"{path} cannot be read (", "); remove it"):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("of") == of:
+            return kept["found"]
+    found = evaluate(member.folder, data.path, device=device)
+    if comparison.pairs is not None:
+        found["minimal_pairs"] = score_pairs(member.folder, read_pairs(comparison.pairs), device=device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps({"of": of, "found": found}, indent=1))
+    return found
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV; what a row does not have stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in columns})
+    replace_file(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file that :func:`write_rows` wrote: numbers as numbers, None where a cell is empty.
+
+    Raises:
+        UserError: There is no such file, or it is none of a comparison.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; a comparison's folder or its CSV files are expected") from error
+    if rows and "arm" not in rows[0]:
+        raise UserError(f"{path} has no column arm; expected a table that `avatarl compare` wrote")
+    return rows
+
+
+def _cell(value: Any) -> Any:
+    if value is None or isinstance(value, float) and math.isnan(value):
+        return ""
+    return f"{value:.8g}" if isinstance(value, float) else value
+
+
+def _value(name: str, text: str) -> Any:
+    if text == "":
+        return None
+    if name in ("arm", "objective", "device"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text

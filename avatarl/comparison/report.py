@@ -1,0 +1,137 @@
+"""A comparison's report, from the CSV files in its folder: whoever has these can make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avatarl.inert import one_line
+from avatarl.results.charts import Style
+from avatarl.results.pages import read_source, render_markdown, render_page
+from avatarl.results.runs import read_runs
+from avatarl.results.tables import Table, settings_table
+from avatarl.training.folder.durable import replace_file
+from avatarl.version import __version__
+
+from .measures import Row, read_rows
+from .tables import arms_of, budget_table, cost_table, curves_by_run, outcome_table, quality_table, tuning_table
+
+# A curve's axes: columns of curves.csv and how a page calls them.
+AXES = {
+    "tokens": "training tokens",
+    "flops": "FLOPs of player and critics",
+    "all_flops": "FLOPs with the critics' training",
+    "seconds": "seconds of training",
+}
+
+
+def write_reports(folder: Path, baseline: str) -> None:
+    """Write ``report.md`` and ``report.html`` beside the CSV files of ``folder``.
+
+    Raises:
+        UserError: A file is missing, or is not what a comparison writes.
+    """
+    results, curves, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "curves", "tuning"))
+    values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, results)}
+    replace_file(folder / "report.md", render_markdown("compare.md", **values))
+    replace_file(folder / "report.html", _page(values))
+
+
+def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[Row], baseline: str) -> dict[str, Any]:
+    """All that the templates name but the settings."""
+    arms = arms_of(results)
+    return {
+        "version": __version__,
+        "written": datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
+        "command": one_line(shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "avatarl"), *sys.argv[1:]])),
+        "runs": [{"name": arm, **Style.of(number)._asdict()} for number, arm in enumerate(arms)],
+        "baseline": arms.index(baseline),
+        "baseline_name": baseline,
+        "seeds": sorted({row["seed"] for row in results}),
+        "warnings": _warnings(results, baseline),
+        "outcome": outcome_table(results, baseline),
+        "budgets": budget_table(results, curves, baseline),
+        "quality": quality_table(results, baseline),
+        "costs": cost_table(results, baseline),
+        "tuning": tuning_table(tuning) if tuning else None,
+        **curve_data(curves, arms),
+    }
+
+
+def curve_data(curves: Sequence[Row], arms: Sequence[str]) -> dict[str, Any]:
+    """Validation cross-entropy of each arm, the mean over seeds at each evaluation, as report.js draws it."""
+    series, places = [], []
+    for number, arm in enumerate(arms):
+        of_arm = [curve for (name, _), curve in curves_by_run(curves).items() if name == arm]
+        common = sorted(set.intersection(*({row["step"] for row in curve} for curve in of_arm)))
+        means = [_means([row for curve in of_arm for row in curve if row["step"] == step]) for step in common]
+        places.append({axis: _column(means, axis) for axis in AXES})
+        series.append({"run": number, "y": _column(means, "cross_entropy")})
+    chart = {
+        "id": "eval-cross_entropy",
+        "event": "eval",
+        "metric": "cross_entropy",
+        "title": "Validation cross-entropy, mean over seeds",
+        "unit": "nats per token",
+        "note": "",
+        "series": series,
+    }
+    known = {axis: words for axis, words in AXES.items() if all(place[axis] is not None for place in places)}
+    return {"charts": [chart], "axes": known, "places": places}
+
+
+def _means(rows: Sequence[Row]) -> Mapping[str, float | None]:
+    names = (*AXES, "cross_entropy")
+    columns = {name: [row[name] for row in rows] for name in names}
+    return {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
+
+
+def _column(rows: Sequence[Mapping[str, float | None]], name: str) -> list[float] | None:
+    values = [row[name] for row in rows]
+    return None if None in values else [float(f"{value:.6g}") for value in values]
+
+
+def _warnings(results: Sequence[Row], baseline: str) -> list[str]:
+    """What would mislead somebody who did not know it."""
+    warnings = []
+    of_arm = {arm: {row["seed"] for row in results if row["arm"] == arm} for arm in arms_of(results)}
+    if len(of_arm[baseline]) < 2:
+        warnings.append("One seed: how far another would move a number cannot be told, and there is no interval.")
+    short = [arm for arm, seeds in of_arm.items() if seeds != of_arm[baseline]]
+    if short:
+        warnings.append(
+            f"Not all arms have the seeds of the baseline: {', '.join(short)}. Differences are of common ones."
+        )
+    unknown = [arm for arm in of_arm if any(r["critic_training_flops"] is None for r in results if r["arm"] == arm)]
+    if unknown:
+        warnings.append(f"What the critics of {', '.join(unknown)} cost to train is unknown: they were made elsewhere.")
+    return warnings
+
+
+def _settings(folder: Path, results: Sequence[Row]) -> Table | None:
+    """The settings of each arm's first run; None where only the CSV files are there."""
+    firsts = {row["arm"]: row["seed"] for row in reversed(results)}
+    folders = [folder / "runs" / arm / f"seed-{firsts[arm]}" for arm in arms_of(results)]
+    if not all(run.is_dir() for run in folders):
+        return None
+    runs = read_runs(folders, ())
+    return settings_table([dataclasses.replace(run, name=run.folder.parent.name) for run in runs])
+
+
+def _page(values: Mapping[str, Any]) -> str:
+    from plotly.offline import get_plotlyjs
+
+    drawn = {
+        "runs": values["runs"],
+        "axes": {"eval": values["places"]},
+        "charts": values["charts"],
+        "reliability": [],
+    }
+    return render_page("compare.html", [get_plotlyjs(), read_source("report.js")], drawn=drawn, **values)

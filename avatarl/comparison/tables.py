@@ -1,0 +1,257 @@
+"""The tables of a comparison, from its rows and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from avatarl.results.tables import ABSENT, Cell, Metric, Row, Table
+
+from .measures import Row as Measured
+from .statistics import (
+    BySeed,
+    Difference,
+    by_seed,
+    cost_to_reach,
+    paired_difference,
+    reached_within,
+    spread,
+)
+
+CROSS_ENTROPY = Metric("cross_entropy", "cross-entropy", "nats per token", 4, -1)
+QUALITY = (
+    Metric("expected_calibration_error", "calibration error", "% of probability", 2, -1, 100),
+    Metric("top16_calibration_error", "calibration error, top 16", "% of probability", 2, -1, 100),
+    Metric("entropy", "entropy", "nats", 3),
+    Metric("top1_accuracy", "top-1 accuracy", "% of tokens", 2, +1, 100),
+    Metric("top16_accuracy", "top-16 accuracy", "% of tokens", 2, +1, 100),
+    Metric("minimal_pairs_accuracy", "minimal pairs", "% right", 2, +1, 100),
+    Metric("other_reward_share", "reward on other tokens", "% of the reward", 2, 0, 100),
+    Metric("best_tokens", "best player at", "M tokens", 2, 0, 1e-6),
+)
+# What both are given of: a column of curves.csv, and how it is called.
+BUDGETS = {
+    "tokens": "equal tokens",
+    "flops": "equal FLOPs, critics' forward passes counted",
+    "all_flops": "equal FLOPs, critics' training counted too",
+    "seconds": "equal training time",
+}
+
+
+def outcome_table(results: Sequence[Measured], baseline: str) -> Table:
+    """The best player's cross-entropy on the whole validation split, and its difference to the baseline's."""
+    rows = []
+    of_baseline = by_seed(results, baseline, "cross_entropy")
+    for arm in arms_of(results):
+        values = by_seed(results, arm, "cross_entropy")
+        found = spread(values)
+        difference = None if arm == baseline else paired_difference(values, of_baseline)
+        cells = [Cell(spread_text(values, CROSS_ENTROPY))]
+        if difference is None:
+            cells += [Cell(ABSENT)] * 4
+        else:
+            relative = difference.mean / spread(of_baseline).mean
+            cells += [
+                Cell(signed(difference.mean, 4), "", verdict(difference, CROSS_ENTROPY)),
+                Cell(f"{signed(100 * relative, 2)} %"),
+                Cell(interval_text(difference, 4)),
+                Cell(p_text(difference.p)),
+            ]
+        cells.append(Cell(str(found.count if found else 0)))
+        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+    columns = ("cross-entropy", "difference", "relative", "95 % interval", "p", "seeds")
+    return Table("", columns, (("", tuple(rows)),), "arm")
+
+
+def budget_table(results: Sequence[Measured], curves: Sequence[Measured], baseline: str) -> Table:
+    """The lowest validation cross-entropy of each arm by the time it had spent what the baseline spends in all."""
+    of_run = curves_by_run(curves)
+    rows = []
+    for arm in arms_of(results):
+        cells = []
+        for cost in BUDGETS:
+            reached = {name: _reached(of_run, name, baseline, cost) for name in (arm, baseline)}
+            cells.append(compared(CROSS_ENTROPY, reached[arm], None if arm == baseline else reached[baseline]))
+        cells.append(_tokens_to_reach(of_run, arm, baseline))
+        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+    columns = (*BUDGETS.values(), "tokens to the baseline's best")
+    return Table("", columns, (("", tuple(rows)),), "arm")
+
+
+def quality_table(results: Sequence[Measured], baseline: str) -> Table:
+    """Calibration, entropy and accuracies of the best players."""
+    metrics = [metric for metric in QUALITY if any(row.get(metric.name) is not None for row in results)]
+    rows = []
+    for arm in arms_of(results):
+        cells = []
+        for metric in metrics:
+            values = by_seed(results, arm, metric.name)
+            cells.append(compared(metric, values, None if arm == baseline else by_seed(results, baseline, metric.name)))
+        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+    return Table("", tuple(f"{metric.title}, {metric.unit}" for metric in metrics), (("", tuple(rows)),), "arm")
+
+
+def cost_table(results: Sequence[Measured], baseline: str) -> Table:
+    """What a run of each arm took, means over seeds."""
+    columns: dict[str, Callable[[Measured], float | None]] = {
+        "unique tokens": lambda row: row["unique_tokens"],
+        "training tokens": lambda row: row["tokens"],
+        "PFLOP of the player": lambda row: row["player_flops"] / 1e15,
+        "of critics' forward passes": lambda row: row["critic_flops"] / 1e15,
+        "of critics' training": lambda row: _scaled(row["critic_training_flops"], 1e-15),
+        "seconds of training": lambda row: row["seconds"],
+    }
+    means = {
+        arm: [_mean([value(row) for row in results if row["arm"] == arm]) for value in columns.values()]
+        for arm in arms_of(results)
+    }
+    rows = []
+    for arm, numbers in means.items():
+        cells = []
+        for name, number, of_baseline in zip(columns, numbers, means[baseline], strict=True):
+            digits = 3 if number is not None and number < 100 and "tokens" not in name else 0
+            text = ABSENT if number is None else "0" if number == 0 else f"{number:,.{digits}f}"
+            is_ratio = name.startswith("seconds") and arm != baseline and number and of_baseline
+            cells.append(Cell(text, f"{number / of_baseline:.2f} ×" if is_ratio else ""))
+        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+    return Table("", tuple(columns), (("", tuple(rows)),), "arm")
+
+
+def tuning_table(tuning: Sequence[Measured]) -> Table:
+    """Every point that the searches tried, one seed each; the chosen ones are marked."""
+    settings = [name for name in tuning[0] if name not in ("arm", "cross_entropy", "is_chosen")] if tuning else []
+    sections = []
+    for arm in arms_of(tuning):
+        of_arm = [row for row in tuning if row["arm"] == arm]
+        rows = []
+        for row in sorted(of_arm, key=lambda row: [_order(row[name]) for name in settings]):
+            score = row["cross_entropy"]
+            text = f"{score:.4f}" if math.isfinite(score) else "gave up"
+            name = ", ".join(f"{name} {row[name]}" for name in settings)
+            chosen = "chosen" + (", at the edge" if on_edge(row, of_arm, settings) else "") if row["is_chosen"] else ""
+            rows.append(Row(name, (Cell(text), Cell(chosen)), is_marked=bool(row["is_chosen"])))
+        sections.append((arm, tuple(rows)))
+    return Table("", ("best validation cross-entropy", ""), tuple(sections), "settings")
+
+
+def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]) -> list[str]:
+    """The settings whose chosen value is the smallest or largest tried, so that a better one may lie beyond."""
+    edges = []
+    for name in settings:
+        values = {row[name] for row in tried if isinstance(row[name], (int, float))}
+        if len(values) > 1 and chosen[name] in (min(values), max(values)):
+            edges.append(name)
+    return edges
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def compared(metric: Metric, values: BySeed, baseline: BySeed | None) -> Cell:
+    """A number over seeds with its paired difference to the baseline's."""
+    if not values:
+        return Cell(ABSENT)
+    text = spread_text(values, metric)
+    difference = None if baseline is None else paired_difference(values, baseline)
+    if difference is None:
+        return Cell(text)
+    scaled = Difference(*(value * metric.scale for value in difference[:3]), *difference[3:])
+    interval = interval_text(scaled, metric.digits)
+    shown = signed(scaled.mean, metric.digits) + (f" {interval}" if interval != ABSENT else "")
+    return Cell(text, shown, verdict(difference, metric))
+
+
+def verdict(difference: Difference, metric: Metric) -> str:
+    """``better`` or ``worse`` where the 95 % interval does not hold zero."""
+    if math.isnan(difference.lower) or difference.lower <= 0 <= difference.upper or not metric.better:
+        return ""
+    return "better" if difference.mean * metric.better > 0 else "worse"
+
+
+def spread_text(values: BySeed, metric: Metric) -> str:
+    """Mean ± standard deviation."""
+    found = spread(values)
+    if found is None:
+        return ABSENT
+    mean = f"{found.mean * metric.scale:,.{metric.digits}f}".replace("-", "−")
+    deviation = "" if math.isnan(found.deviation) else f" ± {found.deviation * metric.scale:.{metric.digits}f}"
+    return mean + deviation
+
+
+def interval_text(difference: Difference, digits: int) -> str:
+    """``[−0.031, −0.012]``."""
+    if math.isnan(difference.lower):
+        return ABSENT
+    return f"[{signed(difference.lower, digits)}, {signed(difference.upper, digits)}]"
+
+
+def signed(number: float, digits: int) -> str:
+    """A difference with its sign; a typographic minus."""
+    text = f"{number:+,.{digits}f}"
+    return (text[1:] if float(text.replace(",", "")) == 0 else text).replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """p to two digits."""
+    if math.isnan(p):
+        return ABSENT
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def arms_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arms in the order in which they come."""
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def curves_by_run(curves: Sequence[Measured]) -> dict[tuple[str, int], list[Measured]]:
+    """The evaluations of each run, in order."""
+    of_run: dict[tuple[str, int], list[Measured]] = {}
+    for row in curves:
+        of_run.setdefault((row["arm"], row["seed"]), []).append(row)
+    return of_run
+
+
+def _reached(of_run: Mapping[tuple[str, int], list[Measured]], arm: str, baseline: str, cost: str) -> BySeed:
+    reached = {}
+    for (name, seed), curve in of_run.items():
+        budget = of_run.get((baseline, seed), [{}])[-1].get(cost)
+        if name == arm and budget is not None:
+            best = reached_within(curve, cost, budget)
+            if best is not None:
+                reached[seed] = best
+    return reached
+
+
+def _tokens_to_reach(of_run: Mapping[tuple[str, int], list[Measured]], arm: str, baseline: str) -> Cell:
+    """Tokens until an arm was as good as the baseline's best in the same seed, and as a share of what that took."""
+    needed, shares, asked = {}, {}, 0
+    for (name, seed), curve in of_run.items():
+        other = of_run.get((baseline, seed))
+        if name == arm and other:
+            asked += 1
+            wanted = min(row["cross_entropy"] for row in other)
+            tokens, of_baseline = (cost_to_reach(each, "tokens", wanted) for each in (curve, other))
+            if tokens is not None:
+                needed[seed], shares[seed] = tokens, tokens / of_baseline
+    if not needed:
+        return Cell(ABSENT if not asked else "never")
+    text = f"{spread(needed).mean / 1e6:.2f} M"
+    if len(needed) < asked:
+        text += f" in {len(needed)} of {asked}"
+    return Cell(text, "" if arm == baseline else f"{100 * spread(shares).mean:.0f} %")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values or not values else sum(values) / len(values)
+
+
+def _scaled(value: float | None, scale: float) -> float | None:
+    return None if value is None else value * scale
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
