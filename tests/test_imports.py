@@ -12,15 +12,18 @@ import pytest
 import avatarl
 
 PACKAGE = Path(avatarl.__file__).parent
-CHAPTERS = ("objective", "data", "models", "training", "integrations", "planning", "results")
+CHAPTERS = ("objective", "data", "models", "training", "integrations", "planning", "results", "comparison")
+SHELL = {"demo", "cli", "process"}
+READERS = {"planning", "results", "comparison", "options", *SHELL}
 LATER = {
-    "objective": {"data", "models", "training", "planning", "results", "demo", "cli", "options", "process"},
-    "data": {"objective", "models", "training", "planning", "results", "demo", "cli", "options", "process"},
-    "models": {"training", "planning", "results", "demo", "cli", "options", "process"},
-    "training": {"planning", "results", "demo", "cli", "options", "process"},
-    "integrations": {"planning", "results", "demo", "cli", "options", "process"},
-    "planning": {"results", "demo", "cli", "options", "process"},
-    "results": {"demo", "cli", "options", "process"},
+    "objective": {"data", "models", "training", *READERS},
+    "data": {"objective", "models", "training", *READERS},
+    "models": {"training", *READERS},
+    "training": READERS,
+    "integrations": READERS,
+    "planning": READERS - {"planning"},
+    "results": READERS - {"planning", "results"},
+    "comparison": SHELL,
 }
 
 

@@ -122,7 +122,10 @@ def _settings(folder: Path, results: Sequence[Row]) -> Table | None:
     if not all(run.is_dir() for run in folders):
         return None
     runs = read_runs(folders, ())
-    return settings_table([dataclasses.replace(run, name=run.folder.parent.name) for run in runs])
+    of_arms = [dataclasses.replace(run, name=run.folder.parent.name) for run in runs]
+    for run in of_arms:  # which differs, and says nothing
+        run.settings.pop("out", None)
+    return settings_table(of_arms)
 
 
 def _page(values: Mapping[str, Any]) -> str:
