@@ -233,10 +233,12 @@ class Windows:
             )
         self.stream = stream
         self.block = block
-        self._places = spread((len(stream) - 1) // block, count)  # of each window among all of the stream's
+        self._total = (len(stream) - 1) // block
+        # Of each window its place among all of the stream's, where it is another.
+        self._places = None if count is None else spread(self._total, count)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._total if self._places is None else len(self._places)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 (B, block); a target is the token after its input."""
@@ -244,7 +246,7 @@ class Windows:
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index} of {len(self)}")
-            start = int(self._places[index]) * self.block
+            start = int(index if self._places is None else self._places[index]) * self.block
             windows[row] = self.stream.slice(start, start + self.block + 1)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -52,7 +52,7 @@ class Trained(NamedTuple):
     tokens: int
     seconds: float | None  # of training alone
     flops: tuple[float, float] | None  # of the player, of critics; None where the run did not log them
-    epochs: float | None  # None where the data is gone
+    epochs: float | None  # None where nothing says how long one is
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -64,7 +64,8 @@ class Trained(NamedTuple):
 
 
 def what_was_trained(run: Run, train_tokens: int | None) -> Trained:
-    """Sum up a run's log; ``train_tokens`` are those of its data."""
+    """Sum up a run's log; ``train_tokens`` are its data's, where it does not say what an epoch is."""
+    unique_tokens = _size(run, "unique_tokens") or train_tokens
     last = {"step": 0.0, "tokens": 0.0, "player_flops": math.nan, "critic_flops": math.nan}
     for columns in (run.eval, run.train):
         if len(columns["step"]) and columns["step"][-1] >= last["step"]:
@@ -77,7 +78,7 @@ def what_was_trained(run: Run, train_tokens: int | None) -> Trained:
         tokens=int(last["tokens"]),
         seconds=seconds or None,
         flops=flops if all(map(math.isfinite, flops)) else None,
-        epochs=last["tokens"] / train_tokens if train_tokens else None,
+        epochs=last["tokens"] / unique_tokens if unique_tokens else None,
     )
 
 

@@ -60,6 +60,17 @@ def test_a_stream_too_short_for_one_window_is_the_users_to_mend(stream):
         Windows(stream, 0)
 
 
+def test_a_part_of_the_windows_is_spread_evenly_from_the_first_to_the_last(stream):
+    whole = Windows(stream, 9)  # 100 tokens: 11 windows
+    part = Windows(stream, 9, count=3)
+    assert len(whole) == len(Windows(stream, 9, count=11)) == len(Windows(stream, 9, count=100)) == 11
+    assert len(part) == 3
+    for found, expected in zip(part.batch([0, 1, 2]), whole.batch([0, 5, 10]), strict=True):
+        assert found.equal(expected)
+    with pytest.raises(IndexError, match="window 3 of 3"):
+        part.batch([3])
+
+
 def test_every_epoch_is_a_permutation_of_its_own():
     order = WindowOrder(50, seed=1)
     epochs = [order.indices(50 * epoch, 50) for epoch in range(4)]

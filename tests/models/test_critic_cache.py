@@ -247,3 +247,29 @@ def test_the_command(tmp_path, data_folder, critic_folder, capsys):
         capsys.readouterr().err.strip()
         == "avatarl: critic is followed by 'cash'; expected cache; did you mean 'cache'?"
     )
+
+
+# --- a part of the text -----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_a_part_of_the_text_answers_for_its_windows_and_is_refused_for_others(
+    data_folder: Path, critic_folder: Path, critic_cache: Path, tmp_path: Path
+):
+    out, data = tmp_path / "part", PreparedData.open(data_folder)
+    every_token = 6 + 4 * 300
+    manifest = cache_critic(
+        str(critic_folder), data_folder, out, bytes_per_token=every_token, train_windows=5, **COMMON
+    )
+    whole, part = CriticCache.open(critic_cache, data, BLOCK), CriticCache.open(out, data, BLOCK, train_windows=5)
+    last = len(Windows(data.train, BLOCK)) - 1
+    same = [(0, 0), (1, round(last / 4)), (4, last)]
+    for index, of_whole in same:
+        found, expected = part.rows("train", [index]), whole.rows("train", [of_whole])
+        assert found.log_probs.equal(expected.log_probs)
+        assert found.tokens.equal(expected.tokens)
+    assert part.rows("valid", [3]).log_probs.equal(whole.rows("valid", [3]).log_probs)
+    assert manifest["windows"] == {"train": 5, "valid": whole.manifest["windows"]["valid"]}
+    assert part.flops < whole.flops
+    for wanted in (None, 4):
+        with pytest.raises(UserError, match="covers 5 train and .* windows; expected .* --train_windows"):
+            CriticCache.open(out, data, BLOCK, train_windows=wanted)

@@ -76,7 +76,7 @@ def test_a_cache_of_a_fraction(caches, tmp_path, data):
     (cache / "valid-00000.bin").write_bytes(content)
     manifest["files"]["valid-00000.bin"] = file_record(cache / "valid-00000.bin")
     (cache / "cache.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="covers 460 train and 3 valid windows; expected all, 460 and 39"):
+    with pytest.raises(UserError, match="covers 460 train and 3 valid windows; expected 460 and 39"):
         CriticCache.open(cache, data, BLOCK)
 
 

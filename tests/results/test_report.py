@@ -170,7 +170,7 @@ def test_only_what_can_be_compared_is(tmp_path: Path, monkeypatch):
     runs = []
     for number, name in enumerate(("first", "second")):
         data = write_data(tmp_path / f"data-{name}", train_tokens=100 + number)
-        record = {"identity": {"tokenizer": name}}
+        record = {"identity": {"tokenizer": name}, "sizes": {"unique_tokens": 50} if number else {}}
         run = write_run(tmp_path / name, [line("eval", 50, cross_entropy=3.0)], record, data=str(data))
         (run / "player").mkdir()
         runs.append(run)
@@ -180,7 +180,7 @@ def test_only_what_can_be_compared_is(tmp_path: Path, monkeypatch):
     assert page.tables["Results"]["cross-entropy nats per token"] == ["2.000", "1.000"]
     assert page.tables["Results"]["best validation cross-entropy nats per token"] == ["3.000", "3.000"]
     assert "different tokenizers" in page.text and "different data" in page.text
-    assert page.tables["What was trained on what"]["epochs"] == [f"{50 * 2048 / 100:.2f}", f"{50 * 2048 / 101:.2f}"]
+    assert page.tables["What was trained on what"]["epochs"] == [f"{50 * 2048 / 100:.2f}", f"{50 * 2048 / 50:.2f}"]
 
 
 def test_rewards_compare_only_where_they_are_the_same(tmp_path: Path):

@@ -36,7 +36,7 @@ MODEL_FILES = {
     "tokenizer_config.json",
 }
 CHECKPOINT_FILES = {"player.safetensors", "optimiser.safetensors", "state.json", "manifest.json"}
-SIZES = {"parameters", "non_embedding_parameters", *SPENT, "cached_critic_flops"}  # as environment.json has them
+SIZES = {"parameters", "non_embedding_parameters", "unique_tokens", *SPENT, "cached_critic_flops"}  # in the record
 
 
 @pytest.fixture
@@ -228,6 +228,16 @@ def test_an_epoch_is_every_training_window_once(tiny_config, tmp_path: Path, dat
     first, second = seen[: len(windows)], seen[len(windows) :]
     assert sorted(first) == sorted(second) == everything
     assert first != second
+
+
+def test_a_run_on_a_part_of_the_text_reads_nothing_else(tiny_config, tmp_path: Path, data_folder: Path, record_inputs):
+    part = Windows(PreparedData.open(data_folder).train, BLOCK, count=8)
+    train(tiny_config(tmp_path, train_windows=8, steps=None, epochs=3, eval_every_steps=1000), quiet=True)
+    seen = sorted(tuple(row.tolist()) for batch in record_inputs[:6] for row in batch)
+    assert seen == sorted(3 * [tuple(row.tolist()) for row in part.batch(range(8))[0]])
+    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["sizes"]["unique_tokens"] == 8 * BLOCK
+    assert f"| {8 * BLOCK} of " in (tmp_path / "run" / "player" / "README.md").read_text()
 
 
 def test_another_seed_gives_other_data_and_weights(tiny_config, tmp_path: Path, record_inputs):

@@ -42,7 +42,7 @@ with avatarl by the objective `{objective}`.
 | precision | {precision} |
 | critic | {critic} |
 | data | {sources} |
-| tokens of the data | {train_tokens:,} for training, {valid_tokens:,} for validation |
+| tokens of the data | {train_tokens} for training, {valid_tokens:,} for validation |
 | SHA-256 of its manifest | `{data_digest}` |
 | tokenizer | {tokenizer}, {vocab_size:,} entries |
 {record}
@@ -124,6 +124,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
     """
     config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
     sources, spent = sources_of(manifest), parts.spent_until(step)
+    of_split, read = manifest["tokens"]["train"], parts.sizes["unique_tokens"]
     settings = {name: value for name, value in config.as_dict().items() if name != "out"}
     if not parts.critic_names:
         settings["critic"] = None  # a recipe may name one that the objective does not ask
@@ -143,7 +144,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         precision=parts.precision,
         critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
         sources=(", ".join(map(markdown_code, sources[:MOST_SOURCES])) or "unknown") + more,
-        train_tokens=manifest["tokens"]["train"],
+        train_tokens=f"{read:,} of {of_split:,}" if config.train_windows else f"{of_split:,}",
         valid_tokens=manifest["tokens"]["valid"],
         data_digest=parts.data.digest,
         tokenizer=markdown_code(str(manifest.get("tokenizer"))),
