@@ -8,14 +8,18 @@ import pytest
 import yaml
 
 from avatarl import AvataRLConfig
+from avatarl.comparison import ComparisonConfig
+from avatarl.comparison.config import make_run
 from avatarl.demo import PLAYER
 from avatarl.models import PRESETS, PlayerConfig, build_player, count_parameters
+from avatarl.options import add_recipe, make_parser, parse
 from avatarl.training import TrainConfig
 
 from .training.test_config import read_config
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+COMPARISONS = sorted((FOLDER / "comparisons").glob("*.yaml"))
 SIZES = [path.stem.removeprefix("article-") for path in RECIPES if path.stem.startswith("article-")]
 OPEN_WEB_TEXT_VOCABULARY = 50_257
 PARAMETERS = {"30m": 29_920_512, "124m": 123_551_232, "250m": 250_726_400}
@@ -45,6 +49,22 @@ def test_a_recipe_reads_as_a_configuration(path: Path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_how_to_run_it(path: Path):
     assert f"avatarl train --config recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_is_one_whose_every_run_is_a_run(path: Path):
+    parser = make_parser("avatarl compare", None)
+    add_recipe(parser)
+    parser.add_class_arguments(ComparisonConfig)
+    settings = parse(parser, ["--config", str(path)])
+    settings.pop("config")
+    comparison = ComparisonConfig(**settings)
+    assert f"avatarl compare --config recipes/comparisons/{path.name}" in path.read_text(encoding="utf-8")
+    for kind, names in (("arm", comparison.arms), ("critic", comparison.critics)):
+        for name in names:
+            changes = comparison.changes_of(kind, name)
+            run = make_run({**comparison.base_settings(), **changes}, Path("run"), seed=1)
+            assert run.objective == "cross_entropy" or run.critic or kind == "critic"
 
 
 def test_the_demos_recipe_is_the_demos_player():

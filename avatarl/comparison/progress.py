@@ -81,13 +81,14 @@ class Progress:
             RunFailed: A run that is compared gave up.
         """
         progress = cls(comparison, data)
-        for arm in comparison.arms:
-            settings = progress._settings("arm", arm)
-            for seed in comparison.seeds if settings is not None else ():
+        for seed in comparison.seeds:  # a seed after the other, so that pairs are whole where it is stopped
+            for arm in comparison.arms:
+                settings = progress._settings("arm", arm)
                 folder = progress._out / "runs" / arm / f"seed-{seed}"
-                if progress._is_finished(folder, settings, seed):
+                if settings is not None and progress._is_finished(folder, settings, seed):
                     critics = tuple(progress._out / "critics" / name for name in progress._own_critics("arm", arm))
                     progress.members.append(Member(arm, seed, folder, critics))
+        progress.members.sort(key=lambda member: list(comparison.arms).index(member.arm))
         progress.missing.sort(key=lambda job: job.name.startswith("runs/"))  # what others wait for comes first
         return progress
 

@@ -29,10 +29,23 @@ ARTICLE = dict(
 )
 RELEASED = ARTICLE | dict(top_k=4, threshold="mass", entropy_coef=0.0, temperature=1.01, per_action_mean=True)
 
+DENSE = ARTICLE | dict(
+    pool="arithmetic",
+    tail="dense",
+    smoothing=0.0,
+    reality_weight=0.5,
+    critic_weight=0.5,
+    reward_scale=1.0,
+    threshold="none",
+    reward_cap=None,
+    entropy_coef=0.0,
+)
+
 
 def test_presets_are_the_table_of_the_method():
     assert dataclasses.asdict(AvataRLConfig()) == dataclasses.asdict(AvataRLConfig.article()) == ARTICLE
     assert dataclasses.asdict(AvataRLConfig.released()) == RELEASED
+    assert dataclasses.asdict(AvataRLConfig.dense()) == DENSE
 
 
 def test_baseline_defaults():
@@ -41,7 +54,7 @@ def test_baseline_defaults():
     )
 
 
-@pytest.mark.parametrize("preset, settings", [("article", ARTICLE), ("released", RELEASED)])
+@pytest.mark.parametrize("preset, settings", [("article", ARTICLE), ("released", RELEASED), ("dense", DENSE)])
 def test_presets_take_overrides(preset, settings):
     changes = dict(top_k=64, threshold="none", entropy_coef=0.5)
     config = getattr(AvataRLConfig, preset)(**changes)
