@@ -53,6 +53,11 @@ def render_markdown(template: str, **values: Any) -> str:
     return _MARKDOWN.get_template(template).render(**values)
 
 
+def markdown_table(table: Any) -> str:
+    """One table as Markdown."""
+    return _MARKDOWN.get_template("parts.md").module.table_of(table)
+
+
 def macros_of(template: str) -> Any:
     """The macros of a template of this folder, as functions that give parts of a page."""
     return _ENVIRONMENT.get_template(template).module
