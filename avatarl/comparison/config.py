@@ -21,6 +21,7 @@ from avatarl.training import TrainConfig
 # What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
 SHARED = ("out", "data", "seed", "block", "eval_windows")
 PRESETS = ("article", "released", "dense")
+FIRST_CRITIC_SEED = 1001
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Settings = dict[str, Any]  # of a recipe, by dotted names; no setting that holds others is among them
@@ -62,9 +63,9 @@ class ComparisonConfig:
         data: A prepared data folder, in the place of the base recipe's.
         seeds: A run of each arm for each: initial weights, order of the data, dropout and draws.
         baseline: The arm that the others are compared with.
-        critics: Critics that are trained first, on the same data: for each what it changes of the base recipe, with
-            ``tuned_as`` as for arms, and ``cache`` (the options of ``avatarl critic cache``, or ``{}``) to store what
-            it says.
+        critics: Critics that are trained first, on the same data: for each what it changes of the base recipe, its
+            ``seed``, ``tuned_as`` as for arms, and ``cache`` (the options of ``avatarl critic cache``, or ``{}``) to
+            store what it says.
         tuning: The search for each arm's settings (None: none).
         pairs: Minimal pairs to score every player on: a .jsonl file or a folder of them.
         workers: How many runs train at once (None: one on each GPU, or on each core of a CPU).
@@ -102,6 +103,12 @@ class ComparisonConfig:
                 raise UserError(f"tuning.seed is {self.tuning.seed}, one of seeds; expected another, which only tunes")
             for name in self.tuning.arms or ():
                 _require_arm("tuning.arms", name, self.arms)
+        for name in self.critics:
+            if self.seed_of_critic(name) in self.seeds:
+                raise UserError(
+                    f"critic {name} has the seed {self.seed_of_critic(name)}, one of seeds; expected another, so that "
+                    "it shares no initial weights with a player"
+                )
         for kind, names in (("arm", self.arms), ("critic", self.critics)):
             for name, changes in names.items():
                 self._check_inheritance(kind, name, changes or {})
@@ -132,6 +139,10 @@ class ComparisonConfig:
         if self.tuning is None or "tuned_as" in (self.arms[arm] or {}):
             return False
         return self.tuning.arms is None or arm in self.tuning.arms
+
+    def seed_of_critic(self, name: str) -> int:
+        """What decides a critic's initial weights: its ``seed``, else one that depends on its place among critics."""
+        return (self.critics[name] or {}).get("seed", FIRST_CRITIC_SEED + list(self.critics).index(name))
 
     def base_settings(self) -> Settings:
         """The base recipe's settings by their dotted names, with ``data`` in its place.

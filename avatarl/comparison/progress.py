@@ -170,7 +170,7 @@ class Progress:
             return name
         given = self.comparison.critics[name] or {}
         settings, folder = self._settings("critic", name), self._out / "critics" / name
-        if settings is None or not self._is_finished(folder, settings, given.get("seed", self._seed_of_critic(name))):
+        if settings is None or not self._is_finished(folder, settings, self.comparison.seed_of_critic(name)):
             return None
         if "cache" not in given:
             return str(folder)
@@ -188,10 +188,6 @@ class Progress:
         arguments = ("critic", "cache", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
         self._add(Job(f"caches/{name}", cache, arguments))
         return None
-
-    def _seed_of_critic(self, name: str) -> int:
-        """One that no run of an arm has: critics must not share initial weights with a player, or with each other."""
-        return max(self.comparison.seeds) + 1000 + list(self.comparison.critics).index(name)
 
     def _own_critics(self, kind: str, name: str) -> list[str]:
         """The critics that this comparison trains for an arm or critic, those of its critics included."""
