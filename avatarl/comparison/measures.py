@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.outside import refusing
 from avatarl.results.evaluate import evaluate
-from avatarl.results.minimal_pairs import read_pairs, score_pairs
+from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings
 from avatarl.training.folder.durable import replace_file
 from avatarl.training.folder.identity import flatten
 
-from .config import ComparisonConfig
+from .config import ComparisonConfig, critics_of
 from .progress import Member, Tuned
 
 # Of results.csv: text and whole numbers first, then what an evaluation of the best player on the whole validation split
 # says, then what the run took. Units are those of docs/metrics.md.
-LABELS = ("arm", "seed", "objective", "parameters", "unique_tokens", "tokens", "best_tokens")
+LABELS = ("arm", "seed", "objective", "device", "parameters", "unique_tokens", "tokens", "best_tokens")
 EVALUATED = (
     "cross_entropy",
     "bits_per_byte",
@@ -50,7 +51,7 @@ Row = dict[str, Any]
 def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData, out: Path, device: str) -> Row:
     """One run: what its best player does on the whole validation split, and what it took.
 
-    An evaluation is kept in ``OUT/evaluations`` and read back while player and data are the same.
+    An evaluation is kept in ``OUT/evaluations`` and read back while player, data and pairs are the same.
     """
     record, sizes = read_record(member.folder), sizes_of(member.folder)
     settings = flatten(read_settings(member.folder))
@@ -63,6 +64,7 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
         "arm": member.arm,
         "seed": member.seed,
         "objective": settings["objective"],
+        "device": record.get("device"),
         **{name: sizes[name] for name in ("parameters", "unique_tokens", "tokens")},
         "best_tokens": best["tokens"],
         **{name: found[name] for name in EVALUATED[:-1]},
@@ -75,7 +77,6 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
         "critic_flops": sizes["critic_flops"] + sizes["cached_critic_flops"],
         "critic_training_flops": flops[1],
         "seconds": seconds_until(read_metrics(member.folder, "train"), sizes["tokens"]),
-        "device": record.get("device"),
     }
 
 
@@ -129,17 +130,23 @@ def sizes_of(run: Path) -> dict[str, float]:
 def spent_before(member: Member) -> tuple[float, float | None]:
     """FLOPs that were spent on a run's critics before its first step: on their caches, and on their training.
 
-    The latter is None where a critic was made elsewhere, so that nobody knows.
+    The latter is None where one of them, or of the critics that taught them, was made elsewhere, so that nobody knows.
     """
     cached = sizes_of(member.folder)["cached_critic_flops"]
-    named = read_settings(member.folder).get("critic") or []
-    outside = [name for name in ([named] if isinstance(named, str) else named) if not _needs_no_training(name)]
-    if len(outside) > len(member.critics):
-        return cached, None
+    own = {os.path.abspath(place) for critic in member.critics for place in (critic, _cache_of(critic))}
+    for run in (member.folder, *member.critics):
+        outside = {os.path.abspath(name) for name in critics_of(read_settings(run)) if not _needs_no_training(name)}
+        if not outside <= own:
+            return cached, None
     trained = [sizes_of(critic) for critic in member.critics]
     return cached, sum(
         sizes["player_flops"] + sizes["critic_flops"] + sizes["cached_critic_flops"] for sizes in trained
     )
+
+
+def _cache_of(critic: Path) -> Path:
+    """Where a comparison stores what a critic says that it trained."""
+    return critic.parent.parent / "caches" / critic.name
 
 
 def _needs_no_training(critic: str) -> bool:
@@ -162,7 +169,8 @@ def _evaluation(
     member: Member, comparison: ComparisonConfig, data: PreparedData, out: Path, device: str
 ) -> dict[str, Any]:
     weights = hashlib.sha256((member.folder / "player" / "model.safetensors").read_bytes()).hexdigest()
-    of = {"player": weights, "data": data.digest, "pairs": comparison.pairs}
+    pairs = None if comparison.pairs is None else read_pairs(comparison.pairs)
+    of = {"player": weights, "data": data.digest, "pairs": pairs and _digest_of(pairs)}
     path = out / "evaluations" / f"{member.arm}-seed-{member.seed}.json"
     if path.is_file():
         with refusing(f"{path} cannot be read (", "); remove it"):
@@ -170,11 +178,15 @@ def _evaluation(
         if kept.get("of") == of:
             return kept["found"]
     found = evaluate(member.folder, data.path, device=device)
-    if comparison.pairs is not None:
-        found["minimal_pairs"] = score_pairs(member.folder, read_pairs(comparison.pairs), device=device)
+    if pairs is not None:
+        found["minimal_pairs"] = score_pairs(member.folder, pairs, device=device)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"of": of, "found": found}, indent=1))
     return found
+
+
+def _digest_of(pairs: Sequence[MinimalPair]) -> str:
+    return hashlib.sha256(json.dumps([(pair.good, pair.bad) for pair in pairs]).encode()).hexdigest()
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
@@ -196,14 +208,15 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: There is no such file, or it is none of a comparison.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; a comparison's folder or its CSV files are expected") from error
-    if rows and "arm" not in rows[0]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a comparison's folder or its CSV files are expected")
+    with refusing(f"{path} cannot be read (", ")"), path.open(encoding="utf-8", newline="") as file:
+        header, *lines = csv.reader(file)
+    if "arm" not in header:
         raise UserError(f"{path} has no column arm; expected a table that `avatarl compare` wrote")
-    return rows
+    if any(len(line) != len(header) for line in lines):
+        raise UserError(f"{path} has a line that is not as long as its header; expected what `avatarl compare` wrote")
+    return [{name: _value(name, text) for name, text in zip(header, line, strict=True)} for line in lines]
 
 
 def _cell(value: Any) -> Any:

@@ -191,8 +191,9 @@ class Progress:
 
     def _own_critics(self, kind: str, name: str) -> list[str]:
         """The critics that this comparison trains for an arm or critic, those of its critics included."""
-        named = self.comparison.base_settings() | self.comparison.changes_of(kind, name)
-        own = [critic for critic in critics_of(named) if critic in self.comparison.critics]
+        base = self.comparison.base_settings() if kind == "arm" else {}  # a critic has none but its own
+        named = critics_of(base | self.comparison.changes_of(kind, name))
+        own = [critic for critic in named if critic in self.comparison.critics]
         return list(
             dict.fromkeys([*own, *(deeper for critic in own for deeper in self._own_critics("critic", critic))])
         )

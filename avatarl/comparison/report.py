@@ -55,6 +55,7 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "baseline": arms.index(baseline),
         "baseline_name": baseline,
         "seeds": sorted({row["seed"] for row in results}),
+        "devices": sorted({one_line(str(row["device"])) for row in results if row.get("device") is not None}),
         "warnings": _warnings(results, baseline),
         "outcome": outcome_table(results, baseline),
         "budgets": budget_table(results, curves, baseline),
@@ -98,20 +99,18 @@ def _column(rows: Sequence[Mapping[str, float | None]], name: str) -> list[float
     return None if None in values else [float(f"{value:.6g}") for value in values]
 
 
-def _warnings(results: Sequence[Row], baseline: str) -> list[str]:
-    """What would mislead somebody who did not know it."""
+def _warnings(results: Sequence[Row], baseline: str) -> list[tuple[str, list[str]]]:
+    """What would mislead somebody who did not know it, and the arms that it is true of (none: all)."""
     warnings = []
     of_arm = {arm: {row["seed"] for row in results if row["arm"] == arm} for arm in arms_of(results)}
     if len(of_arm[baseline]) < 2:
-        warnings.append("One seed: how far another would move a number cannot be told, and there is no interval.")
+        warnings.append(("One seed: how far another would move a number cannot be told, and there is no interval", []))
     short = [arm for arm, seeds in of_arm.items() if seeds != of_arm[baseline]]
     if short:
-        warnings.append(
-            f"Not all arms have the seeds of the baseline: {', '.join(short)}. Differences are of common ones."
-        )
+        warnings.append(("Other seeds than the baseline's, so that differences are of the common ones alone", short))
     unknown = [arm for arm in of_arm if any(r["critic_training_flops"] is None for r in results if r["arm"] == arm)]
     if unknown:
-        warnings.append(f"What the critics of {', '.join(unknown)} cost to train is unknown: they were made elsewhere.")
+        warnings.append(("Critics that were made elsewhere, so that what they cost to train is unknown", unknown))
     return warnings
 
 
@@ -136,5 +135,7 @@ def _page(values: Mapping[str, Any]) -> str:
         "axes": {"eval": values["places"]},
         "charts": values["charts"],
         "reliability": [],
+        "line": "arm",
+        "titles": values["axes"],
     }
     return render_page("compare.html", [get_plotlyjs(), read_source("report.js")], drawn=drawn, **values)

@@ -82,7 +82,7 @@ def cost_to_reach(curve: Sequence[Mapping[str, Any]], cost: str, cross_entropy: 
     before = None
     for row in curve:
         if row["cross_entropy"] <= cross_entropy:
-            if before is None or row["cross_entropy"] == before["cross_entropy"]:
+            if before is None:
                 return row[cost]
             share = (before["cross_entropy"] - cross_entropy) / (before["cross_entropy"] - row["cross_entropy"])
             return before[cost] + share * (row[cost] - before[cost])

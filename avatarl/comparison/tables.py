@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avatarl.results.tables import ABSENT, Cell, Metric, Row, Table
+from avatarl.results.tables import ABSENT, FLOPS_UNITS, Cell, Metric, Row, Table
 
 from .measures import Row as Measured
 from .statistics import (
@@ -45,22 +45,25 @@ def outcome_table(results: Sequence[Measured], baseline: str) -> Table:
     of_baseline = by_seed(results, baseline, "cross_entropy")
     for arm in arms_of(results):
         values = by_seed(results, arm, "cross_entropy")
-        found = spread(values)
         difference = None if arm == baseline else paired_difference(values, of_baseline)
         cells = [Cell(spread_text(values, CROSS_ENTROPY))]
         if difference is None:
-            cells += [Cell(ABSENT)] * 4
+            cells += [Cell(ABSENT)] * 3
         else:
-            relative = difference.mean / spread(of_baseline).mean
+            paired = spread({seed: of_baseline[seed] for seed in values if seed in of_baseline})
             cells += [
-                Cell(signed(difference.mean, 4), "", verdict(difference, CROSS_ENTROPY)),
-                Cell(f"{signed(100 * relative, 2)} %"),
-                Cell(interval_text(difference, 4)),
+                Cell(
+                    signed(difference.mean, CROSS_ENTROPY.digits),
+                    f"{signed(100 * difference.mean / paired.mean, 2)} %",
+                    verdict(difference, CROSS_ENTROPY),
+                ),
+                Cell(interval_text(difference, CROSS_ENTROPY.digits)),
                 Cell(p_text(difference.p)),
             ]
-        cells.append(Cell(str(found.count if found else 0)))
-        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
-    columns = ("cross-entropy", "difference", "relative", "95 % interval", "p", "seeds")
+        is_part = difference is not None and difference.count < len(values)
+        cells.append(Cell(str(len(values)), f"{difference.count} in pairs" if is_part else ""))
+        rows.append(_row(arm, cells, baseline))
+    columns = ("cross-entropy", "difference", "95 % interval", "p", "seeds")
     return Table("", columns, (("", tuple(rows)),), "arm")
 
 
@@ -74,7 +77,7 @@ def budget_table(results: Sequence[Measured], curves: Sequence[Measured], baseli
             reached = {name: _reached(of_run, name, baseline, cost) for name in (arm, baseline)}
             cells.append(compared(CROSS_ENTROPY, reached[arm], None if arm == baseline else reached[baseline]))
         cells.append(_tokens_to_reach(of_run, arm, baseline))
-        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+        rows.append(_row(arm, cells, baseline))
     columns = (*BUDGETS.values(), "tokens to the baseline's best")
     return Table("", columns, (("", tuple(rows)),), "arm")
 
@@ -88,34 +91,38 @@ def quality_table(results: Sequence[Measured], baseline: str) -> Table:
         for metric in metrics:
             values = by_seed(results, arm, metric.name)
             cells.append(compared(metric, values, None if arm == baseline else by_seed(results, baseline, metric.name)))
-        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
+        rows.append(_row(arm, cells, baseline))
     return Table("", tuple(f"{metric.title}, {metric.unit}" for metric in metrics), (("", tuple(rows)),), "arm")
 
 
 def cost_table(results: Sequence[Measured], baseline: str) -> Table:
     """What a run of each arm took, means over seeds."""
-    columns: dict[str, Callable[[Measured], float | None]] = {
-        "unique tokens": lambda row: row["unique_tokens"],
-        "training tokens": lambda row: row["tokens"],
-        "PFLOP of the player": lambda row: row["player_flops"] / 1e15,
-        "of critics' forward passes": lambda row: row["critic_flops"] / 1e15,
-        "of critics' training": lambda row: _scaled(row["critic_training_flops"], 1e-15),
-        "seconds of training": lambda row: row["seconds"],
-    }
+    names = ("unique_tokens", "tokens", "player_flops", "critic_flops", "critic_training_flops", "seconds")
     means = {
-        arm: [_mean([value(row) for row in results if row["arm"] == arm]) for value in columns.values()]
+        arm: {name: _mean([row[name] for row in results if row["arm"] == arm]) for name in names}
         for arm in arms_of(results)
     }
+    flops = [number or 0 for of_arm in means.values() for name, number in of_arm.items() if name.endswith("flops")]
+    scale, unit = next((unit for unit in FLOPS_UNITS if max(flops) >= unit[0]), (1.0, "FLOPs"))
     rows = []
-    for arm, numbers in means.items():
+    for arm, of_arm in means.items():
         cells = []
-        for name, number, of_baseline in zip(columns, numbers, means[baseline], strict=True):
-            digits = 3 if number is not None and number < 100 and "tokens" not in name else 0
-            text = ABSENT if number is None else "0" if number == 0 else f"{number:,.{digits}f}"
-            is_ratio = name.startswith("seconds") and arm != baseline and number and of_baseline
-            cells.append(Cell(text, f"{number / of_baseline:.2f} ×" if is_ratio else ""))
-        rows.append(Row(arm, tuple(cells), is_marked=arm == baseline))
-    return Table("", tuple(columns), (("", tuple(rows)),), "arm")
+        for name, number in of_arm.items():
+            is_flops, digits = name.endswith("flops"), 0 if name.endswith("tokens") else 3
+            cells.append(Cell(_amount(number and number / (scale if is_flops else 1), digits)))
+        seconds, of_baseline = of_arm["seconds"], means[baseline]["seconds"]
+        if arm != baseline and seconds and of_baseline:
+            cells[-1] = Cell(cells[-1].text, f"{seconds / of_baseline:.2f} ×")
+        rows.append(_row(arm, cells, baseline))
+    columns = (
+        "unique tokens",
+        "training tokens",
+        f"{unit} of the player",
+        f"{unit} of critics' forward passes",
+        f"{unit} of critics' training",
+        "seconds of training",
+    )
+    return Table("", columns, (("", tuple(rows)),), "arm")
 
 
 def tuning_table(tuning: Sequence[Measured]) -> Table:
@@ -128,11 +135,13 @@ def tuning_table(tuning: Sequence[Measured]) -> Table:
         for row in sorted(of_arm, key=lambda row: [_order(row[name]) for name in settings]):
             score = row["cross_entropy"]
             text = f"{score:.4f}" if math.isfinite(score) else "gave up"
-            name = ", ".join(f"{name} {row[name]}" for name in settings)
-            chosen = "chosen" + (", at the edge" if on_edge(row, of_arm, settings) else "") if row["is_chosen"] else ""
+            name = ", ".join(str(row[name]) for name in settings)
+            edges = on_edge(row, of_arm, settings)
+            chosen = f"yes, at the edge of {', '.join(edges)}" if edges else "yes"
+            chosen = chosen if row["is_chosen"] else ""
             rows.append(Row(name, (Cell(text), Cell(chosen)), is_marked=bool(row["is_chosen"])))
         sections.append((arm, tuple(rows)))
-    return Table("", ("best validation cross-entropy", ""), tuple(sections), "settings")
+    return Table("", ("best validation cross-entropy", "chosen"), tuple(sections), ", ".join(settings))
 
 
 def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]) -> list[str]:
@@ -158,7 +167,7 @@ def compared(metric: Metric, values: BySeed, baseline: BySeed | None) -> Cell:
         return Cell(text)
     scaled = Difference(*(value * metric.scale for value in difference[:3]), *difference[3:])
     interval = interval_text(scaled, metric.digits)
-    shown = signed(scaled.mean, metric.digits) + (f" {interval}" if interval != ABSENT else "")
+    shown = signed(scaled.mean, metric.digits) + (f" [{interval}]" if interval != ABSENT else "")
     return Cell(text, shown, verdict(difference, metric))
 
 
@@ -180,10 +189,10 @@ def spread_text(values: BySeed, metric: Metric) -> str:
 
 
 def interval_text(difference: Difference, digits: int) -> str:
-    """``[−0.031, −0.012]``."""
+    """``−0.031 to −0.012``."""
     if math.isnan(difference.lower):
         return ABSENT
-    return f"[{signed(difference.lower, digits)}, {signed(difference.upper, digits)}]"
+    return f"{signed(difference.lower, digits)} to {signed(difference.upper, digits)}"
 
 
 def signed(number: float, digits: int) -> str:
@@ -197,6 +206,20 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return ABSENT
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+def _row(arm: str, cells: Sequence[Cell], baseline: str) -> Row:
+    return Row(arm, tuple(cells), "baseline" if arm == baseline else "", is_marked=arm == baseline)
+
+
+def _amount(number: float | None, digits: int) -> str:
+    if number is None:
+        return ABSENT
+    return f"{number:,.{digits if 0 < number < 100 else 0}f}"
+
+
+def _tokens(number: float) -> str:
+    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,.0f}"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -239,7 +262,7 @@ def _tokens_to_reach(of_run: Mapping[tuple[str, int], list[Measured]], arm: str,
                 needed[seed], shares[seed] = tokens, tokens / of_baseline
     if not needed:
         return Cell(ABSENT if not asked else "never")
-    text = f"{spread(needed).mean / 1e6:.2f} M"
+    text = _tokens(spread(needed).mean)
     if len(needed) < asked:
         text += f" in {len(needed)} of {asked}"
     return Cell(text, "" if arm == baseline else f"{100 * spread(shares).mean:.0f} %")
@@ -247,10 +270,6 @@ def _tokens_to_reach(of_run: Mapping[tuple[str, int], list[Measured]], arm: str,
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if None in values or not values else sum(values) / len(values)
-
-
-def _scaled(value: float | None, scale: float) -> float | None:
-    return None if value is None else value * scale
 
 
 def _order(value: Any) -> tuple[int, float, str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from avatarl.cli import main
-from avatarl.comparison import ComparisonConfig
+from avatarl.comparison import ComparisonConfig, progress
+from avatarl.comparison.config import Settings, make_run
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
-from avatarl.training import train
+from avatarl.training import TrainConfig, train
 from avatarl.training.folder.identity import settings_digest, write_start
 
 from ..conftest import BLOCK, TINY
@@ -40,6 +41,22 @@ CROSS_ENTROPY = {"objective": "cross_entropy"}
 @pytest.fixture(scope="session")
 def data(data_folder: Path) -> PreparedData:
     return PreparedData.open(data_folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_runs() -> Iterator[None]:
+    """Reading one recipe takes a twentieth of a second, and a look asks for tens: the same one is read once."""
+    known: dict[str, TrainConfig] = {}
+
+    def remembered(settings: Settings, out: Path, seed: int) -> TrainConfig:
+        asked = repr((settings, out, seed))
+        if asked not in known:
+            known[asked] = make_run(settings, out, seed)
+        return known[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "make_run", remembered)
+        yield
 
 
 @pytest.fixture

@@ -1,162 +1,547 @@
-"""What a comparison lacks, and that what it makes differs in what is compared and in nothing else."""
+"""What a comparison finds missing, in which order and with which settings, and what it will not go on with."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
-from avatarl import UserError
-from avatarl.comparison import TuningConfig
-from avatarl.comparison.progress import point_name
-from avatarl.data.prepare import prepare
+from avatarl import AvataRLConfig, UserError
+from avatarl.comparison import ComparisonConfig, TuningConfig
+from avatarl.comparison.progress import Job, Progress, has_diverged, point_name
+from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
-from avatarl.training.folder.log import evaluations_of
+from avatarl.training.rewarded_player import RewardedPlayer
 
-from ..conftest import write_documents
-from .conftest import complete, do, look
+from ..conftest import BLOCK, TINY
+from ..training.runs import contents_of
+from .conftest import BASE, CROSS_ENTROPY, complete, do_in_process, names_of, pretender
 
-TUNED = {"optim.learning_rate": [0.003, 0.03], "optim.weight_decay": [0.1, 0.2]}
+RATES, DECAYS = [0.001, 0.03], [0.05, 0.5]
+TUNING = TuningConfig(grid={"optim.learning_rate": RATES, "optim.weight_decay": DECAYS}, seed=9, arms=["cross_entropy"])
+Compared = Callable[..., ComparisonConfig]
 
 
-def settings_of(run: Path) -> dict:
-    return yaml.safe_load((run / "config.yaml").read_text())
+def prefers(rate: float, decay: float) -> Callable[[Job], float]:
+    """Scores of runs that are best at these values."""
+
+    def score(job: Job) -> float:
+        optim = job.recipe.optim
+        return 1 + abs(math.log(optim.learning_rate / rate)) + abs(math.log(optim.weight_decay / decay))
+
+    return score
 
 
-def best(run: Path) -> float:
-    return min(line["cross_entropy"] for line in evaluations_of(run))
+def jobs_of(comparison: ComparisonConfig, data: PreparedData, do: Callable[[Job], None]) -> dict[str, Job]:
+    """Every job that is done until nothing is missing, by its name."""
+    jobs = {}
+
+    def keep(job: Job) -> None:
+        assert job.name not in jobs, "done twice"
+        jobs[job.name] = job
+        do(job)
+
+    complete(comparison, data, keep)
+    return jobs
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_runs_come_seed_by_seed(compared: Compared, data: PreparedData, tmp_path: Path):
+    progress = Progress.of(compared(), data)
+    assert names_of(progress.missing) == [
+        "runs/cross_entropy/seed-1",
+        "runs/smooth/seed-1",
+        "runs/cross_entropy/seed-2",
+        "runs/smooth/seed-2",
+    ]
+    assert progress.members == [] and progress.tuned == []
+    assert not (tmp_path / "out").exists(), "a look makes nothing"
+    job = progress.missing[1]
+    recipe = tmp_path / "out" / "recipes" / "runs-smooth-seed-1.yaml"
+    assert job.arguments == ("train", "--config", str(recipe), "--resume")
+    assert job.folder == tmp_path / "out" / "runs" / "smooth" / "seed-1" == Path(job.recipe.out)
+    assert (job.recipe.seed, job.recipe.objective, job.recipe.steps) == (1, "label_smoothing", 4)
+
+
+def test_searches_and_critics_come_before_runs(compared: Compared, data: PreparedData):
+    comparison = compared(
+        arms={
+            "free": {"objective": "label_smoothing"},
+            "cross_entropy": CROSS_ENTROPY,
+            "pupil": {"critic": ["teacher", "aide"]},
+        },
+        critics={"teacher": {"tuned_as": "cross_entropy", "cache": {}}, "aide": {}},
+        tuning=TUNING,
+        seeds=[2, 1],
+    )
+    free = ["runs/free/seed-2", "runs/free/seed-1"]
+    first = Progress.of(comparison, data).missing
+    assert names_of(first) == [
+        "tuning/cross_entropy/learning_rate=0.001,weight_decay=0.05",
+        "tuning/cross_entropy/learning_rate=0.03,weight_decay=0.05",
+        "critics/aide",  # which waits for nothing, and so is trained beside the search
+        *free,
+    ]
+    assert [job.recipe.seed for job in first[:2]] == [9, 9]
+    looks = complete(comparison, data, pretender(data, prefers(0.03, 0.5)))
+    assert looks == [
+        names_of(first),
+        ["tuning/cross_entropy/learning_rate=0.03,weight_decay=0.5"],
+        ["tuning/cross_entropy/learning_rate=0.001,weight_decay=0.5"],
+        ["critics/teacher", "runs/cross_entropy/seed-2", "runs/cross_entropy/seed-1"],
+        ["caches/teacher"],
+        ["runs/pupil/seed-2", "runs/pupil/seed-1"],
+    ]
+    finished = Progress.of(comparison, data)
+    assert [(member.arm, member.seed) for member in finished.members] == [
+        (arm, seed) for arm in ("free", "cross_entropy", "pupil") for seed in (2, 1)
+    ]
+    assert len(finished.tuned) == 4
+
+
+def test_what_several_wait_for_is_made_once(compared: Compared, data: PreparedData):
+    critic = {"critic": "teacher"}
+    comparison = compared(arms={"cross_entropy": critic, "a": critic, "b": {"critic": ["teacher", "teacher"]}})
+    comparison = replace(comparison, critics={"teacher": {}, "unasked": {}})
+    assert names_of(Progress.of(comparison, data).missing) == ["critics/teacher"]
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_search_found_is_inherited_and_own_settings_go_before_it(compared: Compared, data: PreparedData):
+    comparison = compared(
+        arms={
+            "cross_entropy": CROSS_ENTROPY,
+            "same": {"objective": "label_smoothing", "tuned_as": "cross_entropy"},
+            "own": {"objective": "label_smoothing", "tuned_as": "cross_entropy", "optim": {"learning_rate": 0.02}},
+            "pupil": {"critic": "teacher", "tuned_as": "cross_entropy", "preset": "dense"},
+            "plain": {"objective": "label_smoothing"},
+        },
+        critics={"teacher": {"tuned_as": "cross_entropy", "optim.weight_decay": 0.7, "cache": {}}},
+        tuning=TUNING,
+        seeds=[1],
+    )
+    jobs = jobs_of(comparison, data, pretender(data, prefers(0.03, 0.5)))
+    rates = {name: (job.recipe.optim.learning_rate, job.recipe.optim.weight_decay) for name, job in jobs.items()
+             if name.startswith(("runs", "critics"))}  # fmt: skip
+    assert rates == {
+        "runs/cross_entropy/seed-1": (0.03, 0.5),
+        "runs/same/seed-1": (0.03, 0.5),
+        "runs/own/seed-1": (0.02, 0.5),
+        "runs/pupil/seed-1": (0.03, 0.5),
+        "runs/plain/seed-1": (0.01, 0.1),  # the base's
+        "critics/teacher": (0.03, 0.7),
+    }
+    pupil = jobs["runs/pupil/seed-1"].recipe
+    assert (pupil.critic, pupil.avatarl) == (str(Path(comparison.out) / "caches" / "teacher"), AvataRLConfig.dense())
+    assert all(job.recipe.player.settings == TINY for job in jobs.values() if job.recipe)
+
+
+def test_each_arm_is_tuned_by_its_own_search(compared: Compared, data: PreparedData):
+    comparison = compared(tuning=replace(TUNING, arms=None))
+    best = {"cross_entropy": prefers(0.001, 0.05), "label_smoothing": prefers(0.03, 0.5)}
+    jobs = jobs_of(comparison, data, pretender(data, lambda job: best[job.recipe.objective](job)))
+    assert jobs["runs/cross_entropy/seed-2"].recipe.optim.learning_rate == 0.001
+    assert jobs["runs/smooth/seed-2"].recipe.optim.learning_rate == 0.03
+    found = Progress.of(comparison, data).tuned
+    assert {tuned.arm: tuned.point for tuned in found if tuned.is_chosen} == {
+        "cross_entropy": (0.001, 0.05),
+        "smooth": (0.03, 0.5),
+    }
+    for tuned in found:
+        score = prefers(0.001, 0.05) if tuned.arm == "cross_entropy" else prefers(0.03, 0.5)
+        optim = SimpleNamespace(learning_rate=tuned.point[0], weight_decay=tuned.point[1])
+        expected = score(SimpleNamespace(recipe=SimpleNamespace(optim=optim)))
+        assert tuned.cross_entropy == pytest.approx(expected), "the best evaluation, not the last"
+
+
+def test_critics_are_plain_and_have_seeds_that_no_arm_has(compared: Compared, data: PreparedData):
+    comparison = compared(
+        arms={"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": ["one", "two", "three"]}},
+        critics={"one": {}, "two": {}, "three": {"seed": 77}},
+        seeds=[3, 1, 2001],
+    )
+    missing = {job.name: job.recipe for job in Progress.of(comparison, data).missing}
+    seeds = [missing[f"critics/{name}"].seed for name in comparison.critics]
+    assert len({*seeds, *comparison.seeds}) == 6 and seeds[2] == 77
+    assert all(missing[f"critics/{name}"].objective == "cross_entropy" for name in comparison.critics)
+
+
+def test_a_critic_may_have_critics(compared: Compared, data: PreparedData):
+    comparison = compared(
+        arms={"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "second"}},
+        critics={"second": {"objective": "avatarl", "critic": "first"}, "first": {}},
+        seeds=[1],
+    )
+    jobs = jobs_of(comparison, data, pretender(data))
+    out = Path(comparison.out)
+    assert list(jobs) == ["critics/first", "runs/cross_entropy/seed-1", "critics/second", "runs/pupil/seed-1"]
+    assert (jobs["critics/second"].recipe.objective, jobs["critics/second"].recipe.critic) == (
+        "avatarl",
+        str(out / "critics" / "first"),
+    )
+    plain, pupil = Progress.of(comparison, data).members
+    assert plain.critics == () and pupil.critics == (out / "critics" / "second", out / "critics" / "first")
+
+
+def test_other_critics_stay_as_they_are_named(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": {"critic": "models/mine"}, "pupil": {"critic": ["ema:0.9:2", "models/mine"]}}
+    first, second, *_ = Progress.of(compared(arms=arms), data).missing
+    assert first.recipe.critic == "models/mine" and second.recipe.critic == ["ema:0.9:2", "models/mine"]
+
+
+def test_a_cache_is_of_the_windows_that_the_runs_read(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
+    options = {"kind": "sample", "bytes_per_token": 60, "keep_top": 2, "seed": 3}
+    for train_windows in (None, 24):
+        comparison = compared(
+            out=f"{compared().out}-{train_windows}",
+            base={**BASE, "train_windows": train_windows},
+            arms=arms,
+            critics={"teacher": {"cache": options}},
+        )
+        words = jobs_of(comparison, data, pretender(data))["caches/teacher"].arguments
+        assert words[:2] == ("critic", "cache")
+        given = {name[2:]: value for name, value in zip(words[2::2], words[3::2], strict=True)}
+        out = Path(comparison.out)
+        expected = {
+            "critic": str(out / "critics" / "teacher"),
+            "data": str(data.path),
+            "out": str(out / "caches" / "teacher"),
+            "block": str(BLOCK),
+            **{name: str(value) for name, value in options.items()},
+        }
+        expected |= {} if train_windows is None else {"train_windows": "24"}
+        assert expected.items() <= given.items() and ("train_windows" in given) == (train_windows is not None)
+
+
+def test_an_unknown_option_of_a_cache_is_named(compared: Compared, data: PreparedData):
+    comparison = compared(arms={"cross_entropy": {"critic": "t"}}, critics={"t": {"cache": {"block": 3}}})
+    with pytest.raises(UserError, match="critic t: cache.block; expected kind, bytes_per_token, keep_top, seed"):
+        complete(comparison, data, pretender(data))
+
+
+def test_a_point_s_folder_names_its_values():
+    assert point_name({"optim.learning_rate": [], "steps": []}, (0.001, 5)) == "learning_rate=0.001,steps=5"
+    assert point_name({"a.shape": [], "b.shape": []}, ("x/y", None)) == 'a.shape="x_y",b.shape=null'
+
+
+# --- what is there already -------------------------------------------------------------------------------------------
+
+
+def test_another_seed_or_arm_adds_its_runs_alone(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": CROSS_ENTROPY, "smooth": {"objective": "label_smoothing"}}
+    comparison = compared(tuning=TUNING, arms=arms)
+    complete(comparison, data, pretender(data))
+    assert Progress.of(comparison, data).missing == []
+    more = replace(comparison, seeds=[3, 1, 2])
+    assert names_of(Progress.of(more, data).missing) == ["runs/cross_entropy/seed-3", "runs/smooth/seed-3"]
+    arms = {"new": {"objective": "reinforce"}, **arms}
+    more = replace(comparison, arms=arms)
+    assert names_of(Progress.of(more, data).missing) == ["runs/new/seed-1", "runs/new/seed-2"]
+    fewer = replace(comparison, seeds=[2])
+    assert [(member.arm, member.seed) for member in Progress.of(fewer, data).members] == [
+        ("cross_entropy", 2),
+        ("smooth", 2),
+    ]
+
+
+@pytest.mark.parametrize("what", ["a seed", "a critic"])
+def test_another_seed_or_critic_leaves_the_critics_alone(compared: Compared, data: PreparedData, what: str):
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
+    comparison = compared(arms=arms, critics={"teacher": {}})
+    complete(comparison, data, pretender(data))
+    if what == "a seed":
+        missing = Progress.of(replace(comparison, seeds=[1, 2, 3]), data).missing
+        assert names_of(missing) == ["runs/cross_entropy/seed-3", "runs/pupil/seed-3"]
+    else:
+        more = replace(comparison, critics={"teacher": {}, "another": {}}, arms={**arms, "b": {"critic": "another"}})
+        assert names_of(Progress.of(more, data).missing) == ["critics/another"]
+
+
+def test_a_changed_setting_is_refused(compared: Compared, data: PreparedData):
+    comparison = compared()
+    complete(comparison, data, pretender(data))
+    changed = copy.deepcopy(BASE)
+    changed["optim"]["learning_rate"] = 0.02
+    with pytest.raises(UserError, match="seed-1 was started under other settings: optim.learning_rate was 0.01 and"):
+        Progress.of(replace(comparison, base=changed), data)
+    arms = {**comparison.arms, "smooth": {"objective": "label_smoothing", "baseline.label_smoothing": 0.3}}
+    with pytest.raises(UserError, match="smooth/seed-1 was started under other settings: baseline.label_smoothing"):
+        Progress.of(replace(comparison, arms=arms), data)
+
+
+def test_a_changed_setting_of_a_search_or_a_critic_is_refused(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
+    comparison = compared(tuning=TUNING, arms=arms, critics={"teacher": {}})
+    complete(comparison, data, pretender(data))
+    with pytest.raises(UserError, match="weight_decay.* was started under other settings: seed was 9 and is 10"):
+        Progress.of(replace(comparison, tuning=replace(TUNING, seed=10)), data)
+    with pytest.raises(UserError, match="critics/teacher was started under other settings: steps was 4 and is 5"):
+        Progress.of(replace(comparison, critics={"teacher": {"steps": 5}}), data)
+
+
+@pytest.mark.xfail(strict=True, reason="reported: a cache that is there is taken whatever it is of")
+def test_a_changed_option_of_a_cache_is_refused(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
+    comparison = compared(arms=arms, critics={"teacher": {"cache": {"bytes_per_token": 60}}}, seeds=[1])
+    complete(comparison, data, do_in_process)
+    with pytest.raises(UserError, match="caches/teacher.*bytes_per_token"):
+        Progress.of(replace(comparison, critics={"teacher": {"cache": {"bytes_per_token": 30}}}), data)
+
+
+def test_runs_on_other_data_are_refused(compared: Compared, data: PreparedData):
+    comparison = compared()
+    complete(comparison, data, pretender(data))
+    other = SimpleNamespace(path=data.path, digest="another")
+    with pytest.raises(UserError, match="seed-1 was trained on other data than .*; give another out"):
+        Progress.of(comparison, other)
+    with pytest.raises(UserError, match="seed-1 was started under other settings: data was"):
+        Progress.of(replace(comparison, data="elsewhere"), other)
+
+
+def test_what_is_no_run_is_refused(compared: Compared, data: PreparedData):
+    comparison = compared()
+    folder = Path(comparison.out) / "runs" / "smooth" / "seed-2"
+    folder.mkdir(parents=True)
+    assert len(Progress.of(comparison, data).missing) == 4
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="smooth/seed-2, which holds files but no config.yaml"):
+        Progress.of(comparison, data)
+
+
+def test_a_run_that_was_stopped_is_still_missing(compared: Compared, data: PreparedData):
+    comparison = compared()
+    complete(comparison, data, pretender(data))
+    (Path(comparison.out) / "runs" / "smooth" / "seed-2" / "final").rmdir()
+    progress = Progress.of(comparison, data)
+    assert names_of(progress.missing) == ["runs/smooth/seed-2"]
+    assert [(member.arm, member.seed) for member in progress.members][-1] == ("smooth", 1)
+
+
+# --- runs that gave up -----------------------------------------------------------------------------------------------
+
+
+def give_up(job: Job) -> None:
+    (job.folder / "refused").mkdir(parents=True)
+
+
+def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: PreparedData):
+    comparison = compared(tuning=TUNING)
+    pretend, gave_up = pretender(data, prefers(0.03, 0.05)), []
+
+    def do(job: Job) -> None:
+        if job.name.startswith("tuning/") and job.recipe.optim.learning_rate == 0.03:
+            gave_up.append(job)
+            give_up(job)
+        else:
+            pretend(job)
+
+    complete(comparison, data, do)
+    assert [job.name for job in gave_up] == ["tuning/cross_entropy/learning_rate=0.03,weight_decay=0.05"]
+    tuned = {found.point: found for found in Progress.of(comparison, data).tuned}
+    assert tuned[0.03, 0.05].cross_entropy == math.inf
+    assert [point for point, found in tuned.items() if found.is_chosen] == [(0.001, 0.05)]
+
+
+def test_a_compared_run_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+    comparison = compared()
+    jobs = Progress.of(comparison, data).missing
+    give_up(jobs[2])
+    with pytest.raises(RunFailed, match=f"{jobs[2].name} gave up, and is one that is compared; .*refused says where"):
+        Progress.of(comparison, data)
+
+
+def test_a_critic_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+    comparison = compared(arms={"cross_entropy": {"critic": "teacher"}}, critics={"teacher": {}})
+    give_up(Progress.of(comparison, data).missing[0])
+    with pytest.raises(RunFailed, match="critics/teacher gave up"):
+        Progress.of(comparison, data)
+
+
+def test_what_was_refused_and_went_on_has_not_diverged(tmp_path: Path):
+    assert not has_diverged(tmp_path)
+    (tmp_path / "refused").mkdir()
+    assert has_diverged(tmp_path)
+    (tmp_path / "final").mkdir()
+    assert not has_diverged(tmp_path)
+
+
+# --- mistakes that are found before anything is trained --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1}}}, "stepz is not a setting"),
+        ({"arms": {"cross_entropy": {}, "b": {"preset": "x", "critic": "t"}}, "critics": {"t": {}}}, "preset is 'x'"),
+        ({"arms": {"cross_entropy": {}, "b": {"data": "x"}}}, "arm b changes data"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"stepz": 1}}}, "stepz is not a setting"),
+        ({"tuning": TuningConfig(grid={"optim.rate": [1.0]}, seed=9)}, "optim.rate is not a setting"),
+        ({"seeds": [2**63]}, "seed is 9223372036854775808; expected"),
+    ],
+)
+def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        Progress.of(compared(**settings), data)
+
+
+@pytest.mark.xfail(strict=True, reason="reported: found when the critic or the search is finished, hours later")
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "critic": "t"}}, "critics": {"t": {}}}, "stepz"),
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "tuned_as": "cross_entropy"}}, "tuning": TUNING}, "stepz"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block": 3}}}}, "cache.block"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": True}}}, "cache is True"),
+    ],
+)
+def test_a_wrong_setting_of_what_waits_is_found_at_once(
+    compared: Compared, data: PreparedData, settings: dict, message: str
+):
+    with pytest.raises(UserError, match=message):
+        Progress.of(compared(**settings), data)
+
+
+@pytest.mark.xfail(strict=True, raises=RecursionError, reason="reported: a base's critic is not looked at")
+@pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])
+def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: PreparedData, waits: bool):
+    critic = {"tuned_as": "cross_entropy"} if waits else {}
+    try:
+        comparison = compared(base={**BASE, "critic": "t"}, critics={"t": critic}, tuning=TUNING)
+        jobs = jobs_of(comparison, data, pretender(data))
+    except UserError as error:
+        assert waits and "waits for itself" in str(error)
+    else:
+        assert not waits and jobs["runs/smooth/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
+
+
+@pytest.mark.xfail(strict=True, reason="reported: make_run writes into the base's own dictionary")
+def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": {"player.settings.intermediate_size": 8}, "other": {}}
+    small, other, *_ = Progress.of(compared(arms=arms, base=copy.deepcopy(BASE)), data).missing
+    assert small.recipe.player.settings == {**TINY, "intermediate_size": 8}
+    assert other.recipe.player.settings == TINY
+
+
+# --- with real runs --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Finished:
+    comparison: ComparisonConfig
+    looks: list[list[str]]
+    jobs: dict[str, Job] = field(default_factory=dict)
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)  # before the first step
+    windows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # in the order of training
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_comparison, tmp_path_factory):
-    """A finished comparison of three arms, with its last look and what was done in which order."""
-    comparison = tiny_comparison(
-        tmp_path_factory.mktemp("tuned"),
+def finished(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A whole comparison that was really trained, and what its players were given."""
+    comparison = ComparisonConfig(
+        out=str(tmp_path_factory.mktemp("finished") / "out"),
+        data=str(data.path),
+        base={**BASE, "train_windows": 24},
         seeds=[1, 2],
-        base={"train_windows": 20},
-        critics={
-            "one": {"tuned_as": "cross_entropy", "cache": {"kind": "sample", "bytes_per_token": 54}},
-            "two": {"seed": 99},
-        },
+        critics={"teacher": {"tuned_as": "cross_entropy", "cache": {"bytes_per_token": 58}}},
         arms={
-            "cross_entropy": {"objective": "cross_entropy"},
-            "dense": {"critic": ["one", "two"], "preset": "dense", "avatarl.tail": "sample", "optim.weight_decay": 0.7}
-            | {"tuned_as": "cross_entropy"},
-            "article": {"critic": "two", "avatarl.top_k": 4},
+            "cross_entropy": CROSS_ENTROPY,
+            "pupil": {"critic": "teacher", "tuned_as": "cross_entropy", "optim.weight_decay": 0.3},
         },
-        tuning=TuningConfig(TUNED, seed=101, arms=["cross_entropy"]),
+        tuning=TuningConfig(grid={"optim.learning_rate": [0.001, 0.03]}, seed=9),
     )
-    return comparison, *complete(comparison)
+    result, real = Finished(comparison, []), RewardedPlayer.forward
+
+    def do(job: Job) -> None:
+        def forward(self: RewardedPlayer, input_ids: Tensor, *rest):
+            if self.training:
+                weights = [weight.detach().clone() for weight in self.player.parameters()]
+                result.weights.setdefault(job.name, weights)
+                result.windows[job.name].append(input_ids.clone())
+            return real(self, input_ids, *rest)
+
+        result.jobs[job.name] = job
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RewardedPlayer, "forward", forward)
+            do_in_process(job)
+
+    result.looks = complete(comparison, data, do)
+    return result
 
 
-def test_what_others_wait_for_comes_first_and_nothing_is_done_twice(tuned):
-    comparison, progress, done = tuned
-    assert len(done) == len(set(done))
-    kinds = [name.split("/")[0] for name in done]
-    assert kinds.index("runs") > kinds.index("critics") > kinds.index("tuning")
-    assert [name for name in done if name.startswith("runs/")] == [
-        f"runs/{arm}/seed-{seed}" for seed in (1, 2) for arm in ("cross_entropy", "dense", "article")
+def test_a_whole_comparison_ends(finished: Finished, data: PreparedData):
+    assert [sorted({name.split("/")[0] for name in look}) for look in finished.looks] == [
+        ["tuning"],
+        ["critics", "runs"],
+        ["caches"],
+        ["runs"],
     ]
-    assert [(member.arm, member.seed) for member in progress.members] == [
-        (arm, seed) for arm in ("cross_entropy", "dense", "article") for seed in (1, 2)
+    progress = Progress.of(finished.comparison, data)
+    out = Path(finished.comparison.out)
+    assert [(member.arm, member.seed, member.critics) for member in progress.members] == [
+        ("cross_entropy", 1, ()),
+        ("cross_entropy", 2, ()),
+        ("pupil", 1, (out / "critics" / "teacher",)),
+        ("pupil", 2, (out / "critics" / "teacher",)),
     ]
-    assert not look(comparison).missing
+    assert all((member.folder / "final" / "model.safetensors").is_file() for member in progress.members)
 
 
-def test_the_search_is_by_the_best_evaluation_and_gives_its_values_to_who_asked_for_them(tuned):
-    comparison, progress, _ = tuned
-    out = Path(comparison.out)
-    chosen = [each for each in progress.tuned if each.is_chosen]
-    assert len(chosen) == 1 and len(progress.tuned) == 3
-    for each in progress.tuned:
-        run = out / "tuning" / "cross_entropy" / point_name(TUNED, each.point)
-        assert each.cross_entropy == best(run)
-        assert (settings_of(run)["seed"], settings_of(run)["optim"]["learning_rate"]) == (101, each.point[0])
-    assert chosen[0].cross_entropy == min(each.cross_entropy for each in progress.tuned)
-    rate, decay = chosen[0].point
-    expected = {"cross_entropy": (rate, decay), "dense": (rate, 0.7), "article": (0.01, 0.1)}
-    found = {}
-    for arm in comparison.arms:
-        optim = settings_of(out / "runs" / arm / "seed-1")["optim"]
-        found[arm] = optim["learning_rate"], optim["weight_decay"]
-    assert found == expected
-    assert settings_of(out / "critics" / "one")["optim"]["learning_rate"] == rate
-    assert settings_of(out / "critics" / "two")["optim"]["learning_rate"] == 0.01
+def test_what_is_finished_is_not_done_again(finished: Finished, data: PreparedData):
+    before = contents_of(Path(finished.comparison.out))
+    for _ in range(2):
+        assert Progress.of(finished.comparison, data).missing == []
+    assert contents_of(Path(finished.comparison.out)) == before
 
 
-def test_runs_of_a_seed_differ_in_what_their_arms_change(tuned):
-    comparison, _, _ = tuned
-    runs = {arm: settings_of(Path(comparison.out) / "runs" / arm / "seed-2") for arm in comparison.arms}
-    different = {name for name in runs["article"] if len({json.dumps(run[name]) for run in runs.values()}) > 1}
-    assert different == {"out", "objective", "critic", "avatarl", "optim"}
-    assert {run["seed"] for run in runs.values()} == {2}
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def test_critics_have_seeds_of_their_own_and_caches_the_runs_windows(tuned):
-    comparison, progress, _ = tuned
-    out = Path(comparison.out)
-    seeds = [settings_of(out / "critics" / name)["seed"] for name in ("one", "two")]
-    assert seeds[1] == 99 and seeds[0] not in (1, 2, 101, 99)
-    assert settings_of(out / "critics" / "one")["objective"] == "cross_entropy"
-    cache = json.loads((out / "caches" / "one" / "cache.json").read_text())
-    assert (cache["block"], cache["windows"]["train"], cache["kind"]) == (16, 20, "sample")
-    dense = next(member for member in progress.members if member.arm == "dense")
-    assert settings_of(dense.folder)["critic"] == [str(out / "caches" / "one"), str(out / "critics" / "two")]
-    assert dense.critics == (out / "critics" / "one", out / "critics" / "two")
+@pytest.mark.parametrize("what", ["weights", "windows"])
+def test_arms_of_a_seed_share_initial_weights_and_the_order_of_the_data(finished: Finished, what: str):
+    of = getattr(finished, what)
+    for seed in (1, 2):
+        assert same(of[f"runs/cross_entropy/seed-{seed}"], of[f"runs/pupil/seed-{seed}"])
+    for one, other in (("runs/pupil/seed-1", "runs/pupil/seed-2"), ("critics/teacher", "runs/pupil/seed-1")):
+        assert not same(of[one], of[other])
 
 
-def test_a_further_seed_and_a_further_arm_add_their_runs_alone(tuned):
-    comparison, _, _ = tuned
-    more = dataclasses.replace(comparison, seeds=[1, 2, 3])
-    assert [job.name for job in look(more).missing] == [f"runs/{arm}/seed-3" for arm in comparison.arms]
-    more = dataclasses.replace(comparison, arms={**comparison.arms, "another": {"objective": "cross_entropy"}})
-    assert [job.name for job in look(more).missing] == ["runs/another/seed-1", "runs/another/seed-2"]
+def test_the_search_decides_by_the_best_evaluation(finished: Finished, data: PreparedData):
+    out = Path(finished.comparison.out)
+    best = {}
+    for rate in (0.001, 0.03):
+        lines = (out / "tuning" / "cross_entropy" / f"learning_rate={rate}" / "metrics.jsonl").read_text().splitlines()
+        values = [line["cross_entropy"] for line in map(json.loads, lines) if line["event"] == "eval"]
+        assert len(values) == 2
+        best[rate] = min(values)
+    chosen = min(best, key=best.get)
+    found = Progress.of(finished.comparison, data).tuned
+    assert {tuned.point[0]: tuned.cross_entropy for tuned in found} == best
+    assert [tuned.point for tuned in found if tuned.is_chosen] == [(chosen,)]
+    for name in ("runs/cross_entropy/seed-2", "runs/pupil/seed-1", "critics/teacher"):
+        saved = yaml.safe_load((out / name / "config.yaml").read_text())
+        assert saved["optim"]["learning_rate"] == chosen
+        assert saved["optim"]["weight_decay"] == (0.3 if "pupil" in name else 0.1)
 
 
-def test_another_setting_or_other_data_in_the_same_folder_is_refused(tuned, tmp_path: Path):
-    comparison, _, _ = tuned
-    changed = dataclasses.replace(comparison, base={**comparison.base, "batch_windows": 2})
-    with pytest.raises(UserError, match="was started under other settings: batch_windows was 4 and is 2"):
-        look(changed)
-    other = tmp_path / "other"
-    source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
-    prepare([str(source)], other, tokenizer=str(Path(comparison.data) / "tokenizer"), quiet=True)
-    with pytest.raises(UserError, match="other settings: data was|trained on other data"):
-        look(dataclasses.replace(comparison, data=str(other)))
-
-
-def test_data_that_changed_under_the_same_name_is_noticed(tiny_comparison, tmp_path: Path):
-    source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
-    prepare([str(source)], tmp_path / "data", tokenizer="bpe:300", valid_fraction=0.1, quiet=True)
-    arms = {"cross_entropy": {"objective": "cross_entropy"}}
-    comparison = tiny_comparison(tmp_path / "out", data=str(tmp_path / "data"), arms=arms)
-    complete(comparison)
-    (tmp_path / "data").rename(tmp_path / "old")
-    prepare([str(source)], tmp_path / "data", tokenizer="bpe:300", valid_fraction=0.2, quiet=True)
-    with pytest.raises(UserError, match="was trained on other data"):
-        look(comparison)
-
-
-def test_a_point_that_diverged_counts_as_the_worst_and_a_compared_run_that_did_ends_it(tiny_comparison, tmp_path: Path):
-    grid = {"optim.learning_rate": [0.003, 0.03]}
-    arms = {"cross_entropy": {"objective": "cross_entropy"}}
-    comparison = tiny_comparison(tmp_path, arms=arms, critics={}, tuning=TuningConfig(grid, seed=101))
-    first, second = look(comparison).missing
-    (first.folder / "refused").mkdir(parents=True)
-    do(second)
-    progress = look(comparison)
-    assert {each.point: each.is_chosen for each in progress.tuned} == {(0.003,): False, (0.03,): True}
-    (compared,) = progress.missing
-    (compared.folder / "refused").mkdir(parents=True)
-    with pytest.raises(RunFailed, match="seed-1 gave up, and is one that is compared"):
-        look(comparison)
-
-
-def test_an_unknown_option_of_a_cache_is_named(tiny_comparison, tmp_path: Path):
-    comparison = tiny_comparison(tmp_path, critics={"one": {"cache": {"kin": "top"}}})
-    do(next(job for job in look(comparison).missing if job.name == "critics/one"))
-    with pytest.raises(UserError, match="critic one: cache.kin; expected kind, bytes_per_token, keep_top, seed"):
-        look(comparison)
+def test_arms_read_the_cache_of_their_windows(finished: Finished):
+    out = Path(finished.comparison.out)
+    cache = json.loads((out / "caches" / "teacher" / "cache.json").read_text())
+    assert (cache["block"], cache["windows"]["train"], cache["bytes_per_token"]) == (BLOCK, 24, 58)
+    saved = yaml.safe_load((out / "runs" / "pupil" / "seed-1" / "config.yaml").read_text())
+    assert saved["critic"] == str(out / "caches" / "teacher") and saved["train_windows"] == 24

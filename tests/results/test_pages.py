@@ -71,11 +71,13 @@ def test_a_script_that_would_end_itself_is_refused(script: str):
         render_page("inspect.html", [script], player="p", critics=[], count=1, data={})
 
 
-@pytest.mark.parametrize("text", ["---", "- x", "1. y", "12.", "a*b", "<b>", "`", "https://x.y", "x\ny", "# a", "> a"])
+@pytest.mark.parametrize(
+    "text", ["---", "- x", "1. y", "12.", "a*b", "<b>", "`", "https://x.y", "x\ny", "# a", "> a", "+ x"]
+)
 def test_what_markdown_would_take_for_more_than_text_is_no_plain_text(text: str):
     assert not PLAIN.fullmatch(text)
 
 
-@pytest.mark.parametrize("text", ["", "run 1", "0.5 better −0.1", "±0", "— (none)", "a-b, c", "1.5"])
+@pytest.mark.parametrize("text", ["", "run 1", "0.5 better −0.1", "±0", "— (none)", "a-b, c", "1.5", "−0.1 to +0.2"])
 def test_what_it_shows_as_it_stands_is(text: str):
     assert PLAIN.fullmatch(text)

@@ -20,7 +20,7 @@ from avatarl.inert import backticks_around, markdown_code, visible
 
 HERE = Path(__file__).parent
 # What Markdown shows as it stands: no mark-up, no item of a list or rule, and no address that it would link to.
-PLAIN = re.compile(r"(?!-|\d+\.(?: |$))(?:[A-Za-z0-9 ,%()±−–—'-]|\.(?=[0-9 ]|$))*")
+PLAIN = re.compile(r"(?!-|\d+\.(?: |$))(?:[A-Za-z0-9 ,%()±−–—'-]|\+(?=\d)|\.(?=[0-9 ]|$))*")
 
 
 def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:

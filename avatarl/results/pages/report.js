@@ -1,13 +1,15 @@
 // Charts of a report on runs, or on arms with the means of their runs. Every figure's numbers stand once, in the page's data; what is drawn is made from them here.
 "use strict";
 (() => {
-  const { runs, axes, charts, reliability } = JSON.parse(document.getElementById("drawn").textContent);
+  // A comparison has arms for runs, and other words for its axes.
+  const { runs, axes, charts, reliability, line = "run", titles = {} } = JSON.parse(document.getElementById("drawn").textContent);
   const AXIS = {
     tokens: { title: "training tokens", column: "training_tokens", exponentformat: "B", hoverformat: ",d" },
     flops: { title: "FLOPs of player and critics in the run", column: "flops", exponentformat: "power", hoverformat: ".4~g" },
-    all_flops: { title: "FLOPs of player and critics, the critics' training included", column: "all_flops", exponentformat: "power", hoverformat: ".4~g" },
-    seconds: { title: "seconds of training", column: "seconds", exponentformat: "none", hoverformat: ".4~g" },
+    all_flops: { title: "FLOPs", column: "all_flops", exponentformat: "power", hoverformat: ".4~g" },
+    seconds: { title: "seconds", column: "seconds", exponentformat: "none", hoverformat: ".4~g" },
   };
+  for (const [name, title] of Object.entries(titles)) AXIS[name].title = title;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   // A finger that drags over a chart wants to scroll the page.
   const dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom";
@@ -128,7 +130,7 @@
   const cell = (text) => `"${(/^[=+\-@\t\r]/.test(text) ? "'" : "") + text.replaceAll('"', '""')}"`;
 
   function asCsv(chart) {
-    const header = isCurve(chart) ? ["run", axis().column, chart.metric] : ["run", "confidence", "accuracy", "count"];
+    const header = isCurve(chart) ? [line, axis().column, chart.metric] : [line, "confidence", "accuracy", "count"];
     const rows = chart.series.filter((series) => isShown(series.run)).flatMap((series) =>
       (places(chart, series) ?? []).map((x, i) =>
         [cell(runs[series.run].name), x, series.y[i], ...(isCurve(chart) ? [] : [series.count[i]])].join(",")
