@@ -57,8 +57,12 @@ def _parsed(parser, read: Callable) -> dict:
     except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
         raise UserError(f"config cannot be read ({one_line_of(error)}); expected settings by name") from error
     # Outer ones before those in them.
+    optional = {action.dest for action in parser._actions if action.default is None}  # such a group may be null
     for group in sorted({action.dest.rpartition(".")[0] for action in parser._actions if "." in action.dest}):
-        if not hasattr(settings[group], "as_dict"):  # the parser lets this pass and fails on it later
+        is_left_out = settings[group] is None and group in optional
+        if (
+            not hasattr(settings[group], "as_dict") and not is_left_out
+        ):  # which the parser lets pass, and fails on later
             raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
     return parser.instantiate(settings).as_dict()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from avatarl.training import TrainConfig
 SHARED = ("out", "data", "seed", "block", "eval_windows")
 PRESETS = ("article", "released", "dense")
 FIRST_CRITIC_SEED = 1001
+CACHE_OPTIONS = {"kind": "top", "bytes_per_token": 134, "keep_top": 0, "seed": 1}  # of `avatarl critic cache`
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Settings = dict[str, Any]  # of a recipe, by dotted names; no setting that holds others is among them
@@ -46,6 +49,8 @@ class TuningConfig:
         if not self.grid:
             raise UserError("tuning.grid is empty; expected values to try by setting, such as optim.learning_rate")
         for name, values in self.grid.items():
+            if name in SHARED:
+                raise UserError(f"tuning.grid.{name} is given, which all runs share; set it in the base recipe")
             if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
                 raise UserError(f"tuning.grid.{name} is {values!r}; expected a list of different values")
 
@@ -115,8 +120,10 @@ class ComparisonConfig:
 
     def _check_inheritance(self, kind: str, name: str, changes: Mapping[str, Any]) -> None:
         """Refuse ``tuned_as`` of what is not tuned, and critics that wait for themselves."""
-        other = changes.get("tuned_as")
-        if other is not None:
+        if not all(isinstance(critic, str) for critic in critics_of(changes)):
+            raise UserError(f"{kind} {name}: critic is {changes['critic']!r}; expected a name, or several in a list")
+        if "tuned_as" in changes:
+            other = changes["tuned_as"]
             _require_arm(f"{kind} {name}: tuned_as", other, self.arms)
             if not self.is_tuned(other):
                 raise UserError(f"{kind} {name}: tuned_as is {other!r}, which is not tuned; expected one that is")
@@ -130,7 +137,7 @@ class ComparisonConfig:
         changes = (self.arms if kind == "arm" else self.critics)[name] or {}
         if "tuned_as" in changes:
             self._ancestors("arm", changes["tuned_as"], path)
-        for critic in critics_of(changes):
+        for critic in critics_of({**self.untuned_base(kind), **changes}):
             if critic in self.critics:
                 self._ancestors("critic", critic, path)
 
@@ -163,6 +170,40 @@ class ComparisonConfig:
             settings["data"] = self.data
         return settings
 
+    def untuned_base(self, kind: str) -> Settings:
+        """What an arm or a critic starts from: a critic by cross-entropy, with no critic but its own."""
+        settings = self.base_settings()
+        return settings | {"objective": "cross_entropy", "critic": None} if kind == "critic" else settings
+
+    def cache_options(self, critic: str) -> Settings | None:
+        """The options of a critic's cache; None where it has none.
+
+        Raises:
+            UserError: One is unknown.
+        """
+        given = self.critics[critic] or {}
+        if "cache" not in given:
+            return None
+        options = {} if given["cache"] is None else given["cache"]
+        if not isinstance(options, dict):
+            raise UserError(f"critic {critic}: cache is {options!r}; expected options by name, or {{}}")
+        unknown = [option for option in options if option not in CACHE_OPTIONS]
+        if unknown:
+            raise UserError(f"critic {critic}: cache.{unknown[0]}; expected {', '.join(CACHE_OPTIONS)}")
+        return {**CACHE_OPTIONS, **options}
+
+    def check(self) -> None:
+        """Refuse at once what would be found only when its turn comes.
+
+        Raises:
+            UserError: A setting of an arm, a critic or a cache is wrong.
+        """
+        for kind, names in (("arm", self.arms), ("critic", self.critics)):
+            for name in names:
+                make_run(self.untuned_base(kind) | self.changes_of(kind, name), Path(self.out) / name, seed=0)
+        for critic in self.critics:
+            self.cache_options(critic)
+
     def changes_of(self, kind: str, name: str) -> Settings:
         """What an arm or a critic changes of the base recipe, by dotted names, its preset spelled out.
 
@@ -187,7 +228,7 @@ class ComparisonConfig:
 def critics_of(changes: Mapping[str, Any]) -> list[str]:
     """The critics that settings name."""
     critic = changes.get("critic")
-    return [] if critic is None else [critic] if isinstance(critic, str) else list(critic)
+    return [] if critic is None else list(critic) if isinstance(critic, list) else [critic]
 
 
 def by_dotted_names(nested: Mapping[str, Any], prefix: str = "") -> Settings:
@@ -212,19 +253,26 @@ def make_run(settings: Settings, out: Path, seed: int) -> TrainConfig:
         UserError: A setting is unknown, or its value is not accepted.
     """
     nested: dict[str, Any] = {}
-    for name, value in {**settings, "out": str(out), "seed": seed}.items():
+    for name, value in copy.deepcopy({**settings, "out": str(out), "seed": seed}).items():
         *groups, last = name.split(".")
         inner = nested
         for group in groups:
             inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{group} is {inner!r}, and {name} is given; expected its settings by name")
         inner[last] = value
+    return TrainConfig(**parse_settings(_parser_of_recipes(), nested))
+
+
+@cache
+def _parser_of_recipes():
     parser = make_parser("avatarl compare", None)
     parser.add_class_arguments(TrainConfig)
-    return TrainConfig(**parse_settings(parser, nested))
+    return parser
 
 
 def _require_arm(field: str, name: object, arms: Mapping[str, Any]) -> None:
-    if name not in arms:
+    if not isinstance(name, str) or name not in arms:
         raise UserError(
             f"{field} is {name!r}; expected one of the arms, {', '.join(arms)}{nearest_name(str(name), arms)}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from avatarl.data.dataset import PreparedData
 from avatarl.errors import RunFailed, UserError
+from avatarl.models.critic_cache import RecordFormat
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.training import TrainConfig
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
@@ -21,8 +22,6 @@ from avatarl.training.folder.log import evaluations_of
 
 from .config import ComparisonConfig, Settings, critics_of, make_run
 from .search import Point, search
-
-CACHE_OPTIONS = ("kind", "bytes_per_token", "keep_top", "seed")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class Progress:
             UserError: A setting is wrong, or a run in the folder is not what this comparison would make.
             RunFailed: A run that is compared gave up.
         """
+        comparison.check()
         progress = cls(comparison, data)
         for seed in comparison.seeds:  # a seed after the other, so that pairs are whole where it is stopped
             for arm in comparison.arms:
@@ -127,10 +127,7 @@ class Progress:
 
     def _untuned_settings(self, kind: str, name: str) -> Settings | None:
         """Base recipe and changes, with each critic of this comparison by its folder; None while one is not there."""
-        settings = self.comparison.base_settings()
-        if kind == "critic":
-            settings |= {"objective": "cross_entropy", "critic": None}
-        settings |= self.comparison.changes_of(kind, name)
+        settings = self.comparison.untuned_base(kind) | self.comparison.changes_of(kind, name)
         critics = [self._critic(critic) for critic in critics_of(settings)]  # all, so that they train side by side
         if None in critics:
             return None
@@ -152,6 +149,8 @@ class Progress:
         known: dict[Point, float] = {}
 
         def score(point: Point) -> float | None:
+            if point in known:
+                return known[point]
             folder = self._out / "tuning" / arm / point_name(grid, point)
             tried = {**settings, **dict(zip(grid, point, strict=True))}
             if has_diverged(folder):
@@ -168,31 +167,39 @@ class Progress:
         """Where a critic lies; None while this comparison has to make it first."""
         if name not in self.comparison.critics:
             return name
-        given = self.comparison.critics[name] or {}
         settings, folder = self._settings("critic", name), self._out / "critics" / name
         if settings is None or not self._is_finished(folder, settings, self.comparison.seed_of_critic(name)):
             return None
-        if "cache" not in given:
+        options, cache = self.comparison.cache_options(name), self._out / "caches" / name
+        if options is None:
             return str(folder)
-        cache = self._out / "caches" / name
         if (cache / CACHE_MANIFEST).is_file():
+            self._check_cache(cache, options)
             return str(cache)
-        options = given["cache"] or {}
-        unknown = [option for option in options if option not in CACHE_OPTIONS]
-        if unknown:
-            raise UserError(f"critic {name}: cache.{unknown[0]}; expected {', '.join(CACHE_OPTIONS)}")
         run = make_run(settings, folder, seed=0)
         words = {"critic": folder, "data": run.data, "out": cache, "block": run.block, **options}
+        words |= {"precision": run.precision, "device": run.device}
         if run.train_windows is not None:
             words["train_windows"] = run.train_windows
         arguments = ("critic", "cache", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
         self._add(Job(f"caches/{name}", cache, arguments))
         return None
 
+    def _check_cache(self, cache: Path, options: Settings) -> None:
+        """Refuse a cache that was made with other options; whose and of what it is, the runs that use it look at."""
+        found = json.loads((cache / CACHE_MANIFEST).read_text(encoding="utf-8"))
+        record = RecordFormat.within(
+            options["kind"], options["bytes_per_token"], options["keep_top"], self.data.vocab_size
+        )
+        wanted = {"kind": options["kind"], "bytes_per_token": record.dtype.itemsize, "num_top": record.num_top}
+        wanted["seed"] = options["seed"] if record.num_draws else None
+        for name, value in wanted.items():
+            if found.get(name, value) != value:
+                raise UserError(f"{cache} has {name} {found[name]!r}, and {value!r} is asked for; give another out")
+
     def _own_critics(self, kind: str, name: str) -> list[str]:
         """The critics that this comparison trains for an arm or critic, those of its critics included."""
-        base = self.comparison.base_settings() if kind == "arm" else {}  # a critic has none but its own
-        named = critics_of(base | self.comparison.changes_of(kind, name))
+        named = critics_of(self.comparison.untuned_base(kind) | self.comparison.changes_of(kind, name))
         own = [critic for critic in named if critic in self.comparison.critics]
         return list(
             dict.fromkeys([*own, *(deeper for critic in own for deeper in self._own_critics("critic", critic))])

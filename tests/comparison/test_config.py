@@ -97,7 +97,6 @@ def test_a_mistake_is_named(settings: dict, message: str):
         comparison(**settings)
 
 
-@pytest.mark.xfail(strict=True, raises=(KeyError, TypeError), reason="reported: a traceback instead of one line")
 @pytest.mark.parametrize("changes", [{"tuned_as": None}, {"tuned_as": ["other"]}, {"critic": 5}, {"critic": [["a"]]}])
 def test_names_that_are_none_are_named(changes: dict):
     with pytest.raises(UserError, match="tuned_as|critic"):
@@ -126,7 +125,6 @@ def test_a_mistake_of_the_search_is_named(settings: dict, message: str):
         TuningConfig(**settings)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: the arms would not share it any more")
 @pytest.mark.parametrize("name", SHARED)
 def test_what_all_runs_share_is_not_tuned(name: str):
     with pytest.raises(UserError, match=f"tuning.grid.{name}"):
@@ -260,7 +258,6 @@ def test_a_setting_of_a_run_that_is_wrong_is_named(settings: dict, message: str)
         make_run({"data": "data", "steps": 3, **settings}, Path("run"), seed=1)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="reported: a traceback instead of one line")
 @pytest.mark.parametrize("group", [None, "muon"])
 def test_a_group_that_is_none_is_named(group: str | None):
     with pytest.raises(UserError, match="optim"):
@@ -274,7 +271,6 @@ def test_a_run_has_the_settings_the_folder_and_the_seed():
     assert run.player.settings == NESTED["player"]["settings"]
 
 
-@pytest.mark.xfail(strict=True, reason="reported: make_run writes into the base's own dictionary")
 def test_making_a_run_leaves_the_settings_alone():
     settings = {"data": "data", "steps": 3, "player.settings": {"hidden_size": 8}, "player.settings.head_dim": 4}
     before = copy.deepcopy(settings)
@@ -353,7 +349,6 @@ def test_a_comparison_is_read_from_yaml_and_options_go_before_it(tmp_path: Path,
     assert asked[1] == (dataclasses.replace(first, seeds=[11, 12], data="new"), {"device": "cpu"})
 
 
-@pytest.mark.xfail(strict=True, reason="reported: tuning is None; expected its settings by name")
 def test_what_is_not_given_is_not_asked_for(tmp_path: Path, asked: list):
     (tmp_path / "few.yaml").write_text(f"out: {tmp_path}\narms: {{cross_entropy: {{}}}}\n")
     assert main(["compare", "--config", str(tmp_path / "few.yaml")]) == 0

@@ -294,7 +294,6 @@ def test_a_changed_setting_of_a_search_or_a_critic_is_refused(compared: Compared
         Progress.of(replace(comparison, critics={"teacher": {"steps": 5}}), data)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: a cache that is there is taken whatever it is of")
 def test_a_changed_option_of_a_cache_is_refused(compared: Compared, data: PreparedData):
     arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
     comparison = compared(arms=arms, critics={"teacher": {"cache": {"bytes_per_token": 60}}}, seeds=[1])
@@ -399,7 +398,6 @@ def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData
         Progress.of(compared(**settings), data)
 
 
-@pytest.mark.xfail(strict=True, reason="reported: found when the critic or the search is finished, hours later")
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -416,7 +414,6 @@ def test_a_wrong_setting_of_what_waits_is_found_at_once(
         Progress.of(compared(**settings), data)
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="reported: a base's critic is not looked at")
 @pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])
 def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: PreparedData, waits: bool):
     critic = {"tuned_as": "cross_entropy"} if waits else {}
@@ -429,7 +426,6 @@ def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: Pr
         assert not waits and jobs["runs/smooth/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
 
 
-@pytest.mark.xfail(strict=True, reason="reported: make_run writes into the base's own dictionary")
 def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: PreparedData):
     arms = {"cross_entropy": {"player.settings.intermediate_size": 8}, "other": {}}
     small, other, *_ = Progress.of(compared(arms=arms, base=copy.deepcopy(BASE)), data).missing
