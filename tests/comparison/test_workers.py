@@ -283,8 +283,7 @@ def results_of(out: Path) -> list[dict[str, str]]:
 def test_a_comparison_that_is_stopped_goes_on_to_the_same_results(compared, data: PreparedData, tmp_path: Path):
     """Stopped while two runs train, neither of which has saved anything yet."""
     base = {**BASE, "steps": 600, "checkpoint_every_steps": 600, "eval_every_steps": 300, "log_every_steps": 5}
-    tuning = {"grid": {"optim.learning_rate": [0.01]}, "seed": 9, "arms": []}  # nothing is tuned
-    recipe = {"data": str(data.path), "base": base, "seeds": [1], "workers": 2, "tuning": tuning}
+    recipe = {"data": str(data.path), "base": base, "seeds": [1], "workers": 2}
     recipe["arms"] = {"cross_entropy": CROSS_ENTROPY, "smooth": {"objective": "label_smoothing"}}
     for name in ("whole", "cut"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "out": str(tmp_path / name)}))
