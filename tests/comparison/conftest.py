@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from avatarl.cli import main
-from avatarl.comparison import ComparisonConfig, progress
+from avatarl.comparison import ComparisonConfig, TuningConfig, progress
 from avatarl.comparison.config import Settings, make_run
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
@@ -36,6 +37,9 @@ BASE: dict[str, Any] = {
     "tensorboard": False,
 }
 CROSS_ENTROPY = {"objective": "cross_entropy"}
+RATES, DECAYS = [0.001, 0.03], [0.05, 0.5]
+TUNING = TuningConfig(grid={"optim.learning_rate": RATES, "optim.weight_decay": DECAYS}, seed=9, arms=["cross_entropy"])
+Compared = Callable[..., ComparisonConfig]
 
 
 @pytest.fixture(scope="session")
@@ -115,3 +119,26 @@ def pretender(data: PreparedData, score: Callable[[Job], float] = lambda job: 1.
 
 def names_of(jobs: Sequence[Job]) -> list[str]:
     return [job.name for job in jobs]
+
+
+def prefers(rate: float, decay: float) -> Callable[[Job], float]:
+    """Scores of runs that are best at these values."""
+
+    def score(job: Job) -> float:
+        optim = job.recipe.optim
+        return 1 + abs(math.log(optim.learning_rate / rate)) + abs(math.log(optim.weight_decay / decay))
+
+    return score
+
+
+def jobs_of(comparison: ComparisonConfig, data: PreparedData, do: Callable[[Job], None]) -> dict[str, Job]:
+    """Every job that is done until nothing is missing, by its name."""
+    jobs = {}
+
+    def keep(job: Job) -> None:
+        assert job.name not in jobs, "done twice"
+        jobs[job.name] = job
+        do(job)
+
+    complete(comparison, data, keep)
+    return jobs

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-import yaml
-from torch import Tensor
 
 from avatarl import AvataRLConfig, UserError
-from avatarl.comparison import ComparisonConfig, TuningConfig
-from avatarl.comparison.progress import Job, Progress, has_diverged, point_name
+from avatarl.comparison.progress import Progress, point_name
 from avatarl.data import PreparedData
-from avatarl.errors import RunFailed
-from avatarl.training.rewarded_player import RewardedPlayer
 
 from ..conftest import BLOCK, TINY
-from ..training.runs import contents_of
-from .conftest import BASE, CROSS_ENTROPY, complete, do_in_process, names_of, pretender
-
-RATES, DECAYS = [0.001, 0.03], [0.05, 0.5]
-TUNING = TuningConfig(grid={"optim.learning_rate": RATES, "optim.weight_decay": DECAYS}, seed=9, arms=["cross_entropy"])
-Compared = Callable[..., ComparisonConfig]
-
-
-def prefers(rate: float, decay: float) -> Callable[[Job], float]:
-    """Scores of runs that are best at these values."""
-
-    def score(job: Job) -> float:
-        optim = job.recipe.optim
-        return 1 + abs(math.log(optim.learning_rate / rate)) + abs(math.log(optim.weight_decay / decay))
-
-    return score
-
-
-def jobs_of(comparison: ComparisonConfig, data: PreparedData, do: Callable[[Job], None]) -> dict[str, Job]:
-    """Every job that is done until nothing is missing, by its name."""
-    jobs = {}
-
-    def keep(job: Job) -> None:
-        assert job.name not in jobs, "done twice"
-        jobs[job.name] = job
-        do(job)
-
-    complete(comparison, data, keep)
-    return jobs
-
+from .conftest import (
+    BASE,
+    CROSS_ENTROPY,
+    TUNING,
+    Compared,
+    complete,
+    do_in_process,
+    jobs_of,
+    names_of,
+    prefers,
+    pretender,
+)
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
@@ -329,215 +301,3 @@ def test_a_run_that_was_stopped_is_still_missing(compared: Compared, data: Prepa
     progress = Progress.of(comparison, data)
     assert names_of(progress.missing) == ["runs/smooth/seed-2"]
     assert [(member.arm, member.seed) for member in progress.members][-1] == ("smooth", 1)
-
-
-# --- runs that gave up -----------------------------------------------------------------------------------------------
-
-
-def give_up(job: Job) -> None:
-    (job.folder / "refused").mkdir(parents=True)
-
-
-def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: PreparedData):
-    comparison = compared(tuning=TUNING)
-    pretend, gave_up = pretender(data, prefers(0.03, 0.05)), []
-
-    def do(job: Job) -> None:
-        if job.name.startswith("tuning/") and job.recipe.optim.learning_rate == 0.03:
-            gave_up.append(job)
-            give_up(job)
-        else:
-            pretend(job)
-
-    complete(comparison, data, do)
-    assert [job.name for job in gave_up] == ["tuning/cross_entropy/learning_rate=0.03,weight_decay=0.05"]
-    tuned = {found.point: found for found in Progress.of(comparison, data).tuned}
-    assert tuned[0.03, 0.05].cross_entropy == math.inf
-    assert [point for point, found in tuned.items() if found.is_chosen] == [(0.001, 0.05)]
-
-
-def test_a_compared_run_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
-    comparison = compared()
-    jobs = Progress.of(comparison, data).missing
-    give_up(jobs[2])
-    with pytest.raises(RunFailed, match=f"{jobs[2].name} gave up, and is one that is compared; .*refused says where"):
-        Progress.of(comparison, data)
-
-
-def test_a_critic_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
-    comparison = compared(arms={"cross_entropy": {"critic": "teacher"}}, critics={"teacher": {}})
-    give_up(Progress.of(comparison, data).missing[0])
-    with pytest.raises(RunFailed, match="critics/teacher gave up"):
-        Progress.of(comparison, data)
-
-
-def test_what_was_refused_and_went_on_has_not_diverged(tmp_path: Path):
-    assert not has_diverged(tmp_path)
-    (tmp_path / "refused").mkdir()
-    assert has_diverged(tmp_path)
-    (tmp_path / "final").mkdir()
-    assert not has_diverged(tmp_path)
-
-
-# --- mistakes that are found before anything is trained --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1}}}, "stepz is not a setting"),
-        ({"arms": {"cross_entropy": {}, "b": {"preset": "x", "critic": "t"}}, "critics": {"t": {}}}, "preset is 'x'"),
-        ({"arms": {"cross_entropy": {}, "b": {"data": "x"}}}, "arm b changes data"),
-        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"stepz": 1}}}, "stepz is not a setting"),
-        ({"tuning": TuningConfig(grid={"optim.rate": [1.0]}, seed=9)}, "optim.rate is not a setting"),
-        ({"seeds": [2**63]}, "seed is 9223372036854775808; expected"),
-    ],
-)
-def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData, settings: dict, message: str):
-    with pytest.raises(UserError, match=message):
-        Progress.of(compared(**settings), data)
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "critic": "t"}}, "critics": {"t": {}}}, "stepz"),
-        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "tuned_as": "cross_entropy"}}, "tuning": TUNING}, "stepz"),
-        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block": 3}}}}, "cache.block"),
-        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": True}}}, "cache is True"),
-    ],
-)
-def test_a_wrong_setting_of_what_waits_is_found_at_once(
-    compared: Compared, data: PreparedData, settings: dict, message: str
-):
-    with pytest.raises(UserError, match=message):
-        Progress.of(compared(**settings), data)
-
-
-@pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])
-def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: PreparedData, waits: bool):
-    critic = {"tuned_as": "cross_entropy"} if waits else {}
-    try:
-        comparison = compared(base={**BASE, "critic": "t"}, critics={"t": critic}, tuning=TUNING)
-        jobs = jobs_of(comparison, data, pretender(data))
-    except UserError as error:
-        assert waits and "waits for itself" in str(error)
-    else:
-        assert not waits and jobs["runs/smooth/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
-
-
-def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: PreparedData):
-    arms = {"cross_entropy": {"player.settings.intermediate_size": 8}, "other": {}}
-    small, other, *_ = Progress.of(compared(arms=arms, base=copy.deepcopy(BASE)), data).missing
-    assert small.recipe.player.settings == {**TINY, "intermediate_size": 8}
-    assert other.recipe.player.settings == TINY
-
-
-# --- with real runs --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Finished:
-    comparison: ComparisonConfig
-    looks: list[list[str]]
-    jobs: dict[str, Job] = field(default_factory=dict)
-    weights: dict[str, list[Tensor]] = field(default_factory=dict)  # before the first step
-    windows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))  # in the order of training
-
-
-@pytest.fixture(scope="module")
-def finished(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A whole comparison that was really trained, and what its players were given."""
-    comparison = ComparisonConfig(
-        out=str(tmp_path_factory.mktemp("finished") / "out"),
-        data=str(data.path),
-        base={**BASE, "train_windows": 24},
-        seeds=[1, 2],
-        critics={"teacher": {"tuned_as": "cross_entropy", "cache": {"bytes_per_token": 58}}},
-        arms={
-            "cross_entropy": CROSS_ENTROPY,
-            "pupil": {"critic": "teacher", "tuned_as": "cross_entropy", "optim.weight_decay": 0.3},
-        },
-        tuning=TuningConfig(grid={"optim.learning_rate": [0.001, 0.03]}, seed=9),
-    )
-    result, real = Finished(comparison, []), RewardedPlayer.forward
-
-    def do(job: Job) -> None:
-        def forward(self: RewardedPlayer, input_ids: Tensor, *rest):
-            if self.training:
-                weights = [weight.detach().clone() for weight in self.player.parameters()]
-                result.weights.setdefault(job.name, weights)
-                result.windows[job.name].append(input_ids.clone())
-            return real(self, input_ids, *rest)
-
-        result.jobs[job.name] = job
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RewardedPlayer, "forward", forward)
-            do_in_process(job)
-
-    result.looks = complete(comparison, data, do)
-    return result
-
-
-def test_a_whole_comparison_ends(finished: Finished, data: PreparedData):
-    assert [sorted({name.split("/")[0] for name in look}) for look in finished.looks] == [
-        ["tuning"],
-        ["critics", "runs"],
-        ["caches"],
-        ["runs"],
-    ]
-    progress = Progress.of(finished.comparison, data)
-    out = Path(finished.comparison.out)
-    assert [(member.arm, member.seed, member.critics) for member in progress.members] == [
-        ("cross_entropy", 1, ()),
-        ("cross_entropy", 2, ()),
-        ("pupil", 1, (out / "critics" / "teacher",)),
-        ("pupil", 2, (out / "critics" / "teacher",)),
-    ]
-    assert all((member.folder / "final" / "model.safetensors").is_file() for member in progress.members)
-
-
-def test_what_is_finished_is_not_done_again(finished: Finished, data: PreparedData):
-    before = contents_of(Path(finished.comparison.out))
-    for _ in range(2):
-        assert Progress.of(finished.comparison, data).missing == []
-    assert contents_of(Path(finished.comparison.out)) == before
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(map(torch.equal, first, second))
-
-
-@pytest.mark.parametrize("what", ["weights", "windows"])
-def test_arms_of_a_seed_share_initial_weights_and_the_order_of_the_data(finished: Finished, what: str):
-    of = getattr(finished, what)
-    for seed in (1, 2):
-        assert same(of[f"runs/cross_entropy/seed-{seed}"], of[f"runs/pupil/seed-{seed}"])
-    for one, other in (("runs/pupil/seed-1", "runs/pupil/seed-2"), ("critics/teacher", "runs/pupil/seed-1")):
-        assert not same(of[one], of[other])
-
-
-def test_the_search_decides_by_the_best_evaluation(finished: Finished, data: PreparedData):
-    out = Path(finished.comparison.out)
-    best = {}
-    for rate in (0.001, 0.03):
-        lines = (out / "tuning" / "cross_entropy" / f"learning_rate={rate}" / "metrics.jsonl").read_text().splitlines()
-        values = [line["cross_entropy"] for line in map(json.loads, lines) if line["event"] == "eval"]
-        assert len(values) == 2
-        best[rate] = min(values)
-    chosen = min(best, key=best.get)
-    found = Progress.of(finished.comparison, data).tuned
-    assert {tuned.point[0]: tuned.cross_entropy for tuned in found} == best
-    assert [tuned.point for tuned in found if tuned.is_chosen] == [(chosen,)]
-    for name in ("runs/cross_entropy/seed-2", "runs/pupil/seed-1", "critics/teacher"):
-        saved = yaml.safe_load((out / name / "config.yaml").read_text())
-        assert saved["optim"]["learning_rate"] == chosen
-        assert saved["optim"]["weight_decay"] == (0.3 if "pupil" in name else 0.1)
-
-
-def test_arms_read_the_cache_of_their_windows(finished: Finished):
-    out = Path(finished.comparison.out)
-    cache = json.loads((out / "caches" / "teacher" / "cache.json").read_text())
-    assert (cache["block"], cache["windows"]["train"], cache["bytes_per_token"]) == (BLOCK, 24, 58)
-    saved = yaml.safe_load((out / "runs" / "pupil" / "seed-1" / "config.yaml").read_text())
-    assert saved["critic"] == str(out / "caches" / "teacher") and saved["train_windows"] == 24

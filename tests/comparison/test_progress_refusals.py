@@ -1,0 +1,127 @@
+"""Runs that gave up, and mistakes that are found before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+
+from avatarl import UserError
+from avatarl.comparison import TuningConfig
+from avatarl.comparison.progress import Job, Progress, has_diverged
+from avatarl.data import PreparedData
+from avatarl.errors import RunFailed
+
+from ..conftest import TINY
+from .conftest import (
+    BASE,
+    TUNING,
+    Compared,
+    complete,
+    jobs_of,
+    prefers,
+    pretender,
+)
+
+# --- runs that gave up -----------------------------------------------------------------------------------------------
+
+
+def give_up(job: Job) -> None:
+    (job.folder / "refused").mkdir(parents=True)
+
+
+def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: PreparedData):
+    comparison = compared(tuning=TUNING)
+    pretend, gave_up = pretender(data, prefers(0.03, 0.05)), []
+
+    def do(job: Job) -> None:
+        if job.name.startswith("tuning/") and job.recipe.optim.learning_rate == 0.03:
+            gave_up.append(job)
+            give_up(job)
+        else:
+            pretend(job)
+
+    complete(comparison, data, do)
+    assert [job.name for job in gave_up] == ["tuning/cross_entropy/learning_rate=0.03,weight_decay=0.05"]
+    tuned = {found.point: found for found in Progress.of(comparison, data).tuned}
+    assert tuned[0.03, 0.05].cross_entropy == math.inf
+    assert [point for point, found in tuned.items() if found.is_chosen] == [(0.001, 0.05)]
+
+
+def test_a_compared_run_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+    comparison = compared()
+    jobs = Progress.of(comparison, data).missing
+    give_up(jobs[2])
+    with pytest.raises(RunFailed, match=f"{jobs[2].name} gave up, and is one that is compared; .*refused says where"):
+        Progress.of(comparison, data)
+
+
+def test_a_critic_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+    comparison = compared(arms={"cross_entropy": {"critic": "teacher"}}, critics={"teacher": {}})
+    give_up(Progress.of(comparison, data).missing[0])
+    with pytest.raises(RunFailed, match="critics/teacher gave up"):
+        Progress.of(comparison, data)
+
+
+def test_what_was_refused_and_went_on_has_not_diverged(tmp_path: Path):
+    assert not has_diverged(tmp_path)
+    (tmp_path / "refused").mkdir()
+    assert has_diverged(tmp_path)
+    (tmp_path / "final").mkdir()
+    assert not has_diverged(tmp_path)
+
+
+# --- mistakes that are found before anything is trained --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1}}}, "stepz is not a setting"),
+        ({"arms": {"cross_entropy": {}, "b": {"preset": "x", "critic": "t"}}, "critics": {"t": {}}}, "preset is 'x'"),
+        ({"arms": {"cross_entropy": {}, "b": {"data": "x"}}}, "arm b changes data"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"stepz": 1}}}, "stepz is not a setting"),
+        ({"tuning": TuningConfig(grid={"optim.rate": [1.0]}, seed=9)}, "optim.rate is not a setting"),
+        ({"seeds": [2**63]}, "seed is 9223372036854775808; expected"),
+    ],
+)
+def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        Progress.of(compared(**settings), data)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "critic": "t"}}, "critics": {"t": {}}}, "stepz"),
+        ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "tuned_as": "cross_entropy"}}, "tuning": TUNING}, "stepz"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block": 3}}}}, "cache.block"),
+        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": True}}}, "cache is True"),
+    ],
+)
+def test_a_wrong_setting_of_what_waits_is_found_at_once(
+    compared: Compared, data: PreparedData, settings: dict, message: str
+):
+    with pytest.raises(UserError, match=message):
+        Progress.of(compared(**settings), data)
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])
+def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: PreparedData, waits: bool):
+    critic = {"tuned_as": "cross_entropy"} if waits else {}
+    try:
+        comparison = compared(base={**BASE, "critic": "t"}, critics={"t": critic}, tuning=TUNING)
+        jobs = jobs_of(comparison, data, pretender(data))
+    except UserError as error:
+        assert waits and "waits for itself" in str(error)
+    else:
+        assert not waits and jobs["runs/smooth/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
+
+
+def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: PreparedData):
+    arms = {"cross_entropy": {"player.settings.intermediate_size": 8}, "other": {}}
+    small, other, *_ = Progress.of(compared(arms=arms, base=copy.deepcopy(BASE)), data).missing
+    assert small.recipe.player.settings == {**TINY, "intermediate_size": 8}
+    assert other.recipe.player.settings == TINY
