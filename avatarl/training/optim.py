@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+
+from avatarl.device import pick_precision
 
 from .config import OptimConfig
 from .processes import Processes, local, whole
@@ -50,19 +53,35 @@ class Optimisers:
         return learning_rate
 
 
-class WholeMuon(torch.optim.Muon):
-    """Muon, on whole matrices also where processes hold parts of them (FSDP2).
+class _FloatForBfloat16(TorchFunctionMode):
+    """Casts to bfloat16 become casts to float32."""
 
-    An update depends on the whole matrix. On parts, PyTorch would divide each product of the orthogonalisation, with
-    an exchange for every one and other roundings, in bfloat16, for every number of processes.
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.bfloat16:
+            function = Tensor.float
+        return function(*args, **(kwargs or {}))
+
+
+class PortableMuon(torch.optim.Muon):
+    """PyTorch's Muon, made fit for every machine.
+
+    An update depends on the whole matrix. Where processes hold parts of it (FSDP2), PyTorch would divide each product
+    of the orthogonalisation, with an exchange for every one and other roundings for every number of processes; here
+    each takes the whole matrix. And PyTorch's products are in bfloat16, which a CPU that does not multiply it natively
+    emulates: fifteen times the time of float32 (docs/lab-log.md, 2026-11-30). There they are in float32.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update; ``closure`` as torch has it, for matrices that nobody divides."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        is_native = pick_precision("auto", parameters[0].device) == "bf16"
+        with nullcontext() if is_native else _FloatForBfloat16():
+            if any(isinstance(parameter, DTensor) for parameter in parameters):
+                return self._step_whole()
             return super().step(closure)
+
+    def _step_whole(self) -> None:
         for group in self.param_groups:
             settings = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
@@ -154,7 +173,7 @@ def build_optimisers(player: PreTrainedModel, config: OptimConfig, total_steps: 
     optimisers: list[Optimizer] = [adamw]
     if config.name == "muon":
         # With this adjustment an update has AdamW's typical size, so one learning rate serves both.
-        muon = WholeMuon(
+        muon = PortableMuon(
             flat, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimisers.append(muon)

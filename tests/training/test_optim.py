@@ -10,7 +10,7 @@ import torch
 from avatarl.models import PlayerConfig, build_player
 from avatarl.training import GuardConfig, OptimConfig
 from avatarl.training.guard import Guard
-from avatarl.training.optim import Optimisers, build_optimisers, clip_gradients
+from avatarl.training.optim import Optimisers, PortableMuon, build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
 
 from ..conftest import BLOCK, TINY
@@ -58,6 +58,37 @@ def test_muon_has_exactly_the_matrices_that_are_no_embedding(player):
         if parameter.dim() == 2 and not any(part in name for part in embedding_names)
     }
     assert found == expected and len(expected) >= 4
+
+
+def muon_update(gradient: torch.Tensor, learning_rate: float) -> torch.Tensor:
+    """The first update of Muon in float64, by the formulas of its authors' post, with the size of AdamW's."""
+    x = (0.05 * 0.95 + 0.05) * gradient.double()  # Nesterov's momentum from a buffer of zeros
+    x = x / x.norm()
+    if gradient.shape[0] > gradient.shape[1]:
+        x = x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    if gradient.shape[0] > gradient.shape[1]:
+        x = x.T
+    return -learning_rate * 0.2 * max(gradient.shape) ** 0.5 * x
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_muon_is_exact_where_bfloat16_is_emulated(monkeypatch, shape):
+    """Products in float32 there, and PyTorch's own, in bfloat16, where the device has them."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    updates = {}
+    for name, kind in (("fp32", PortableMuon), ("bf16", PortableMuon), ("torch", torch.optim.Muon)):
+        monkeypatch.setattr("avatarl.training.optim.pick_precision", lambda *_, name=name: name)
+        matrix = torch.nn.Parameter(torch.zeros(shape))
+        matrix.grad = gradient.clone()
+        kind([matrix], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw").step()
+        updates[name] = matrix.detach()
+    expected = muon_update(gradient, 0.1)
+    torch.testing.assert_close(updates["fp32"].double(), expected, rtol=1e-4, atol=1e-6)
+    assert (updates["bf16"] - expected).abs().max() > 1e-4  # what the first could not tell from the second
+    assert torch.equal(updates["bf16"], updates["torch"])
 
 
 def learning_rates(config: OptimConfig, total_steps: int) -> list[float]:
