@@ -1,7 +1,8 @@
 """Active actions: the few tokens that are judged at a position.
 
-Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns. The width is fixed:
-a token that was listed before is masked, never removed, so no shape depends on data and the host never waits.
+Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns, less where a cache
+stores fewer than K tokens. A token that was listed before is masked, never removed: no shape depends on data, and the
+host never waits.
 """
 
 from __future__ import annotations
@@ -45,3 +46,14 @@ def active_actions(
         columns.append(tokens)
         masks.append(kept)
     return torch.cat(columns, dim=1), torch.cat(masks, dim=1)
+
+
+def first_proposals(critics: Sequence[Tensor | StoredCritic], top_k: int) -> list[int]:
+    """The column of each critic's favourite among :func:`active_actions`; none for a cache that stores no proposals."""
+    columns, column = [], 1 + top_k
+    for critic in critics:
+        width = min(top_k, critic.num_top) if isinstance(critic, StoredCritic) else top_k
+        if width:
+            columns.append(column)
+        column += width
+    return columns

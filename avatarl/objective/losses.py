@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .actions import first_proposals
 from .config import AvataRLConfig
 from .protocol import Objective, Policy, Rows, Scores, objective_loss, register
 from .rewards import Judgement, draws_of_tail
@@ -101,12 +102,10 @@ class RewardedObjective(Objective):
             "active_actions": valid.sum(dim=1).to(rewards.dtype),
         }
         if rows.critics:
-            # The first of each critic's list, after the target and the player's.
-            first = 1 + self.avatarl.top_k
-            favourites = actions[:, first : first + len(rows.critics) * self.avatarl.top_k : self.avatarl.top_k].t()
-            same = favourites.unsqueeze(2) == actions  # (C, N, A)
+            first = first_proposals(rows.critics, self.avatarl.top_k)
+            same = actions[:, first].t().unsqueeze(2) == actions  # (C, N, A), critics without proposals left out
             paid = torch.where(same, rewards, 0.0).amax(dim=2)  # (C, N); duplicates earn 0
-            metrics["critic_wins"] = (paid > rewards[:, 0]).to(rewards.dtype).mean(dim=0)
+            metrics["critic_wins"] = (paid > rewards[:, 0]).to(rewards.dtype).sum(dim=0) / len(rows.critics)
         if judged.estimated is not None:
             metrics["estimated_share"] = judged.estimated
         return metrics

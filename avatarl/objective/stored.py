@@ -61,15 +61,11 @@ class StoredCritic(NamedTuple):
         return StoredCritic(*(change(tensor) for tensor in self))
 
     def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
-        """See :meth:`LiveCritic.proposals`; where fewer than ``k`` are stored, the rest is filled up and not kept."""
+        """See :meth:`LiveCritic.proposals`; fewer than ``k`` where fewer are stored."""
         tokens, log_probs = self.tokens[:, 1 : 1 + k], self.log_probs[:, 1 : 1 + k]
         kept = torch.ones_like(tokens, dtype=torch.bool)
         if top_p is not None and top_p < 1:
             kept = reaching(log_probs.exp(), top_p)
-        missing = k - tokens.shape[1]
-        if missing:
-            tokens = torch.cat([tokens, self.tokens[:, :1].expand(-1, missing)], dim=1)
-            kept = torch.nn.functional.pad(kept, (0, missing))
         return tokens, kept
 
     def log_probs_at(
