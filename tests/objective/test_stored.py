@@ -234,3 +234,23 @@ def test_what_is_stored_of_other_positions_or_tokens():
         avatarl_loss(player[1:], held, targets[1:], CONFIG)
     with pytest.raises(ValueError, match="stored critic has 29 tokens; expected the player's 28"):
         avatarl_loss(player, held, targets.clamp(max=27), CONFIG, vocab_size=28)
+
+
+@pytest.mark.parametrize("tops", [(0, 2, 9), (9, 0, 2)])
+def test_caches_propose_no_more_than_they_store(tops):
+    """No columns for proposals that are not there; what is paid and who wins stay those of each critic's own list."""
+    player, critics, targets = random_inputs(critics=3)
+    uniforms = torch.rand(len(targets), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    held = [stored(critic, targets, top, 8, uniforms) for critic, top in zip(critics, tops, strict=True)]
+    config = dataclasses.replace(SAMPLE, top_k=4, reality_weight=0.1, critic_weight=0.9)
+    landscape = reward_landscape(player, held, targets, config)
+    width = 1 + 4 + sum(min(4, top) for top in tops)
+    assert landscape.valid[:, :width].any(dim=0).all()
+    metrics = avatarl_loss(player, held, targets, config)[1]
+    rewards = torch.where(landscape.valid, landscape.rewards, 0.0)
+    wins = [
+        (torch.where(landscape.actions == critic.tokens[:, 1:2], rewards, 0.0).amax(dim=1) > rewards[:, 0]).double()
+        for critic in held
+        if critic.num_top
+    ]
+    assert float(metrics["critic_wins"]) == pytest.approx(float(sum(wins).mean() / 3)) and float(sum(wins).sum()) > 0
