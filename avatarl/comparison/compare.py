@@ -38,7 +38,7 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
     Raises:
         UserError: A setting is wrong, or the folder holds runs of another comparison.
         RunFailed: A run failed.
-        RunStopped: SIGTERM or SIGINT; the same call goes on.
+        RunStopped: SIGTERM, SIGINT or SIGHUP; the same call goes on.
     """
     out = Path(comparison.out)
     data_folder = comparison.base_settings().get("data")

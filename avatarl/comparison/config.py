@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from avatarl.errors import UserError, nearest_name
-from avatarl.objective import AvataRLConfig
+from avatarl.models.critic_cache import is_cache
+from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
+from avatarl.models.loading import resolve_model
+from avatarl.objective import AvataRLConfig, make_objective
 from avatarl.objective.config import require_whole
 from avatarl.options import make_parser, parse_settings
 from avatarl.outside import check_recipe
 from avatarl.training import TrainConfig
+
+from .search import middle
 
 # What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
 SHARED = ("out", "data", "seed", "block", "eval_windows")
@@ -108,18 +114,28 @@ class ComparisonConfig:
                 raise UserError(f"tuning.seed is {self.tuning.seed}, one of seeds; expected another, which only tunes")
             for name in self.tuning.arms or ():
                 _require_arm("tuning.arms", name, self.arms)
+        taken = [("one of seeds", self.seeds), ("that of tuning", [self.tuning.seed] if self.tuning else [])]
         for name in self.critics:
-            if self.seed_of_critic(name) in self.seeds:
-                raise UserError(
-                    f"critic {name} has the seed {self.seed_of_critic(name)}, one of seeds; expected another, so that "
-                    "it shares no initial weights with a player"
-                )
-        for kind, names in (("arm", self.arms), ("critic", self.critics)):
-            for name, changes in names.items():
-                self._check_inheritance(kind, name, changes or {})
+            seed = self.seed_of_critic(name)
+            for what, seeds in taken:
+                if seed in seeds:
+                    raise UserError(
+                        f"critic {name} has the seed {seed}, {what}; expected another, so that it shares no initial "
+                        "weights with a player"
+                    )
+        for kind, name in self._names():
+            self._check_inheritance(kind, name)
 
-    def _check_inheritance(self, kind: str, name: str, changes: Mapping[str, Any]) -> None:
-        """Refuse ``tuned_as`` of what is not tuned, and critics that wait for themselves."""
+    def _names(self) -> list[tuple[str, str]]:
+        return [(kind, name) for kind, names in (("arm", self.arms), ("critic", self.critics)) for name in names]
+
+    def given(self, kind: str, name: str) -> dict[str, Any]:
+        """What an arm or a critic changes, as it was written."""
+        return (self.arms if kind == "arm" else self.critics)[name] or {}
+
+    def _check_inheritance(self, kind: str, name: str) -> None:
+        """Refuse ``tuned_as`` of what is not tuned, and critics that are no names."""
+        changes = self.given(kind, name)
         if not all(isinstance(critic, str) for critic in critics_of(changes)):
             raise UserError(f"{kind} {name}: critic is {changes['critic']!r}; expected a name, or several in a list")
         if "tuned_as" in changes:
@@ -127,29 +143,34 @@ class ComparisonConfig:
             _require_arm(f"{kind} {name}: tuned_as", other, self.arms)
             if not self.is_tuned(other):
                 raise UserError(f"{kind} {name}: tuned_as is {other!r}, which is not tuned; expected one that is")
-        self._ancestors(kind, name, ())
 
     def _ancestors(self, kind: str, name: str, path: tuple[tuple[str, str], ...]) -> None:
         """Walk to all that an arm or critic waits for; UserError where that is itself."""
         if (kind, name) in path:
             raise UserError(f"{kind} {name} waits for itself: its critics and tuned_as lead back to it")
         path = (*path, (kind, name))
-        changes = (self.arms if kind == "arm" else self.critics)[name] or {}
-        if "tuned_as" in changes:
-            self._ancestors("arm", changes["tuned_as"], path)
-        for critic in critics_of({**self.untuned_base(kind), **changes}):
+        if "tuned_as" in self.given(kind, name):
+            self._ancestors("arm", self.given(kind, name)["tuned_as"], path)
+        for critic in critics_of(self.untuned[kind, name]):
             if critic in self.critics:
                 self._ancestors("critic", critic, path)
 
     def is_tuned(self, arm: str) -> bool:
         """Whether an arm goes through the search itself."""
-        if self.tuning is None or "tuned_as" in (self.arms[arm] or {}):
+        if self.tuning is None or "tuned_as" in self.given("arm", arm):
             return False
         return self.tuning.arms is None or arm in self.tuning.arms
 
+    def grid_of(self, kind: str, name: str) -> dict[str, list[Any]]:
+        """The part of the grid that a search decides for an arm or a critic, its own or the one that it inherits."""
+        if "tuned_as" in self.given(kind, name):
+            own = self.changes_of(kind, name)  # goes before what is inherited
+            return {setting: values for setting, values in self.tuning.grid.items() if setting not in own}
+        return self.tuning.grid if kind == "arm" and self.is_tuned(name) else {}
+
     def seed_of_critic(self, name: str) -> int:
         """What decides a critic's initial weights: its ``seed``, else one that depends on its place among critics."""
-        return (self.critics[name] or {}).get("seed", FIRST_CRITIC_SEED + list(self.critics).index(name))
+        return self.given("critic", name).get("seed", FIRST_CRITIC_SEED + list(self.critics).index(name))
 
     def base_settings(self) -> Settings:
         """The base recipe's settings by their dotted names, with ``data`` in its place.
@@ -175,13 +196,33 @@ class ComparisonConfig:
         settings = self.base_settings()
         return settings | {"objective": "cross_entropy", "critic": None} if kind == "critic" else settings
 
+    @cached_property
+    def untuned(self) -> dict[tuple[str, str], Settings]:
+        """All settings of each arm and critic, by kind and name, but what a search finds.
+
+        Where the objective asks no critic none is named, so that nobody waits or pays for one.
+
+        Raises:
+            UserError: One is wrong, or a value of the grid is.
+        """
+        found = {}
+        for kind, name in self._names():
+            settings = self.untuned_base(kind) | self.changes_of(kind, name)
+            grid = self.grid_of(kind, name)
+            begun = settings | dict(zip(grid, middle(grid), strict=True))
+            tried = [{}, *({setting: value} for setting, values in grid.items() for value in values)]
+            runs = [make_run(begun | changed, Path(self.out), seed=0) for changed in tried]
+            needs_critic = any(make_objective(run.objective, run.avatarl, run.baseline).needs_critic for run in runs)
+            found[kind, name] = settings if needs_critic else settings | {"critic": None}
+        return found
+
     def cache_options(self, critic: str) -> Settings | None:
         """The options of a critic's cache; None where it has none.
 
         Raises:
             UserError: One is unknown.
         """
-        given = self.critics[critic] or {}
+        given = self.given("critic", critic)
         if "cache" not in given:
             return None
         options = {} if given["cache"] is None else given["cache"]
@@ -196,13 +237,42 @@ class ComparisonConfig:
         """Refuse at once what would be found only when its turn comes.
 
         Raises:
-            UserError: A setting of an arm, a critic or a cache is wrong.
+            UserError: A setting of an arm, a critic, a cache or the grid is wrong, or a search would replace it; or a
+                critic is unknown, waits for itself or is there twice.
         """
-        for kind, names in (("arm", self.arms), ("critic", self.critics)):
-            for name in names:
-                make_run(self.untuned_base(kind) | self.changes_of(kind, name), Path(self.out) / name, seed=0)
+        for kind, name in self._names():
+            for critic in critics_of(self.untuned[kind, name]):
+                self._check_critic(kind, name, critic)
+            self._ancestors(kind, name, ())
+        for arm in filter(self.is_tuned, self.arms):
+            for setting in by_dotted_names(self.given("arm", arm)):
+                if setting in self.tuning.grid:
+                    raise UserError(
+                        f"arm {arm} gives {setting}, which is in tuning.grid, so that its search would replace it; "
+                        "expected one of the two, or tuned_as, which keeps what the arm says itself"
+                    )
+        known: dict[str, str] = {}
         for critic in self.critics:
-            self.cache_options(critic)
+            run = make_run(self.untuned["critic", critic], Path(self.out), self.seed_of_critic(critic))
+            tuned_as = self.given("critic", critic).get("tuned_as")
+            twin = known.setdefault(repr((run, tuned_as, self.cache_options(critic))), critic)
+            if twin != critic:
+                raise UserError(f"critics {twin} and {critic} have the same seed and settings; expected another seed")
+
+    def _check_critic(self, kind: str, name: str, critic: str) -> None:
+        """Refuse what is neither a critic of this comparison nor anything that a run could open.
+
+        Of ids on the hub only those with an owner are taken: one without looks like a mistyped critic.
+        """
+        if critic in self.critics or EMA_CRITIC.fullmatch(critic) or RANDOM_CRITIC.fullmatch(critic):
+            return
+        if "/" not in critic and not os.path.exists(critic):
+            raise UserError(
+                f"{kind} {name}: critic is {critic!r}; expected one of critics, a folder, OWNER/NAME on the hub, "
+                f"ema:DECAY:START_STEP or random:PRESET:SEED{nearest_name(critic, self.critics)}"
+            )
+        if not is_cache(critic):
+            resolve_model(critic)
 
     def changes_of(self, kind: str, name: str) -> Settings:
         """What an arm or a critic changes of the base recipe, by dotted names, its preset spelled out.
@@ -210,7 +280,7 @@ class ComparisonConfig:
         Raises:
             UserError: It changes what all runs share.
         """
-        given = dict((self.arms if kind == "arm" else self.critics)[name] or {})
+        given = dict(self.given(kind, name))
         for key in ("tuned_as", *(("cache", "seed") if kind == "critic" else ())):
             given.pop(key, None)
         changes = {}

@@ -15,19 +15,38 @@ from typing import Any
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
+from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
+from avatarl.models.critic_cache.read import read_manifest, training_flops
 from avatarl.outside import refusing
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings
 from avatarl.training.folder.durable import replace_file
-from avatarl.training.folder.identity import flatten
 
-from .config import ComparisonConfig, critics_of
+from .config import ComparisonConfig, Settings, by_dotted_names, critics_of
 from .progress import Member, Tuned
 
 # Of results.csv: text and whole numbers first, then what an evaluation of the best player on the whole validation split
 # says, then what the run took. Units are those of docs/metrics.md.
-LABELS = ("arm", "seed", "objective", "device", "parameters", "unique_tokens", "tokens", "best_tokens")
+# ``tuned_as`` is the arm whose search found the settings, empty where none did; ``tuned_settings`` are the values that
+# the run had of what the grid holds. ``revision``, ``precision`` and ``torch`` are several where a run was resumed.
+LABELS = (
+    "arm",
+    "seed",
+    "objective",
+    "tuned_as",
+    "tuned_settings",
+    "device",
+    "precision",
+    "revision",
+    "torch",
+    "parameters",
+    "unique_tokens",
+    "tokens",
+    "best_tokens",
+)
+WORDS = ("arm", "objective", "tuned_as", "tuned_settings", "device", "precision", "revision", "torch")
+SEVERAL, BETWEEN_SETTINGS = ", ", "; "  # between the revisions of a run, and between its tuned settings
 EVALUATED = (
     "cross_entropy",
     "bits_per_byte",
@@ -54,17 +73,20 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
     An evaluation is kept in ``OUT/evaluations`` and read back while player, data and pairs are the same.
     """
     record, sizes = read_record(member.folder), sizes_of(member.folder)
-    settings = flatten(read_settings(member.folder))
+    settings = by_dotted_names(read_settings(member.folder))
     found = _evaluation(member, comparison, data, out, device)
     evaluations = read_metrics(member.folder, "eval")
     best = min(evaluations, key=lambda line: line["cross_entropy"])
     last = evaluations[-1]
-    flops = spent_before(member)
+    cached, training = spent_before(member)
     return {
         "arm": member.arm,
         "seed": member.seed,
         "objective": settings["objective"],
+        "tuned_as": _tuned_as(member.arm, comparison),
+        "tuned_settings": _tuned_settings(settings, comparison),
         "device": record.get("device"),
+        **_started_with(record),
         **{name: sizes[name] for name in ("parameters", "unique_tokens", "tokens")},
         "best_tokens": best["tokens"],
         **{name: found[name] for name in EVALUATED[:-1]},
@@ -74,8 +96,8 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
         "other_reward_share": last.get("other_reward_share"),
         "expected_reward_share": last.get("expected_reward_share"),
         "player_flops": sizes["player_flops"],
-        "critic_flops": sizes["critic_flops"] + sizes["cached_critic_flops"],
-        "critic_training_flops": flops[1],
+        "critic_flops": sizes["critic_flops"] + cached,
+        "critic_training_flops": training,
         "seconds": seconds_until(read_metrics(member.folder, "train"), sizes["tokens"]),
     }
 
@@ -115,6 +137,28 @@ def tuning_rows(tuned: Iterable[Tuned], grid: Mapping[str, Sequence]) -> list[Ro
     ]
 
 
+def setting_text(name: str, value: Any) -> str:
+    """A setting with its value, as ``tuned_settings`` has it."""
+    return f"{name}={_cell(value)}"
+
+
+def _tuned_as(arm: str, comparison: ComparisonConfig) -> str | None:
+    return (comparison.arms[arm] or {}).get("tuned_as", arm if comparison.is_tuned(arm) else None)
+
+
+def _tuned_settings(settings: Settings, comparison: ComparisonConfig) -> str | None:
+    grid = comparison.tuning.grid if comparison.tuning else {}
+    return BETWEEN_SETTINGS.join(setting_text(name, settings.get(name)) for name in grid) or None
+
+
+def _started_with(record: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a run was started and resumed with."""
+    starts = [record, *record.get("resumed", ())]
+    found = {name: [start.get(name) for start in starts] for name in ("precision", "revision")}
+    found["torch"] = [start.get("versions", {}).get("torch") for start in starts]
+    return {name: SEVERAL.join(dict.fromkeys(filter(None, values))) or None for name, values in found.items()}
+
+
 def sizes_of(run: Path) -> dict[str, float]:
     """Parameters, tokens and FLOPs of a run, from its record.
 
@@ -132,21 +176,32 @@ def spent_before(member: Member) -> tuple[float, float | None]:
 
     The latter is None where one of them, or of the critics that taught them, was made elsewhere, so that nobody knows.
     """
-    cached = sizes_of(member.folder)["cached_critic_flops"]
+    cached = cached_flops(member.folder)
     own = {os.path.abspath(place) for critic in member.critics for place in (critic, _cache_of(critic))}
     for run in (member.folder, *member.critics):
         outside = {os.path.abspath(name) for name in critics_of(read_settings(run)) if not _needs_no_training(name)}
         if not outside <= own:
             return cached, None
-    trained = [sizes_of(critic) for critic in member.critics]
-    return cached, sum(
-        sizes["player_flops"] + sizes["critic_flops"] + sizes["cached_critic_flops"] for sizes in trained
-    )
+    trained = [(sizes_of(critic), cached_flops(critic)) for critic in member.critics]
+    return cached, sum(sizes["player_flops"] + sizes["critic_flops"] + cached for sizes, cached in trained)
+
+
+def cached_flops(run: Path) -> float:
+    """FLOPs that a run's caches took, by their manifests: records of earlier versions count validation windows too."""
+    recorded = sizes_of(run)["cached_critic_flops"]
+    caches = [Path(name) for name in critics_of(read_settings(run)) if _is_cache(name)]
+    if not recorded or not caches:  # its objective asked none of them, or they are gone
+        return recorded
+    return sum(training_flops(read_manifest(cache)[1]) for cache in caches)
 
 
 def _cache_of(critic: Path) -> Path:
     """Where a comparison stores what a critic says that it trained."""
     return critic.parent.parent / "caches" / critic.name
+
+
+def _is_cache(critic: str) -> bool:
+    return os.path.isfile(os.path.join(critic, CACHE_MANIFEST))
 
 
 def _needs_no_training(critic: str) -> bool:
@@ -228,7 +283,7 @@ def _cell(value: Any) -> Any:
 def _value(name: str, text: str) -> Any:
     if text == "":
         return None
-    if name in ("arm", "objective", "device"):
+    if name in WORDS:
         return text
     try:
         return int(text)

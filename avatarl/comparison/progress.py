@@ -6,16 +6,21 @@ OUT/runs/ARM/seed-N     what is compared          OUT/recipes/, OUT/logs/    of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from avatarl.data.dataset import PreparedData
 from avatarl.errors import RunFailed, UserError
-from avatarl.models.critic_cache import RecordFormat
+from avatarl.models.critic_cache import RecordFormat, is_cache
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
+from avatarl.models.digest import digest_of_model, weight_files
+from avatarl.models.loading import load_model
 from avatarl.training import TrainConfig
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
 from avatarl.training.folder.log import evaluations_of
@@ -77,7 +82,7 @@ class Progress:
 
         Raises:
             UserError: A setting is wrong, or a run in the folder is not what this comparison would make.
-            RunFailed: A run that is compared gave up.
+            RunFailed: A run that is compared gave up, or every run of a search.
         """
         comparison.check()
         progress = cls(comparison, data)
@@ -104,36 +109,24 @@ class Progress:
 
     def _find_settings(self, kind: str, name: str) -> Settings | None:
         comparison = self.comparison
-        given = (comparison.arms if kind == "arm" else comparison.critics)[name] or {}
         settings = self._untuned_settings(kind, name)
-        tuned_as = given.get("tuned_as", name if kind == "arm" and comparison.is_tuned(name) else None)
+        own = name if kind == "arm" and comparison.is_tuned(name) else None
+        tuned_as = comparison.given(kind, name).get("tuned_as", own)
         if tuned_as is None or settings is None:
             return settings
         point = self._tuned_point(tuned_as)
         if point is None:
             return None
-        # What an arm says itself goes before what it inherits.
-        own = comparison.changes_of(kind, name) if tuned_as != name else {}
-        return {
-            **settings,
-            **dict(zip(comparison.tuning.grid, point, strict=True)),
-            **own,
-            **self._of_critics(settings),
-        }
-
-    @staticmethod
-    def _of_critics(settings: Settings) -> Settings:
-        return {"critic": settings["critic"]} if "critic" in settings else {}
+        found = dict(zip(comparison.tuning.grid, point, strict=True))
+        return settings | {setting: found[setting] for setting in comparison.grid_of(kind, name)}
 
     def _untuned_settings(self, kind: str, name: str) -> Settings | None:
         """Base recipe and changes, with each critic of this comparison by its folder; None while one is not there."""
-        settings = self.comparison.untuned_base(kind) | self.comparison.changes_of(kind, name)
+        settings = self.comparison.untuned[kind, name]
         critics = [self._critic(critic) for critic in critics_of(settings)]  # all, so that they train side by side
         if None in critics:
             return None
-        if critics:
-            settings["critic"] = critics[0] if len(critics) == 1 else critics
-        return settings
+        return settings | {"critic": critics[0] if len(critics) == 1 else critics} if critics else settings
 
     def _tuned_point(self, arm: str) -> Point | None:
         """What the search found for an arm; None while it is not finished."""
@@ -160,6 +153,11 @@ class Progress:
             return known.get(point)
 
         best = search(grid, score)
+        if best is not None and known[best] == math.inf:
+            raise RunFailed(
+                f"arm {arm}: every run of its search diverged, those in {self._out / 'tuning' / arm}; "
+                "try a smaller optim.learning_rate in tuning.grid"
+            )
         self.tuned += [Tuned(arm, point, known[point], point == best) for point in known]
         return best
 
@@ -174,7 +172,7 @@ class Progress:
         if options is None:
             return str(folder)
         if (cache / CACHE_MANIFEST).is_file():
-            self._check_cache(cache, options)
+            self._check_cache(cache, options, folder)
             return str(cache)
         run = make_run(settings, folder, seed=0)
         words = {"critic": folder, "data": run.data, "out": cache, "block": run.block, **options}
@@ -185,8 +183,8 @@ class Progress:
         self._add(Job(f"caches/{name}", cache, arguments))
         return None
 
-    def _check_cache(self, cache: Path, options: Settings) -> None:
-        """Refuse a cache that was made with other options; whose and of what it is, the runs that use it look at."""
+    def _check_cache(self, cache: Path, options: Settings, critic: Path) -> None:
+        """Refuse a cache that was made with other options or of another critic; of which data, its runs look at."""
         found = json.loads((cache / CACHE_MANIFEST).read_text(encoding="utf-8"))
         record = RecordFormat.within(
             options["kind"], options["bytes_per_token"], options["keep_top"], self.data.vocab_size
@@ -196,10 +194,12 @@ class Progress:
         for name, value in wanted.items():
             if found.get(name, value) != value:
                 raise UserError(f"{cache} has {name} {found[name]!r}, and {value!r} is asked for; give another out")
+        if "critic" in found and found["critic"]["files"] != weight_files(str(critic)):
+            raise UserError(f"{cache} is of another critic than {critic} is now; give another out")
 
     def _own_critics(self, kind: str, name: str) -> list[str]:
         """The critics that this comparison trains for an arm or critic, those of its critics included."""
-        named = critics_of(self.comparison.untuned_base(kind) | self.comparison.changes_of(kind, name))
+        named = critics_of(self.comparison.untuned[kind, name])
         own = [critic for critic in named if critic in self.comparison.critics]
         return list(
             dict.fromkeys([*own, *(deeper for critic in own for deeper in self._own_critics("critic", critic))])
@@ -210,15 +210,41 @@ class Progress:
         config = make_run(settings, folder, seed)
         if has_diverged(folder):
             raise RunFailed(f"{folder} gave up, and is one that is compared; {folder / 'refused'} says where")
-        check_run_folder(folder, config, resume=True)
+        changes = check_run_folder(folder, config, resume=True, allow_changes=True)
+        if changes:
+            raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")
+        self._check_identity(folder, config)
         if not (folder / "final").is_dir():
             recipe = self._out / "recipes" / f"{self._name(folder).replace('/', '-')}.yaml"
             self._add(Job(self._name(folder), folder, ("train", "--config", str(recipe), "--resume"), config))
             return False
-        known = [identity.get("data") for identity in identities_of_run(folder)]
-        if self.data.digest not in known:
-            raise UserError(f"{folder} was trained on other data than {self.data.path}; give another out")
         return True
+
+    def _check_identity(self, folder: Path, config: TrainConfig) -> None:
+        """Refuse a run of other data, or under another critic, than what lies there now."""
+        made_here = [
+            critic
+            for critic in config.critics
+            if Path(critic).parent in (self._out / "critics", self._out / "caches")
+            if is_cache(critic) or not config.critic_quantization  # quantised, it depends on the device too
+        ]
+        for identity in identities_of_run(folder):
+            if identity.get("data") != self.data.digest:
+                raise UserError(f"{folder} was trained on other data than {self.data.path}; give another out")
+            for critic in made_here:
+                recorded = identity.get(f"critic {critic}")  # None of one that its objective did not ask
+                if recorded is not None and recorded != self._digest_of_critic(critic, identity["precision"]):
+                    raise UserError(f"{folder} was trained under another critic than {critic}; give another out")
+
+    def _digest_of_critic(self, critic: str, precision: str) -> str:
+        """What the identity of a run that started now would say of a critic; read once a look."""
+        if (precision, critic) not in self._found:
+            if is_cache(critic):
+                digest = hashlib.sha256((Path(critic) / CACHE_MANIFEST).read_bytes()).hexdigest()
+            else:
+                digest = digest_of_model(load_model(critic, torch.bfloat16 if precision == "bf16" else torch.float32))
+            self._found[precision, critic] = digest
+        return self._found[precision, critic]
 
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self._out).as_posix()

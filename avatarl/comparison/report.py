@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +21,20 @@ from avatarl.results.tables import Table, settings_table
 from avatarl.training.folder.durable import replace_file
 from avatarl.version import __version__
 
-from .measures import Row, read_rows
-from .tables import arms_of, budget_table, cost_table, curves_by_run, outcome_table, quality_table, tuning_table
+from .measures import BETWEEN_SETTINGS, SEVERAL, Row, read_rows, setting_text
+from .statistics import by_seed
+from .tables import (
+    arms_of,
+    budget_table,
+    cost_table,
+    count_of_p,
+    curves_by_run,
+    on_edge,
+    outcome_table,
+    quality_table,
+    settings_of,
+    tuning_table,
+)
 
 # A curve's axes: columns of curves.csv and how a page calls them.
 AXES = {
@@ -30,6 +43,22 @@ AXES = {
     "all_flops": "FLOPs with the critics' training",
     "seconds": "seconds of training",
 }
+# In which an arm may differ from the baseline though it is not what is compared.
+ALIKE = {
+    "parameters": "parameters",
+    "unique_tokens": "unique tokens",
+    "tokens": "training tokens",
+    "evaluations": "number of evaluations",
+    "device": "device",
+    "precision": "precision",
+}
+# In which all runs should agree.
+ORIGINS = {
+    "revision": "Runs of several revisions",
+    "precision": "Runs in several precisions",
+    "torch": "Runs with several versions of PyTorch",
+}
+STEADY = 1.1  # times the fastest run, within which seconds of the same work are expected
 
 
 def write_reports(folder: Path, baseline: str) -> None:
@@ -47,6 +76,12 @@ def write_reports(folder: Path, baseline: str) -> None:
 def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[Row], baseline: str) -> dict[str, Any]:
     """All that the templates name but the settings."""
     arms = arms_of(results)
+    unlike = unlike_baseline(results, curves, baseline)
+    tables = {
+        "outcome": outcome_table(results, baseline),
+        "budgets": budget_table(results, curves, baseline),
+        "quality": quality_table(results, baseline),
+    }
     return {
         "version": __version__,
         "written": datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
@@ -56,10 +91,10 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "baseline_name": baseline,
         "seeds": sorted({row["seed"] for row in results}),
         "devices": sorted({one_line(str(row["device"])) for row in results if row.get("device") is not None}),
-        "warnings": _warnings(results, baseline),
-        "outcome": outcome_table(results, baseline),
-        "budgets": budget_table(results, curves, baseline),
-        "quality": quality_table(results, baseline),
+        "warnings": _warnings(results, tuning, baseline, unlike),
+        "unlike": list(unlike),
+        **tables,
+        "comparisons": {name: count_of_p(table) for name, table in tables.items()},
         "costs": cost_table(results, baseline),
         "tuning": tuning_table(tuning) if tuning else None,
         **curve_data(curves, arms),
@@ -99,19 +134,77 @@ def _column(rows: Sequence[Mapping[str, float | None]], name: str) -> list[float
     return None if None in values else [float(f"{value:.6g}") for value in values]
 
 
-def _warnings(results: Sequence[Row], baseline: str) -> list[tuple[str, list[str]]]:
-    """What would mislead somebody who did not know it, and the arms that it is true of (none: all)."""
+def unlike_baseline(results: Sequence[Row], curves: Sequence[Row], baseline: str) -> dict[str, list[str]]:
+    """For each arm that is not in all of :data:`ALIKE` as the baseline's run of the same seed, in what it is not."""
+    evaluations = Counter((row["arm"], row["seed"]) for row in curves)
+    runs = [row | {"evaluations": evaluations[row["arm"], row["seed"]]} for row in results]
+    of_baseline = {run["seed"]: run for run in runs if run["arm"] == baseline}
+    unlike: dict[str, dict[str, None]] = {}
+    for run in runs:
+        other = of_baseline.get(run["seed"], run)
+        for name, words in ALIKE.items():
+            if run.get(name) != other.get(name):
+                unlike.setdefault(run["arm"], {})[words] = None
+    return {arm: list(words) for arm, words in unlike.items()}
+
+
+def _warnings(
+    results: Sequence[Row], tuning: Sequence[Row], baseline: str, unlike: Mapping[str, Sequence[str]]
+) -> list[tuple[str, list[str]]]:
+    """What would mislead somebody who did not know it, and what it is true of (nothing named: all)."""
     warnings = []
     of_arm = {arm: {row["seed"] for row in results if row["arm"] == arm} for arm in arms_of(results)}
     if len(of_arm[baseline]) < 2:
         warnings.append(("One seed: how far another would move a number cannot be told, and there is no interval", []))
-    short = [arm for arm, seeds in of_arm.items() if seeds != of_arm[baseline]]
-    if short:
-        warnings.append(("Other seeds than the baseline's, so that differences are of the common ones alone", short))
+    seconds = by_seed(results, baseline, "seconds").values()
+    if seconds and max(seconds) > STEADY * min(seconds) > 0:
+        spread = f"{100 * (max(seconds) / min(seconds) - 1):.0f} %"
+        warnings.append((f"The same work took the baseline up to {spread} longer with one seed than with another", []))
     unknown = [arm for arm in of_arm if any(r["critic_training_flops"] is None for r in results if r["arm"] == arm)]
-    if unknown:
-        warnings.append(("Critics that were made elsewhere, so that what they cost to train is unknown", unknown))
-    return warnings
+    named = {
+        "Other seeds than the baseline's, so that differences are of the common ones alone": [
+            arm for arm, seeds in of_arm.items() if seeds != of_arm[baseline]
+        ],
+        "Not as the baseline in what stands in brackets, to which a difference may be due": [
+            f"{arm} ({', '.join(words)})" for arm, words in unlike.items()
+        ],
+        "Critics that were made elsewhere, so that what they cost to train is unknown": unknown,
+        **_of_tuning(results, tuning),
+        **_of_origins(results),
+    }
+    return warnings + [(words, names) for words, names in named.items() if names]
+
+
+def _of_tuning(results: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[str]]:
+    """Which arms have settings that were searched for another, or not at all, or might be better beyond the grid."""
+    inherited, unsearched, at_edge = [], [], []
+    firsts = {row["arm"]: row for row in reversed(results) if "tuned_as" in row}  # which CSV files once had not
+    for arm in filter(firsts.get, arms_of(results)):
+        other = firsts[arm]["tuned_as"]
+        if other is None:
+            unsearched.append(arm)
+        elif other != arm:
+            inherited.append(one_line(f"{arm} (for {other})"))
+        own = (firsts[arm]["tuned_settings"] or "").split(BETWEEN_SETTINGS)
+        tried = [row for row in tuning if row["arm"] == other]
+        for chosen in (row for row in tried if row["is_chosen"]):
+            edges = on_edge(chosen, tried, settings_of(tuning))
+            if edges := [name for name in edges if setting_text(name, chosen[name]) in own]:
+                at_edge.append(one_line(f"{arm} ({', '.join(edges)})"))
+    return {
+        "Settings that were searched for another arm": inherited,
+        "Settings that were not searched": unsearched,
+        "A searched value at the edge of the grid, beyond which there may be a better one": at_edge,
+    }
+
+
+def _of_origins(results: Sequence[Row]) -> dict[str, list[str]]:
+    """Revisions, precisions and versions, where the runs have several."""
+    found = {}
+    for name, words in ORIGINS.items():
+        values = {each for row in results for each in (row.get(name) or "unknown").split(SEVERAL)}
+        found[words] = sorted(map(one_line, values)) if len(values) > 1 else []
+    return found
 
 
 def _settings(folder: Path, results: Sequence[Row]) -> Table | None:

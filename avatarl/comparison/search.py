@@ -8,6 +8,11 @@ from typing import Any
 Point = tuple[Any, ...]  # a value for each setting of the grid, in its order
 
 
+def middle(grid: Mapping[str, Sequence[Any]]) -> Point:
+    """Where a search begins."""
+    return tuple(values[(len(values) - 1) // 2] for values in grid.values())
+
+
 def search(grid: Mapping[str, Sequence[Any]], score: Callable[[Point], float | None]) -> Point | None:
     """Coordinate descent from the middle of the grid.
 
@@ -21,7 +26,7 @@ def search(grid: Mapping[str, Sequence[Any]], score: Callable[[Point], float | N
     Returns:
         The best point; None where a score is missing.
     """
-    point = tuple(values[(len(values) - 1) // 2] for values in grid.values())
+    point = middle(grid)
     while True:
         before = point
         for place, values in enumerate(grid.values()):

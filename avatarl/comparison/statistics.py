@@ -48,8 +48,8 @@ def spread(values: Mapping[int, float]) -> Spread | None:
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """``values`` minus ``baseline`` over the seeds that both have; None where there is no such seed.
 
-    Initial weights and the order of the data are the same in both runs of a pair, so that what a seed does to both
-    is not in their difference.
+    Initial weights and the order of the data are the same in both runs of a pair (unless the arm has other windows or
+    another player), so that what a seed does to both is not in their difference.
     """
     pairs = np.array([values[seed] - baseline[seed] for seed in values if seed in baseline])
     if not len(pairs):
@@ -66,14 +66,24 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def reached_within(curve: Sequence[Mapping[str, Any]], cost: str, budget: float) -> float | None:
-    """The lowest validation cross-entropy of a run's evaluations until it had spent so much; None before the first.
+    """The lowest validation cross-entropy of a run until it had spent so much; None before its first evaluation.
+
+    Looked at are its evaluations within the budget and, where that ends between two, the straight line between these.
 
     Args:
         curve: The rows of one run, in order.
         cost: ``tokens``, ``flops``, ``all_flops`` or ``seconds``.
     """
-    known = [row for row in curve if row[cost] is not None and row[cost] <= budget * (1 + 1e-9)]
-    return min((row["cross_entropy"] for row in known), default=None)
+    known = [row for row in curve if row[cost] is not None]
+    within = [row for row in known if row[cost] <= budget]
+    if not within:
+        return None
+    scores = [row["cross_entropy"] for row in within]
+    if len(within) < len(known):
+        last, following = within[-1], known[len(within)]
+        share = (budget - last[cost]) / (following[cost] - last[cost])
+        scores.append(last["cross_entropy"] + share * (following["cross_entropy"] - last["cross_entropy"]))
+    return min(scores)
 
 
 def cost_to_reach(curve: Sequence[Mapping[str, Any]], cost: str, cross_entropy: float) -> float | None:

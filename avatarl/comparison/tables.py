@@ -20,6 +20,7 @@ from .statistics import (
 )
 
 CROSS_ENTROPY = Metric("cross_entropy", "cross-entropy", "nats per token", 4, -1)
+OWN_EVALUATIONS = {"best_cross_entropy": "best evaluation", "final_cross_entropy": "final evaluation"}
 QUALITY = (
     Metric("expected_calibration_error", "calibration error", "% of probability", 2, -1, 100),
     Metric("top16_calibration_error", "calibration error, top 16", "% of probability", 2, -1, 100),
@@ -30,17 +31,22 @@ QUALITY = (
     Metric("other_reward_share", "reward on other tokens", "% of the reward", 2, 0, 100),
     Metric("best_tokens", "best player at", "M tokens", 2, 0, 1e-6),
 )
+P_COLUMN, BEFORE_P = "p", ", p "  # the latter where p shares a cell
 # What both are given of: a column of curves.csv, and how it is called.
 BUDGETS = {
     "tokens": "equal tokens",
     "flops": "equal FLOPs, critics' forward passes counted",
     "all_flops": "equal FLOPs, critics' training counted too",
-    "seconds": "equal training time",
+    "seconds": "equal seconds of its own steps",
 }
 
 
 def outcome_table(results: Sequence[Measured], baseline: str) -> Table:
-    """The best player's cross-entropy on the whole validation split, and its difference to the baseline's."""
+    """The best player's cross-entropy on the whole validation split, and its difference to the baseline's.
+
+    Beside it the best and the final one of the run's own evaluations, of which the final one was not chosen.
+    """
+    own = [name for name in OWN_EVALUATIONS if any(row.get(name) is not None for row in results)]
     rows = []
     of_baseline = by_seed(results, baseline, "cross_entropy")
     for arm in arms_of(results):
@@ -60,22 +66,24 @@ def outcome_table(results: Sequence[Measured], baseline: str) -> Table:
                 Cell(interval_text(difference, CROSS_ENTROPY.digits)),
                 Cell(p_text(difference.p)),
             ]
+        cells += [_compared(CROSS_ENTROPY._replace(name=name), results, arm, baseline) for name in own]
         is_part = difference is not None and difference.count < len(values)
         cells.append(Cell(str(len(values)), f"{difference.count} in pairs" if is_part else ""))
         rows.append(_row(arm, cells, baseline))
-    columns = ("cross-entropy", "difference", "95 % interval", "p", "seeds")
+    evaluations = (OWN_EVALUATIONS[name] for name in own)
+    columns = ("cross-entropy", "difference", "95 % interval", P_COLUMN, *evaluations, "seeds")
     return Table("", columns, (("", tuple(rows)),), "arm")
 
 
 def budget_table(results: Sequence[Measured], curves: Sequence[Measured], baseline: str) -> Table:
     """The lowest validation cross-entropy of each arm by the time it had spent what the baseline spends in all."""
-    of_run = curves_by_run(curves)
+    of_run, count = curves_by_run(curves), len(_seeds_of(results, baseline))
     rows = []
     for arm in arms_of(results):
         cells = []
         for cost in BUDGETS:
             reached = {name: _reached(of_run, name, baseline, cost) for name in (arm, baseline)}
-            cells.append(compared(CROSS_ENTROPY, reached[arm], None if arm == baseline else reached[baseline]))
+            cells.append(compared(CROSS_ENTROPY, reached[arm], None if arm == baseline else reached[baseline], count))
         cells.append(_tokens_to_reach(of_run, arm, baseline))
         rows.append(_row(arm, cells, baseline))
     columns = (*BUDGETS.values(), "tokens to the baseline's best")
@@ -87,10 +95,7 @@ def quality_table(results: Sequence[Measured], baseline: str) -> Table:
     metrics = [metric for metric in QUALITY if any(row.get(metric.name) is not None for row in results)]
     rows = []
     for arm in arms_of(results):
-        cells = []
-        for metric in metrics:
-            values = by_seed(results, arm, metric.name)
-            cells.append(compared(metric, values, None if arm == baseline else by_seed(results, baseline, metric.name)))
+        cells = [_compared(metric, results, arm, baseline) for metric in metrics]
         rows.append(_row(arm, cells, baseline))
     return Table("", tuple(f"{metric.title}, {metric.unit}" for metric in metrics), (("", tuple(rows)),), "arm")
 
@@ -127,7 +132,7 @@ def cost_table(results: Sequence[Measured], baseline: str) -> Table:
 
 def tuning_table(tuning: Sequence[Measured]) -> Table:
     """Every point that the searches tried, one seed each; the chosen ones are marked."""
-    settings = [name for name in tuning[0] if name not in ("arm", "cross_entropy", "is_chosen")] if tuning else []
+    settings = settings_of(tuning)
     sections = []
     for arm in arms_of(tuning):
         of_arm = [row for row in tuning if row["arm"] == arm]
@@ -144,6 +149,11 @@ def tuning_table(tuning: Sequence[Measured]) -> Table:
     return Table("", ("best validation cross-entropy", "chosen"), tuple(sections), ", ".join(settings))
 
 
+def settings_of(tuning: Sequence[Measured]) -> list[str]:
+    """The settings that the searches tried."""
+    return [name for name in tuning[0] if name not in ("arm", "cross_entropy", "is_chosen")] if tuning else []
+
+
 def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]) -> list[str]:
     """The settings whose chosen value is the smallest or largest tried, so that a better one may lie beyond."""
     edges = []
@@ -157,8 +167,8 @@ def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def compared(metric: Metric, values: BySeed, baseline: BySeed | None) -> Cell:
-    """A number over seeds with its paired difference to the baseline's."""
+def compared(metric: Metric, values: BySeed, baseline: BySeed | None, count: int) -> Cell:
+    """A number over seeds with its paired difference to the baseline's, ``count`` seeds of which there are in all."""
     if not values:
         return Cell(ABSENT)
     text = spread_text(values, metric)
@@ -167,8 +177,18 @@ def compared(metric: Metric, values: BySeed, baseline: BySeed | None) -> Cell:
         return Cell(text)
     scaled = Difference(*(value * metric.scale for value in difference[:3]), *difference[3:])
     interval = interval_text(scaled, metric.digits)
-    shown = signed(scaled.mean, metric.digits) + (f" [{interval}]" if interval != ABSENT else "")
+    shown = signed(scaled.mean, metric.digits)
+    if interval != ABSENT:
+        shown += f" [{interval}]{BEFORE_P}{p_text(scaled.p)}"
+    if scaled.count < count:
+        shown += f", in {scaled.count} of {count} seeds"
     return Cell(text, shown, verdict(difference, metric))
+
+
+def count_of_p(table: Table) -> int:
+    """How many comparisons a table holds: its cells with a p."""
+    cells = [each for _, rows in table.sections for row in rows for each in zip(table.columns, row.cells, strict=True)]
+    return sum(BEFORE_P in cell.difference or (name == P_COLUMN and cell.text != ABSENT) for name, cell in cells)
 
 
 def verdict(difference: Difference, metric: Metric) -> str:
@@ -208,6 +228,11 @@ def p_text(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
+def _compared(metric: Metric, results: Sequence[Measured], arm: str, baseline: str) -> Cell:
+    of_baseline = None if arm == baseline else by_seed(results, baseline, metric.name)
+    return compared(metric, by_seed(results, arm, metric.name), of_baseline, len(_seeds_of(results, baseline)))
+
+
 def _row(arm: str, cells: Sequence[Cell], baseline: str) -> Row:
     return Row(arm, tuple(cells), "baseline" if arm == baseline else "", is_marked=arm == baseline)
 
@@ -228,6 +253,10 @@ def _tokens(number: float) -> str:
 def arms_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The arms in the order in which they come."""
     return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def _seeds_of(results: Sequence[Measured], arm: str) -> set[int]:
+    return {row["seed"] for row in results if row["arm"] == arm}
 
 
 def curves_by_run(curves: Sequence[Measured]) -> dict[tuple[str, int], list[Measured]]:

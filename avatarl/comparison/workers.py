@@ -20,6 +20,7 @@ from avatarl.training.folder.durable import replace_file
 from .progress import Job, has_diverged
 
 POLL_SECONDS = 0.2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last one of a terminal that is gone
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Workers:
         self._ended: set[Path] = set()  # what processes made that ended well
 
     def __enter__(self) -> Workers:
-        self._before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # not under nohup
+        self._before = {number: signal.signal(number, _stop) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
@@ -66,7 +68,7 @@ class Workers:
 
         Raises:
             RunFailed: A process failed; the others were stopped.
-            RunStopped: SIGTERM or SIGINT; the runs saved what they had.
+            RunStopped: SIGTERM, SIGINT or SIGHUP; the runs saved what they had.
         """
         while missing := look():
             for job in missing:

@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from .assembly import Assembly, assemble
 from .config import TrainConfig
 from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
-from .folder.durable import tidy
+from .folder.durable import replace_folder, tidy
 from .folder.environment import describe_environment
 from .folder.identity import (
     CONFIG,
@@ -233,10 +233,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             if step % config.eval_every_steps == 0 or step == total_steps:
                 values = parts.validation.evaluate(parts.model, stage, parts.schedules.values(step), parts.autocast)
                 if not math.isfinite(values["cross_entropy"]):
-                    raise RunFailed(
-                        f"validation cross-entropy is {values['cross_entropy']} at step {step}; "
-                        "try a smaller optim.learning_rate"
-                    )
+                    raise RunFailed(leave_evaluation(parts, guard, step, values))
                 log.write("eval", step, {**parts.spent_until(step), **values})
                 progress["cross_entropy"] = values["cross_entropy"]
                 if values["cross_entropy"] < progress["best_cross_entropy"]:
@@ -270,6 +267,21 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         "best_step": progress["best_step"],
         **parts.sizes,
     }
+
+
+def leave_evaluation(parts: Assembly, guard: Guard, step: int, values: Mapping[str, float]) -> str:
+    """Save an evaluation that is no number where refused updates are saved, and say what happened."""
+    run, statistics = Path(parts.config.out), {"step": step, **values, "accepted_losses": guard.last_losses()}
+
+    def fill(folder: Path) -> None:
+        (folder / "evaluation.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
+
+    if parts.processes.is_main:
+        replace_folder(run / "refused", fill)
+    return (
+        f"validation cross-entropy is {values['cross_entropy']} at step {step}; it and the last losses are in "
+        f"{run / 'refused'}; try a smaller optim.learning_rate"
+    )
 
 
 def with_last(items: Iterator) -> Iterator[tuple[bool, object]]:

@@ -53,6 +53,10 @@ def test_a_comparison_is_accepted():
         ({"seeds": [1, 2, 1]}, r"seeds is \[1, 2, 1\]; expected at least one, each once"),
         ({"seeds": [1, -2]}, "seeds is -2; expected"),
         ({"seeds": [7], "critics": {"one": {"seed": 7}}}, "critic one has the seed 7, one of seeds; expected another"),
+        (
+            {"tuning": TUNING, "critics": {"one": {"seed": 9}}},
+            "critic one has the seed 9, that of tuning; expected another, so that it shares no initial weights",
+        ),
         ({"seeds": [1, 2.5]}, "seeds is 2.5; expected"),
         ({"workers": 0}, "workers is 0; expected"),
         ({"tuning": TUNING, "seeds": [8, 9]}, "tuning.seed is 9, one of seeds; expected another"),
@@ -72,29 +76,120 @@ def test_a_comparison_is_accepted():
             "arm cross_entropy: tuned_as is 'b', which is not tuned",
         ),
         ({"tuning": TUNING, "arms": {"cross_entropy": {"tuned_as": "cross_entropy"}}}, "which is not tuned"),
-        ({"critics": {"one": {"critic": "one"}}}, "critic one waits for itself"),
-        ({"critics": {"one": {"critic": ["x", "two"]}, "two": {"critic": "one"}}}, "waits for itself"),
-        (
-            {
-                "tuning": TUNING,
-                "critics": {"one": {"tuned_as": "pupil"}},
-                "arms": {"cross_entropy": {}, "pupil": {"critic": "one"}},
-            },
-            "waits for itself: its critics and tuned_as lead back",
-        ),
-        (
-            {
-                "tuning": TUNING,
-                "critics": {"one": {"critic": "two"}, "two": {"tuned_as": "pupil"}},
-                "arms": {"cross_entropy": {}, "pupil": {"critic": ["one"]}},
-            },
-            "waits for itself",
-        ),
     ],
 )
 def test_a_mistake_is_named(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         comparison(**settings)
+
+
+TAUGHT = {"objective": "avatarl"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"critics": {"one": {**TAUGHT, "critic": "one"}}},
+        {"critics": {"one": {**TAUGHT, "critic": ["o/x", "two"]}, "two": {**TAUGHT, "critic": "one"}}},
+        {
+            "tuning": TUNING,
+            "critics": {"one": {"tuned_as": "pupil"}},
+            "arms": {"cross_entropy": {}, "pupil": {"critic": "one"}},
+        },
+        {
+            "tuning": TUNING,
+            "critics": {"one": {**TAUGHT, "critic": "two"}, "two": {"tuned_as": "pupil"}},
+            "arms": {"cross_entropy": {}, "pupil": {"critic": ["one"]}},
+        },
+    ],
+)
+def test_what_waits_for_itself_is_named(settings: dict):
+    with pytest.raises(UserError, match="waits for itself: its critics and tuned_as lead back"):
+        comparison(**settings).check()
+
+
+@pytest.mark.parametrize("changes", [{"optim.learning_rate": 0.1}, {"optim": {"learning_rate": 0.1}}])
+def test_an_arm_with_a_search_gives_nothing_that_the_search_decides(changes: dict):
+    arms = {"cross_entropy": CROSS_ENTROPY, "other": {**CROSS_ENTROPY, **changes}}
+    with pytest.raises(UserError, match="arm other gives optim.learning_rate, which is in tuning.grid.*tuned_as"):
+        comparison(arms=arms, tuning=TUNING).check()
+    comparison(arms=arms, tuning=dataclasses.replace(TUNING, arms=["cross_entropy"])).check()
+    comparison(arms={**arms, "other": {**arms["other"], "tuned_as": "cross_entropy"}}, tuning=TUNING).check()
+
+
+def test_every_value_of_the_grid_is_looked_at():
+    grid = {"optim.learning_rate": [0.1, 0.2], "optim.weight_decay": [0.1, 0.2, 0.3, -1.0]}
+    with pytest.raises(UserError, match="weight_decay is -1.0; expected a number of at least 0"):
+        comparison(tuning=TuningConfig(grid=grid, seed=9)).check()
+
+
+def test_values_of_the_grid_may_need_each_other():
+    grid = {"schedules.smoothing.shape": ["first", "linear"], "schedules.smoothing.end_step": [1, 2]}
+    comparison(tuning=TuningConfig(grid=grid, seed=9)).check()
+
+
+@pytest.mark.parametrize(
+    "critic, message",
+    [
+        ("onne", "arm other: critic is 'onne'; expected one of critics, a folder, .*; did you mean 'one'?"),
+        (["one", "ema:2:1"], "arm other: critic is 'ema:2:1'; expected .*ema:DECAY:START_STEP"),
+        ("random:1m", "arm other: critic is 'random:1m'; expected .*random:PRESET:SEED"),
+        ("runs/of/nobody", "runs/of/nobody: no such folder"),
+        ("tests/nobody", "tests/nobody: no such folder"),
+        ("tests", "tests is neither; expected a run folder"),
+    ],
+)
+def test_a_critic_that_no_run_could_open_is_named(monkeypatch, critic: str | list, message: str):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(UserError, match=message):
+        comparison(critics={"one": {}}, arms={"cross_entropy": CROSS_ENTROPY, "other": {"critic": critic}}).check()
+
+
+def test_critics_that_a_run_can_open_are_accepted(player_folder: Path, tmp_path: Path):
+    (tmp_path / "cache.json").touch()
+    critics = ["one", "owner/name", "ema:0.9:3", "random:1m:7", str(player_folder), str(tmp_path)]
+    comparison(critics={"one": {}}, arms={"cross_entropy": {}, "other": {"critic": critics}}).check()
+
+
+def test_critics_of_a_seed_differ_in_their_settings():
+    def check(one: dict, two: dict) -> None:
+        comparison(tuning=TUNING, critics={"one": {"seed": 7, **one}, "two": {"seed": 7, **two}}).check()
+
+    for same in ({}, {"steps": 4, "cache": {}}, {"tuned_as": "cross_entropy"}):
+        with pytest.raises(UserError, match="critics one and two have the same seed and settings; expected another"):
+            check(same, same)
+    with pytest.raises(UserError, match="the same seed and settings"):
+        check({}, {"steps": 3})  # the base's
+    for other in ({"steps": 4}, {"cache": {}}, {"tuned_as": "cross_entropy"}):
+        check({}, other)
+
+
+@pytest.mark.parametrize(
+    "changes, grid, is_asked",
+    [
+        ({}, {}, True),
+        (CROSS_ENTROPY, {}, False),
+        ({"avatarl.critic_weight": 0.0, "avatarl.reality_weight": 1.0}, {}, False),
+        ({"avatarl.critic_weight": 0.0}, {"avatarl.critic_weight": [0.0, 0.3]}, True),
+        ({"objective": "distillation", "baseline.distillation_alpha": 1.0}, {}, False),
+        ({"objective": "distillation"}, {"baseline.distillation_alpha": [1.0, 0.5]}, True),
+    ],
+)
+def test_only_what_asks_a_critic_names_one(changes: dict, grid: dict, is_asked: bool):
+    tuning = TuningConfig(grid=grid, seed=9, arms=["searched"]) if grid else None
+    arms = {"cross_entropy": CROSS_ENTROPY, "searched": {k: v for k, v in changes.items() if k not in grid}}
+    given = comparison(base={"steps": 3, "critic": "one"}, arms=arms, critics={"one": {}}, tuning=tuning)
+    assert given.untuned["arm", "searched"]["critic"] == ("one" if is_asked else None)
+    assert given.untuned["arm", "cross_entropy"]["critic"] is None
+
+
+def test_a_critic_may_be_tuned_as_an_arm_that_does_not_ask_it():
+    comparison(
+        base={"steps": 3, "critic": "one"},
+        arms={"cross_entropy": CROSS_ENTROPY, "other": {"tuned_as": "cross_entropy"}},
+        critics={"one": {"tuned_as": "cross_entropy"}},
+        tuning=TUNING,
+    ).check()
 
 
 @pytest.mark.parametrize("changes", [{"tuned_as": None}, {"tuned_as": ["other"]}, {"critic": 5}, {"critic": [["a"]]}])

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from avatarl import UserError
-from avatarl.comparison import ComparisonConfig, measures
+from avatarl.comparison import ComparisonConfig, TuningConfig, measures
 from avatarl.comparison.measures import (
     CURVE,
     RESULT,
+    WORDS,
     curve_rows,
     read_rows,
     result_row,
@@ -24,9 +26,11 @@ from avatarl.comparison.measures import (
 )
 from avatarl.comparison.progress import Member, Tuned
 from avatarl.data import PreparedData
+from avatarl.models.critic_cache import CriticCache
 from avatarl.results import evaluate
 from avatarl.training import train
 
+from ..conftest import BLOCK
 from ..results.reports import EVALUATION, TOKENS_PER_STEP, made_up_lines, write_run
 
 SIZES = {"parameters": 5, "unique_tokens": 50, "tokens": 5 * TOKENS_PER_STEP}
@@ -130,6 +134,19 @@ def test_critics_are_charged_with_their_training(tmp_path: Path, critic, own: di
     assert spent_before(member) == (7, training)
 
 
+def test_a_cache_is_charged_by_its_manifest(tmp_path: Path, critic_cache: Path, data_folder: Path):
+    """Whatever the record says, which once held the validation windows too; and nothing where it was not asked."""
+    cost = CriticCache.open(critic_cache, PreparedData.open(data_folder), BLOCK).flops
+    for recorded, charged in ((5 * cost, 2 * cost), (0, 0)):
+        sizes = {**SIZES, **COSTS, "cached_critic_flops": recorded}
+        folder = tmp_path / str(recorded)
+        named = [str(critic_cache), "ema:0.9", str(critic_cache)]
+        run = write_run(folder, made_up_lines(5), {"sizes": sizes}, critic=named)
+        member = Member("a", 1, run, ())
+        assert spent_before(member) == (charged, None)
+        assert curve_rows(member)[0]["flops"] == TOKENS_PER_STEP * 7_000_000 + charged
+
+
 def test_a_record_without_sizes_is_said(tmp_path: Path):
     run = write_run(tmp_path / "run", [], {"sizes": 5})
     with pytest.raises(UserError, match="environment.json is missing or damaged"):
@@ -146,7 +163,10 @@ def test_a_real_run_fills_every_column(tmp_path: Path, tiny_config, data_folder:
     comparison = ComparisonConfig(arms={"article": {}}, out=str(tmp_path / "out"), baseline="article")
     row = result_row(member, comparison, PreparedData.open(data_folder), tmp_path / "out", "cpu")
     assert row.keys() == set(RESULT)
-    assert {name for name in RESULT if row[name] is None} == {"minimal_pairs_accuracy", "critic_training_flops"}
+    absent = {"minimal_pairs_accuracy", "critic_training_flops", "tuned_as", "tuned_settings"}
+    assert {name for name in RESULT if row[name] is None} - {"revision"} == absent  # which an installed package has not
+    record = json.loads((member.folder / "environment.json").read_text())
+    assert (row["precision"], row["revision"], row["torch"]) == ("fp32", record["revision"], torch.__version__)
     found = evaluate(member.folder, data_folder, device="cpu")
     for name in ("cross_entropy", "bits_per_byte", "top16_accuracy", "top16_calibration_error"):
         assert row[name] == found[name]
@@ -183,13 +203,37 @@ def test_caches_and_training_count_from_the_start(tmp_path: Path):
     assert first["all_flops"] == first["flops"] + 1110
 
 
+def test_a_row_says_how_the_arm_was_tuned_and_what_it_ran_on(tmp_path: Path, monkeypatch):
+    kept = Kept(tmp_path, monkeypatch, optim={"learning_rate": 0.03, "name": "muon"})
+    grid = {"optim.learning_rate": [0.01, 0.03], "optim.name": ["adamw", "muon"], "player.settings": [{"a": 1}, None]}
+    arms = {"b": {}, "a": {"tuned_as": "b"}, "c": None}
+    comparison = ComparisonConfig(
+        arms=arms, out=str(kept.out), baseline="a", tuning=TuningConfig(grid=grid, seed=9, arms=["b"])
+    )
+    found = {}
+    for arm in arms:
+        row = result_row(Member(arm, 1, kept.run, ()), comparison, kept.data, kept.out, "cpu")
+        found[arm] = (row["tuned_as"], row["tuned_settings"])
+        assert (row["precision"], row["revision"], row["torch"]) == ("bf16", "1234567, 89e1", "2.13.0")
+    settings = "optim.learning_rate=0.03; optim.name=muon; player.settings="
+    assert found == {"b": ("b", settings), "a": ("b", settings), "c": (None, settings)}
+
+
+def test_words_that_look_like_numbers_stay_words(tmp_path: Path):
+    row = dict.fromkeys(WORDS, "12e3")
+    write_rows(tmp_path / "results.csv", RESULT, [row])
+    assert {name: read_rows(tmp_path / "results.csv")[0][name] for name in WORDS} == row
+
+
 class Kept:
     """A run with a player that nobody can open, how often it was evaluated, and what was changed since."""
 
-    def __init__(self, folder: Path, monkeypatch):
+    def __init__(self, folder: Path, monkeypatch, **settings):
         self.evaluated = self.scored = 0
         self.out, self.pairs = folder / "out", folder / "pairs.jsonl"
-        self.run = write_run(folder / "run", made_up_lines(5), {"sizes": {**SIZES, **COSTS}})
+        first = {"precision": "bf16", "revision": "1234567", "versions": {"torch": "2.13.0"}}
+        record = {"sizes": {**SIZES, **COSTS}, **first, "resumed": [{**first, "revision": "89e1"}]}
+        self.run = write_run(folder / "run", made_up_lines(5), record, **settings)
         (self.run / "player").mkdir()
         self.data = SimpleNamespace(digest="d", path=folder)
         self.change_player(b"weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,19 @@ def test_a_critic_may_have_critics(compared: Compared, data: PreparedData):
     assert plain.critics == () and pupil.critics == (out / "critics" / "second", out / "critics" / "first")
 
 
+def test_only_what_asks_a_critic_waits_and_pays_for_it(compared: Compared, data: PreparedData):
+    comparison = compared(
+        base={**BASE, "critic": "teacher"},
+        arms={"cross_entropy": CROSS_ENTROPY, "pupil": {}},
+        critics={"teacher": {}},
+        seeds=[1],
+    )
+    looks = complete(comparison, data, pretender(data))
+    assert looks == [["critics/teacher", "runs/cross_entropy/seed-1"], ["runs/pupil/seed-1"]]
+    plain, pupil = Progress.of(comparison, data).members
+    assert plain.critics == () and pupil.critics == (Path(comparison.out) / "critics" / "teacher",)
+
+
 def test_other_critics_stay_as_they_are_named(compared: Compared, data: PreparedData):
     arms = {"cross_entropy": {"critic": "models/mine"}, "pupil": {"critic": ["ema:0.9:2", "models/mine"]}}
     first, second, *_ = Progress.of(compared(arms=arms), data).missing
@@ -249,7 +263,8 @@ def test_a_changed_setting_is_refused(compared: Compared, data: PreparedData):
     complete(comparison, data, pretender(data))
     changed = copy.deepcopy(BASE)
     changed["optim"]["learning_rate"] = 0.02
-    with pytest.raises(UserError, match="seed-1 was started under other settings: optim.learning_rate was 0.01 and"):
+    message = "seed-1 was started under other settings: optim.learning_rate was 0.01 and is 0.02; give another out$"
+    with pytest.raises(UserError, match=message):
         Progress.of(replace(comparison, base=changed), data)
     arms = {**comparison.arms, "smooth": {"objective": "label_smoothing", "baseline.label_smoothing": 0.3}}
     with pytest.raises(UserError, match="smooth/seed-1 was started under other settings: baseline.label_smoothing"):
@@ -274,6 +289,27 @@ def test_a_changed_option_of_a_cache_is_refused(compared: Compared, data: Prepar
         Progress.of(replace(comparison, critics={"teacher": {"cache": {"bytes_per_token": 30}}}), data)
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache": {"bytes_per_token": 60}}], ids=["asked", "cached"])
+def test_runs_under_another_critic_are_refused(compared: Compared, data: PreparedData, cache: dict):
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
+    comparison = compared(arms=arms, critics={"teacher": cache}, seeds=[1])
+    complete(comparison, data, do_in_process)
+    critic, stored = (Path(comparison.out) / place / "teacher" for place in ("critics", "caches"))
+    shutil.rmtree(critic)
+    assert complete(comparison, data, do_in_process) == [["critics/teacher"]], "the same again"
+    shutil.rmtree(critic)
+    other = replace(comparison, critics={"teacher": {"steps": 5, **cache}})
+    with pytest.raises(UserError, match=f"another critic than {critic}") as refused:
+        complete(other, data, do_in_process)
+    if cache:
+        assert str(refused.value).startswith(f"{stored} is of another critic")
+        shutil.rmtree(stored)
+        with pytest.raises(UserError, match=f"another critic than {stored}") as refused:
+            complete(other, data, do_in_process)
+    assert str(refused.value).startswith(f"{comparison.out}/runs/pupil/seed-1 was trained under another critic")
+    assert str(refused.value).endswith("; give another out")
+
+
 def test_runs_on_other_data_are_refused(compared: Compared, data: PreparedData):
     comparison = compared()
     complete(comparison, data, pretender(data))
@@ -282,6 +318,10 @@ def test_runs_on_other_data_are_refused(compared: Compared, data: PreparedData):
         Progress.of(comparison, other)
     with pytest.raises(UserError, match="seed-1 was started under other settings: data was"):
         Progress.of(replace(comparison, data="elsewhere"), other)
+    for folder in (Path(comparison.out) / "runs").glob("*/*/final"):
+        folder.rmdir()
+    with pytest.raises(UserError, match="seed-1 was trained on other data than .*; give another out"):
+        Progress.of(comparison, other)
 
 
 def test_what_is_no_run_is_refused(compared: Compared, data: PreparedData):

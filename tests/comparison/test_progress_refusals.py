@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from avatarl.errors import RunFailed
 from ..conftest import TINY
 from .conftest import (
     BASE,
+    CROSS_ENTROPY,
     TUNING,
     Compared,
     complete,
+    do_in_process,
     jobs_of,
     prefers,
     pretender,
@@ -48,6 +51,45 @@ def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: Prepa
     tuned = {found.point: found for found in Progress.of(comparison, data).tuned}
     assert tuned[0.03, 0.05].cross_entropy == math.inf
     assert [point for point, found in tuned.items() if found.is_chosen] == [(0.001, 0.05)]
+
+
+def test_a_point_whose_evaluation_is_no_number_is_infinitely_bad(compared: Compared, data: PreparedData):
+    """Its one step was finite, and so long that the weights overflow."""
+    tuning = TuningConfig(grid={"optim.learning_rate": [0.01, 3e38]}, seed=9)
+    comparison = compared(arms={"cross_entropy": CROSS_ENTROPY}, tuning=tuning, seeds=[1])
+
+    def do(job: Job) -> None:
+        if job.name == "tuning/cross_entropy/learning_rate=3e+38":
+            with pytest.raises(RunFailed, match="validation cross-entropy is nan"):
+                do_in_process(job)
+        else:
+            do_in_process(job)
+
+    complete(comparison, data, do)
+    tuned = {found.point: found for found in Progress.of(comparison, data).tuned}
+    assert tuned[3e38,].cross_entropy == math.inf and tuned[0.01,].is_chosen
+
+
+def test_a_line_that_diverged_is_left_by_the_next(compared: Compared, data: PreparedData):
+    comparison = compared(tuning=TUNING)
+    pretend = pretender(data)
+
+    def do(job: Job) -> None:
+        is_bad = job.name.startswith("tuning/") and job.recipe.optim.weight_decay == 0.05
+        (give_up if is_bad else pretend)(job)
+
+    complete(comparison, data, do)
+    assert [found.point for found in Progress.of(comparison, data).tuned if found.is_chosen] == [(0.001, 0.5)]
+
+
+def test_a_search_that_found_nothing_but_divergence_fails_the_comparison(compared: Compared, data: PreparedData):
+    pretend = pretender(data)
+
+    def do(job: Job) -> None:
+        (give_up if job.name.startswith("tuning/") else pretend)(job)
+
+    with pytest.raises(RunFailed, match="arm cross_entropy: every run of its search diverged, those in .*tuning.grid"):
+        complete(compared(tuning=TUNING), data, do)
 
 
 def test_a_compared_run_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
@@ -110,14 +152,15 @@ def test_a_wrong_setting_of_what_waits_is_found_at_once(
 
 @pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])
 def test_a_base_may_name_a_critic_of_the_comparison(compared: Compared, data: PreparedData, waits: bool):
-    critic = {"tuned_as": "cross_entropy"} if waits else {}
+    critic = {"tuned_as": "pupil"} if waits else {}
     try:
-        comparison = compared(base={**BASE, "critic": "t"}, critics={"t": critic}, tuning=TUNING)
+        arms, tuning = {"cross_entropy": CROSS_ENTROPY, "pupil": {}}, replace(TUNING, arms=["pupil"])
+        comparison = compared(base={**BASE, "critic": "t"}, critics={"t": critic}, tuning=tuning, arms=arms)
         jobs = jobs_of(comparison, data, pretender(data))
     except UserError as error:
         assert waits and "waits for itself" in str(error)
     else:
-        assert not waits and jobs["runs/smooth/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
+        assert not waits and jobs["runs/pupil/seed-1"].recipe.critic == str(Path(comparison.out) / "critics" / "t")
 
 
 def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: PreparedData):

@@ -79,11 +79,12 @@ def test_page_and_markdown_have_the_same_tables(tmp_path: Path):
     folder = write_small_comparison(tmp_path)
     markdown, _ = both(folder)
     page = Page(folder / "report.html")
-    outcome = ["3.3900 ± 0.1838", "−0.9850 better −22.51 %", "−1.0485 to −0.9215", "0.0032", "2"]
+    own = ["0.2500 ± 0.0000 0.0000 [0.0000 to 0.0000], p 1"] * 2
+    outcome = ["3.3900 ± 0.1838", "−0.9850 better −22.51 %", "−1.0485 to −0.9215", "0.0032", *own, "2"]
     assert page.tables["Outcome"]["article"] == outcome
     plain = markdown.replace("`", "")
-    assert "| article | 3.3900 ± 0.1838 | −0.9850 (−22.51 %, better) | −1.0485 to −0.9215 | 0.0032 | 2 |" in plain
-    assert "| cross_entropy (baseline) | 4.3750 ± 0.1768 | — | — | — | 2 |" in plain
+    assert "| article | 3.3900 ± 0.1838 | −0.9850 (−22.51 %, better) | −1.0485 to −0.9215 | 0.0032 | 0.2500 ±" in plain
+    assert "| cross_entropy (baseline) | 4.3750 ± 0.1768 | — | — | — | 0.2500 ± 0.0000 | 0.2500 ± 0.0000 | 2 |" in plain
     assert page.tables["Outcome"]["cross_entropy baseline"][0] == "4.3750 ± 0.1768"
     search = page.tables["The search"]["0.1, 1m"]
     assert search == ["4.9000", "yes, at the edge of optim.learning_rate"]
@@ -94,6 +95,10 @@ def test_page_and_markdown_have_the_same_tables(tmp_path: Path):
             for text in cells:
                 assert text.split(" better ")[0].split(" worse ")[0] in plain.replace("(", "").replace(")", "")
     assert "are of training steps" in markdown and "a machine" in markdown
+    for text in (markdown, (folder / "report.html").read_text(encoding="utf-8")):
+        text = " ".join(text.split())
+        assert "none is corrected for there being many: 3 here, 3 at equal cost, 7 of calibration and accuracy." in text
+        assert "of a run's own training steps alone: what it took to make caches and to train critics is not" in text
 
 
 def test_without_a_search_there_is_no_section_of_it(tmp_path: Path):
@@ -150,6 +155,9 @@ def warnings_of(results: list[dict]) -> list[tuple[str, list[str]]]:
 
 ONE = "One seed: how far another would move a number cannot be told"
 UNEVEN, UNKNOWN = "Other seeds than the baseline's", "Critics that were made elsewhere"
+UNLIKE = "Not as the baseline in what stands in brackets"
+INHERITED, UNSEARCHED = "Settings that were searched for another arm", "Settings that were not searched"
+AT_EDGE = "A searched value at the edge of the grid"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,94 @@ def test_warnings_are_of_what_is_so(seeds: dict, unknown: tuple, expected: list)
     assert warnings_of(results) == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parameters": 999}, "parameters"),
+        ({"unique_tokens": 999, "tokens": 999}, "unique tokens, training tokens"),
+        ({"device": "another", "precision": "fp32"}, "device"),
+    ],
+)
+def test_an_arm_that_is_not_as_the_baseline_is_named_with_what_differs(tmp_path: Path, changes: dict, words: str):
+    results = [result(arm, seed, 5.0, **changes if (arm, seed) == ("b", 2) else {}) for arm in "abc" for seed in (1, 2)]
+    assert warnings_of(results) == [(UNLIKE, [f"b ({words})"])]
+    curves = [row for each in results for row in curve(each["arm"], each["seed"], [5.0])]
+    for text in both_of(tmp_path / "unlike", results, curves):
+        assert "order of the data (but for what is said above of b), and is called" in " ".join(text.split())
+    for text in both_of(tmp_path / "alike", [result(arm, 1, 5.0) for arm in "ab"], curves[:1] + curves[2:3]):
+        assert "the same order of the data, and is called" in " ".join(text.split())
+
+
+def both_of(folder: Path, results: list[dict], curves: list[dict]) -> list[str]:
+    write_reports(write_comparison(folder, results, curves), "a")
+    return [(folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
+
+
+def test_another_number_of_evaluations_is_named():
+    results = [result(arm, 1, 5.0) for arm in "abc"]
+    curves = [*curve("a", 1, [5.0, 4.0]), *curve("b", 1, [5.0, 4.0]), *curve("c", 1, [5.0, 4.5, 4.0])]
+    warnings = page_values(results, curves, [], "a")["warnings"]
+    assert [names for words, names in warnings if words.startswith(UNLIKE)] == [["c (number of evaluations)"]]
+
+
+def test_seconds_that_vary_are_named():
+    def results(*seconds: float) -> list[dict]:
+        return [result(arm, seed, 5.0, seconds=each) for arm in "ab" for seed, each in enumerate(seconds)]
+
+    assert warnings_of(results(100.0, 109.0, 105.0)) == []
+    said = "The same work took the baseline up to 12 % longer with one seed than with another"
+    assert warnings_of(results(100.0, 112.0, 105.0)) == [(said, [])]
+    of_another = [row | {"seconds": 1.0} if row["arm"] == "b" else row for row in results(100.0, 109.0)]
+    of_another[-1]["seconds"] = 9.0
+    assert warnings_of(of_another) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "named"),
+    [
+        ("revision", ("1234567", "1234567", "89e1"), ("Runs of several revisions", ["1234567", "89e1"])),
+        ("revision", ("1234567, 89e1",) * 3, ("Runs of several revisions", ["1234567", "89e1"])),
+        ("revision", (None, "89e1", "89e1"), ("Runs of several revisions", ["89e1", "unknown"])),
+        ("revision", (None, None, None), None),
+        ("torch", ("2.12.0", "2.13.0", "2.13.0"), ("Runs with several versions of PyTorch", ["2.12.0", "2.13.0"])),
+        ("precision", ("bf16", "bf16", "fp32"), ("Runs in several precisions", ["bf16", "fp32"])),
+    ],
+)
+def test_runs_of_several_origins_are_named(column: str, values: tuple, named: tuple | None):
+    results = [result("a", seed, 5.0, **{column: value}) for seed, value in enumerate(values)]
+    assert warnings_of(results) == ([named] if named else [])
+
+
+def test_how_the_arms_were_tuned_is_told():
+    """``a`` and ``b`` were searched, ``a`` to the edge of the rate; ``c`` inherits it, ``d`` has a rate of its own."""
+    tuning = [
+        {"arm": arm, "rate": rate, "decay": 0.25, "cross_entropy": 5.0, "is_chosen": int(rate == chosen)}
+        for arm, chosen in (("a", 4), ("b", 2))
+        for rate in (1, 2, 4)
+    ]
+    own = {"tuned_as": "a", "tuned_settings": "rate=4; decay=0.25"}
+    results = [
+        result("a", 1, 5.0, **own),
+        result("b", 1, 5.0, tuned_as="b", tuned_settings="rate=2; decay=0.25"),
+        result("c", 1, 5.0, **own),
+        result("d", 1, 5.0, **own | {"tuned_settings": "rate=44; decay=0.25"}),
+        result("e", 1, 5.0, tuned_as=None, tuned_settings="rate=4; decay=0.25"),
+    ]
+    curves = [row for each in results for row in curve(each["arm"], 1, [5.0])]
+    warnings = page_values(results, curves, tuning, "a")["warnings"]
+    assert [(words.split(",")[0], names) for words, names in warnings[1:]] == [
+        (INHERITED, ["c (for a)", "d (for a)"]),
+        (UNSEARCHED, ["e"]),
+        (AT_EDGE, ["a (rate)", "c (rate)"]),
+    ]
+
+
+def test_of_files_from_before_nothing_is_said_that_they_do_not_hold():
+    added = {"tuned_as", "tuned_settings", "precision", "revision", "torch"}
+    results = [{name: value for name, value in result("a", seed, 5.0).items() if name not in added} for seed in (1, 2)]
+    assert warnings_of(results) == []
+
+
 def test_warnings_are_sentences_on_both_pages(tmp_path: Path):
     results = [result(BASE, 1, 5.0), result("outside", 1, 4.0, critic_training_flops=None)]
     folder = write_comparison(tmp_path, results, [row for arm in (BASE, "outside") for row in curve(arm, 1, [5.0])])
@@ -187,7 +283,8 @@ def test_warnings_are_sentences_on_both_pages(tmp_path: Path):
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """A comparison in which every word that can be from outside is an attack; names of arms cannot."""
-    results = [result(arm, seed, 5.0, device=HOSTILE, objective=HOSTILE) for arm in "ab" for seed in (1, 2)]
+    words = dict.fromkeys(("device", "objective", "precision", "revision", "torch", "tuned_as"), HOSTILE)
+    results = [result(arm, seed, 5.0, **words) for arm in "ab" for seed in (1, 2)]
     curves = [row for each in results for row in curve(each["arm"], each["seed"], [5.0, 4.0])]
     tuning = [{"arm": "a", "player.preset": HOSTILE, "cross_entropy": 5.0, "is_chosen": 1}]
     folder = write_comparison(tmp_path, results, curves, tuning)

@@ -95,9 +95,24 @@ def test_what_was_reached_is_the_lowest_so_far():
     rows = curve("a", 1, [5.0, 3.0, 4.0, 2.0])
     assert reached_within(rows, "tokens", 300) == 3.0  # not the last, and the one at the budget itself counts
     assert reached_within(rows, "tokens", 299) == 3.0
-    assert reached_within(rows, "flops", 1999) == 5.0
     assert reached_within(rows, "seconds", 1e9) == 2.0
     assert reached_within(rows, "tokens", 99) is None  # before the first evaluation
+
+
+@pytest.mark.parametrize(
+    ("cost", "budget", "reached"),
+    [
+        ("tokens", 150, 4.0),  # half the way from 5 to 3
+        ("flops", 1250, 4.5),
+        ("tokens", 250, 3.0),  # from 3 to 4 it rises: the evaluation before is the lowest
+        ("tokens", 375, 2.5),
+        ("tokens", 325, 3.0),  # 3.5 by then, which is not the lowest
+        ("tokens", 400, 2.0),
+        ("tokens", 999, 2.0),  # nothing is known beyond the last
+    ],
+)
+def test_a_budget_between_two_evaluations_lies_on_the_line(cost: str, budget: float, reached: float):
+    assert reached_within(curve("a", 1, [5.0, 3.0, 4.0, 2.0]), cost, budget) == pytest.approx(reached)
 
 
 def test_nothing_is_reached_at_a_cost_that_is_unknown():

@@ -12,6 +12,7 @@ from avatarl.comparison.tables import (
     budget_table,
     compared,
     cost_table,
+    count_of_p,
     interval_text,
     on_edge,
     outcome_table,
@@ -61,11 +62,20 @@ def test_a_verdict_needs_an_interval_without_zero(interval: tuple, metric: Metri
 
 def test_a_number_stands_with_its_paired_difference():
     values, baseline = {1: 0.5, 2: 0.25}, {1: 0.25, 2: 0.0, 3: 0.9}
-    assert compared(ACCURACY, values, baseline) == Cell("37.5 ± 17.7", "+25.0 [+25.0 to +25.0]", "better")
-    assert compared(ACCURACY, values, None) == Cell("37.5 ± 17.7")
-    assert compared(ACCURACY, values, {7: 0.1}) == Cell("37.5 ± 17.7")  # no common seed
-    assert compared(ACCURACY, {2: 0.25}, baseline) == Cell("25.0", "+25.0")
-    assert compared(ACCURACY, {}, baseline) == Cell("—")
+    shown = "+25.0 [+25.0 to +25.0], p < 0.0001"
+    assert compared(ACCURACY, values, baseline, 2) == Cell("37.5 ± 17.7", shown, "better")
+    assert compared(ACCURACY, values, baseline, 3) == Cell("37.5 ± 17.7", f"{shown}, in 2 of 3 seeds", "better")
+    assert compared(ACCURACY, values, None, 3) == Cell("37.5 ± 17.7")
+    assert compared(ACCURACY, values, {7: 0.1}, 1) == Cell("37.5 ± 17.7")  # no common seed
+    assert compared(ACCURACY, {2: 0.25}, baseline, 1) == Cell("25.0", "+25.0")
+    assert compared(ACCURACY, {2: 0.25}, baseline, 3) == Cell("25.0", "+25.0, in 1 of 3 seeds")
+    assert compared(ACCURACY, {}, baseline, 3) == Cell("—")
+
+
+def test_p_is_that_of_the_pairs():
+    """Differences of 0.1 and 0.2: t = 3 of one degree of freedom, where p = 1 − 2 atan(3)/π = 0.2048."""
+    cell = compared(CROSS_ENTROPY, {1: 1.1, 2: 1.2}, {1: 1.0, 2: 1.0}, 2)
+    assert cell == Cell("1.1500 ± 0.0707", "+0.1500 [−0.4853 to +0.7853], p 0.2")
 
 
 def test_signs_are_typographic_and_zero_has_none():
@@ -115,8 +125,9 @@ def test_the_outcome_is_added_up_by_hand():
         ),
         "cross_entropy",
     )
-    assert table.columns == ("cross-entropy", "difference", "95 % interval", "p", "seeds")
-    assert cells_of(table) == {
+    evaluations = ("best evaluation", "final evaluation")
+    assert table.columns == ("cross-entropy", "difference", "95 % interval", "p", *evaluations, "seeds")
+    assert {arm: [*cells[:4], cells[-1]] for arm, cells in cells_of(table).items()} == {
         "cross_entropy": [Cell("5.2000 ± 0.2000"), Cell("—"), Cell("—"), Cell("—"), Cell("3")],
         "wide": [
             Cell("3.2000 ± 0.8000"),
@@ -160,6 +171,29 @@ def test_the_outcome_is_added_up_by_hand():
     assert [(row.name, row.unit) for row in rows if row.is_marked] == [("cross_entropy", "baseline")]
 
 
+def test_the_final_evaluation_stands_beside_the_best():
+    rows = [
+        result(arm, seed, 5.0, best_cross_entropy=best + seed, final_cross_entropy=final + seed + 0.1 * moves * seed)
+        for arm, best, final, moves in (("base", 3.0, 4.0, False), ("arm", 2.0, 5.0, True))
+        for seed in (1, 2)
+    ]
+    cells = cells_of(outcome_table(rows, "base"))
+    assert cells["base"][4:6] == [Cell("4.5000 ± 0.7071"), Cell("5.5000 ± 0.7071")]
+    best = Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000], p < 0.0001", "better")
+    final = Cell("6.6500 ± 0.7778", "+1.1500 [+0.5147 to +1.7853], p 0.028", "worse")
+    assert cells["arm"][4:6] == [best, final]
+    without = [{**row, "final_cross_entropy": None} for row in rows]
+    assert outcome_table(without, "base").columns[4:] == ("best evaluation", "seeds")
+
+
+def test_comparisons_are_counted():
+    rows = results_of(base={1: 5.0, 2: 5.1}, arm={1: 4.0, 2: 4.2}, alone={1: 3.0})
+    curves = [row for each in rows for row in curve(each["arm"], each["seed"], [each["cross_entropy"]])]
+    tables = outcome_table(rows, "base"), budget_table(rows, curves, "base"), quality_table(rows, "base")
+    assert [count_of_p(table) for table in tables] == [3, 4, 7]  # of the arm that has two pairs
+    assert count_of_p(outcome_table(rows[:2], "base")) == 0
+
+
 # --- at equal cost ----------------------------------------------------------------------------------------------------
 
 
@@ -168,23 +202,24 @@ def test_at_equal_cost_the_budget_is_the_baselines():
     curves = [
         *curve("cross_entropy", 1, [5.0, 4.0, 4.5]),
         *curve("cross_entropy", 2, [6.0, 5.0, 5.5]),
-        *curve("article", 1, [6.0, 3.5, 3.0, 0.0], flops=20, before=1500),  # one FLOP more is none that it may spend
+        *curve("article", 1, [6.0, 3.5, 3.0, 0.0], flops=20, before=1500),
         *curve("article", 2, [7.0, 4.5, 4.0, 0.0], flops=20, before=1500),
         *curve("slow", 1, [3.0, 2.0], seconds=1.0, before=None),
         *curve("slow", 3, [0.0, 0.0]),  # the baseline has no such seed
     ]
-    table = budget_table([result(arm, 1, 1.0) for arm in arms_in(curves)], curves, "cross_entropy")
+    runs = dict.fromkeys((row["arm"], row["seed"]) for row in curves)
+    table = budget_table([result(*run, 1.0) for run in runs], curves, "cross_entropy")
     assert [name.split(",")[0] for name in table.columns[:2]] == ["equal tokens", "equal FLOPs"]
     assert cells_of(table) == {
         "cross_entropy": [Cell("4.5000 ± 0.7071")] * 4 + [Cell("200")],
         "article": [
-            Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000]", "better"),
-            Cell("6.5000 ± 0.7071", "+2.0000 [+2.0000 to +2.0000]", "worse"),
+            Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000], p < 0.0001", "better"),
+            Cell("5.2500 ± 0.7071", "+0.7500 [+0.7500 to +0.7500], p < 0.0001", "worse"),  # half the way from 6 to 3.5
             Cell("—"),  # 3,500 FLOPs before its first evaluation
-            Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000]", "better"),
+            Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000], p < 0.0001", "better"),
             Cell("180", "90 %"),  # from 6 to 3.5 within a hundred tokens it passes 4 after 80
         ],
-        "slow": [Cell("2.0000", "−2.0000"), Cell("2.0000", "−2.0000"), Cell("—"), Cell("—"), Cell("100", "50 %")],
+        "slow": [*[Cell("2.0000", "−2.0000, in 1 of 2 seeds")] * 2, Cell("—"), Cell("—"), Cell("100", "50 %")],
     }
 
 
@@ -224,10 +259,12 @@ def test_quality_is_judged_in_its_own_direction():
         rows.append(result("arm", seed, 5.0, **{**base, **moved}))
     table = quality_table(rows, "base")
     cells = dict(zip(table.columns, cells_of(table)["arm"], strict=True))
-    assert cells["calibration error, % of probability"] == Cell("7.02 ± 0.01", "+2.02 [+2.00 to +2.04]", "worse")
-    assert cells["top-1 accuracy, % of tokens"] == Cell("28.02 ± 0.01", "+3.02 [+3.00 to +3.04]", "better")
-    assert cells["entropy, nats"] == Cell("4.000 ± 0.000", "+1.000 [+1.000 to +1.000]")
-    assert cells["best player at, M tokens"] == Cell("3.00 ± 0.00", "0.00 [0.00 to 0.00]")
+    assert cells["calibration error, % of probability"] == Cell(
+        "7.02 ± 0.01", "+2.02 [+2.00 to +2.04], p < 0.0001", "worse"
+    )
+    assert cells["top-1 accuracy, % of tokens"] == Cell("28.02 ± 0.01", "+3.02 [+3.00 to +3.04], p < 0.0001", "better")
+    assert cells["entropy, nats"] == Cell("4.000 ± 0.000", "+1.000 [+1.000 to +1.000], p < 0.0001")
+    assert cells["best player at, M tokens"] == Cell("3.00 ± 0.00", "0.00 [0.00 to 0.00], p 1")
     # What no run has measured is no column, what some have is one.
     assert not {"minimal pairs, % right", "reward on other tokens, % of the reward"} & cells.keys()
     rows[0]["minimal_pairs_accuracy"] = 0.5

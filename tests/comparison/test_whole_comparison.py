@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from avatarl.comparison import ComparisonConfig, TuningConfig
+from avatarl.comparison.measures import result_row
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
 from avatarl.training.rewarded_player import RewardedPlayer
@@ -132,3 +133,14 @@ def test_arms_read_the_cache_of_their_windows(finished: Finished):
     assert (cache["block"], cache["windows"]["train"], cache["bytes_per_token"]) == (BLOCK, 24, 58)
     saved = yaml.safe_load((out / "runs" / "pupil" / "seed-1" / "config.yaml").read_text())
     assert saved["critic"] == str(out / "caches" / "teacher") and saved["train_windows"] == 24
+
+
+def test_a_row_holds_what_the_cache_cost_and_whose_settings_these_are(finished: Finished, data: PreparedData):
+    out = Path(finished.comparison.out)
+    member = next(each for each in Progress.of(finished.comparison, data).members if each.arm == "pupil")
+    row = result_row(member, finished.comparison, data, out, "cpu")
+    cache = json.loads((out / "caches" / "teacher" / "cache.json").read_text())
+    assert cache["windows"]["valid"] > 0
+    assert row["critic_flops"] == cache["critic"]["flops_per_token"] * 24 * BLOCK
+    chosen = yaml.safe_load((member.folder / "config.yaml").read_text())["optim"]["learning_rate"]
+    assert (row["tuned_as"], row["tuned_settings"]) == ("cross_entropy", f"optim.learning_rate={chosen}")

@@ -30,6 +30,7 @@ from ..training.runs import assert_same_weights, weights_of
 from .conftest import BASE, CROSS_ENTROPY
 
 PATIENCE_SECONDS = 300.0
+HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What a job does in the place of avatarl: its first word, in its folder, perhaps when another file is there.
 STANDS_FOR_AVATARL = """#!/bin/sh
@@ -92,7 +93,7 @@ def own_handlers() -> Iterator[Callable]:
     def unexpected(number: int, _frame) -> None:
         raise AssertionError(f"signal {number} was not handled")
 
-    before = {number: signal.signal(number, unexpected) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, unexpected) for number in HEEDED}
     yield unexpected
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -147,7 +148,7 @@ def test_a_run_that_gave_up_is_no_failure_of_its_process(office: Office):
     assert office.said[0].startswith("jobs/a: gave up") and "made it" in office.said[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", HEEDED)
 def test_a_signal_stops_the_jobs_and_waits_for_them(office: Office, own_handlers, number: signal.Signals):
     begun = [office.out / "jobs" / f"{name}.begun" for name in "ab"]
 
@@ -166,6 +167,13 @@ def test_a_signal_stops_the_jobs_and_waits_for_them(office: Office, own_handlers
     assert [(office.out / "logs" / f"jobs-{name}.log").read_text() for name in "ab"] == ["saved\n"] * 2
     assert not (office.out / "logs" / "jobs-c.log").exists()
     assert signal.getsignal(number) is own_handlers, "as it was before"
+
+
+def test_what_nohup_ignores_stays_ignored(office: Office):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Workers(office.out, 1, office.said.append):
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_job_s_words_are_added_to_those_of_before(office: Office):

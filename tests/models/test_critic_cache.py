@@ -249,6 +249,15 @@ def test_the_command(tmp_path, data_folder, critic_folder, capsys):
     )
 
 
+def test_validation_windows_cost_nothing(critic_cache: Path, data_folder: Path):
+    """They serve evaluations, which a live critic judges for nothing."""
+    cache = CriticCache.open(critic_cache, PreparedData.open(data_folder), BLOCK)
+    cost = cache.flops
+    assert cost == cache.manifest["critic"]["flops_per_token"] * cache.manifest["windows"]["train"] * BLOCK
+    cache.manifest["windows"]["valid"] *= 10
+    assert cache.flops == cost
+
+
 # --- a part of the text -----------------------------------------------------------------------------------------------
 
 
@@ -269,7 +278,7 @@ def test_a_cache_of_a_part_of_the_text_answers_for_its_windows_and_is_refused_fo
         assert found.tokens.equal(expected.tokens)
     assert part.rows("valid", [3]).log_probs.equal(whole.rows("valid", [3]).log_probs)
     assert manifest["windows"] == {"train": 5, "valid": whole.manifest["windows"]["valid"]}
-    assert part.flops < whole.flops
+    assert part.flops * len(Windows(data.train, BLOCK)) == whole.flops * 5
     for wanted in (None, 4):
         with pytest.raises(UserError, match="covers 5 train and .* windows; expected .* --train_windows"):
             CriticCache.open(out, data, BLOCK, train_windows=wanted)

@@ -165,8 +165,12 @@ def test_a_run_that_ends_on_no_number_fails(tiny_config, tmp_path: Path):
     """A step so long that the weights overflow: the gradient was finite, and only the evaluation shows it."""
     optim = OptimConfig(learning_rate=3e38, warmup_steps=0)
     config = tiny_config(tmp_path, objective="cross_entropy", optim=optim, steps=1)
-    with pytest.raises(RunFailed, match="validation cross-entropy is nan at step 1; try a smaller optim.learning_rate"):
+    with pytest.raises(RunFailed, match="cross-entropy is nan at step 1; .*refused; try a smaller optim.learning_rate"):
         train(config, quiet=True)
+    left = json.loads((tmp_path / "run" / "refused" / "evaluation.json").read_text())
+    assert left["step"] == 1 and math.isnan(left["cross_entropy"])
+    assert len(left["accepted_losses"]) == 1 and math.isfinite(left["accepted_losses"][0])
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def test_nothing_is_read_from_the_device_in_a_step(monkeypatch):

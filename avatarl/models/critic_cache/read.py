@@ -95,10 +95,8 @@ class CriticCache:
 
     @property
     def flops(self) -> int:
-        """Of the critic's forward passes that made it."""
-        return (
-            self.manifest["critic"]["flops_per_token"] * sum(self.manifest["windows"].values()) * self.manifest["block"]
-        )
+        """Of the critic's forward passes on the training windows; see :func:`training_flops`."""
+        return training_flops(self.manifest)
 
     def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> StoredCritic:
         """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory."""
@@ -144,6 +142,14 @@ def read_manifest(path: Path) -> tuple[bytes, dict]:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version is {version!r}; this version of avatarl reads {FORMAT_VERSION}")
     return content, manifest
+
+
+def training_flops(manifest: dict) -> int:
+    """FLOPs of the critic's forward passes on a cache's training windows.
+
+    Those on validation windows are left out: they serve evaluations, which cost a run with a live critic nothing.
+    """
+    return manifest["critic"]["flops_per_token"] * manifest["windows"]["train"] * manifest["block"]
 
 
 def unfinished(path: Path) -> str:
