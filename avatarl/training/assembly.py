@@ -108,7 +108,7 @@ class Assembly:
         """Of the player and of the whole run: parameters, tokens and FLOPs.
 
         ``unique_tokens`` are those of an epoch.
-        ``cached_critic_flops`` were spent elsewhere: on the critics' passes over the training windows of the run's caches.
+        ``cached_critic_flops`` were spent elsewhere: on critics' passes over the training windows of its caches.
         """
         return {
             "parameters": self.parameters.total,

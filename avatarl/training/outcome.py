@@ -120,3 +120,18 @@ def leave_for_study(parts: Assembly, guard: Guard) -> str:
         f"{len(refused)} refused updates in a row; windows and statistics are in {run / 'refused'}; "
         "try a smaller optim.learning_rate"
     )
+
+
+def leave_evaluation(parts: Assembly, guard: Guard, step: int, values: Mapping[str, float]) -> str:
+    """Save an evaluation that is no number where refused updates are saved, and say what happened."""
+    run, statistics = Path(parts.config.out), {"step": step, **values, "accepted_losses": guard.last_losses()}
+
+    def fill(folder: Path) -> None:
+        (folder / "evaluation.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
+
+    if parts.processes.is_main:
+        replace_folder(run / "refused", fill)
+    return (
+        f"validation cross-entropy is {values['cross_entropy']} at step {step}; it and the last losses are in "
+        f"{run / 'refused'}; try a smaller optim.learning_rate"
+    )

@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from .assembly import Assembly, assemble
 from .config import TrainConfig
 from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
-from .folder.durable import replace_folder, tidy
+from .folder.durable import tidy
 from .folder.environment import describe_environment
 from .folder.identity import (
     CONFIG,
@@ -41,7 +41,7 @@ from .folder.tensors import load_run, run_state
 from .folder.tracker import check_tracker
 from .guard import Guard
 from .optim import clip_gradients
-from .outcome import check_players, describe_folder, leave_for_study, write_player
+from .outcome import check_players, describe_folder, leave_evaluation, leave_for_study, write_player
 from .processes import Processes, gradients_are_summed_later, lost_another
 from .stopping import StopRequest
 
@@ -267,21 +267,6 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         "best_step": progress["best_step"],
         **parts.sizes,
     }
-
-
-def leave_evaluation(parts: Assembly, guard: Guard, step: int, values: Mapping[str, float]) -> str:
-    """Save an evaluation that is no number where refused updates are saved, and say what happened."""
-    run, statistics = Path(parts.config.out), {"step": step, **values, "accepted_losses": guard.last_losses()}
-
-    def fill(folder: Path) -> None:
-        (folder / "evaluation.json").write_text(json.dumps(statistics, indent=1), encoding="utf-8")
-
-    if parts.processes.is_main:
-        replace_folder(run / "refused", fill)
-    return (
-        f"validation cross-entropy is {values['cross_entropy']} at step {step}; it and the last losses are in "
-        f"{run / 'refused'}; try a smaller optim.learning_rate"
-    )
 
 
 def with_last(items: Iterator) -> Iterator[tuple[bool, object]]:
