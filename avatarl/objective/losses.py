@@ -102,10 +102,12 @@ class RewardedObjective(Objective):
             "active_actions": valid.sum(dim=1).to(rewards.dtype),
         }
         if rows.critics:
-            first = first_proposals(rows.critics, self.avatarl.top_k)
-            same = actions[:, first].t().unsqueeze(2) == actions  # (C, N, A), critics without proposals left out
-            paid = torch.where(same, rewards, 0.0).amax(dim=2)  # (C, N); duplicates earn 0
-            metrics["critic_wins"] = (paid > rewards[:, 0]).to(rewards.dtype).sum(dim=0) / len(rows.critics)
+            wins = torch.zeros_like(total)
+            for column in first_proposals(rows.critics, self.avatarl.top_k):
+                is_favourite = actions[:, column : column + 1] == actions
+                paid = torch.where(is_favourite, rewards, 0.0).amax(dim=1)  # duplicates earn 0
+                wins = wins + (paid > rewards[:, 0])
+            metrics["critic_wins"] = wins / len(rows.critics)
         if judged.estimated is not None:
             metrics["estimated_share"] = judged.estimated
         return metrics

@@ -144,7 +144,7 @@ def test_words_are_of_arms(page_file: Path, open_page):
     assert corners == ["arm"] * 4 + ["optim.learning_rate, player.preset", ""]
     assert page.locator("tbody .unit", has_text="baseline").count() == 4
     verdicts = page.locator("#outcome-heading ~ .scroll .difference").all_text_contents()
-    assert len(verdicts) == 2 and all(text.startswith("better −") for text in verdicts)
+    assert len(verdicts) == 6 and all(text.startswith("better −") for text in verdicts)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
