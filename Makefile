@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(VENV)/bin/avatarl demo
 
+# A test process on each core, a thread each; a file's tests stay together, for they share what is slow to make.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow --ignore tests/survival --ignore tests/fuzz

@@ -46,13 +46,14 @@ class Workers:
         self._running: list[_Running] = []
         self._before: dict[int, object] = {}
         self._ended: set[Path] = set()  # what processes made that ended well
+        self._signum: int | None = None  # only noted: raised in the middle of a start, it would lose that process
 
     def __enter__(self) -> Workers:
         heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # not under nohup
-        self._before = {number: signal.signal(number, _stop) for number in heeded}
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         for number in self._before:  # a second signal while the runs save what they have would lose it
             signal.signal(number, signal.SIG_IGN)
         for running in self._running:
@@ -62,6 +63,16 @@ class Workers:
             running.log.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None:
+            self._stop_if_asked()
+
+    def _note(self, signum: int, _frame) -> None:
+        self._signum = signum
+
+    def _stop_if_asked(self) -> None:
+        if self._signum is not None:
+            reason = "stopped; the runs that were going on have saved what they had, and the same command goes on"
+            raise RunStopped(self._signum, reason)
 
     def work_until(self, look: Callable[[], list[Job]]) -> None:
         """Do what ``look`` finds missing, and look again whenever a process ends, until nothing is.
@@ -109,8 +120,10 @@ class Workers:
         return environment
 
     def _wait_for_one(self, missing: int) -> None:
+        self._stop_if_asked()
         while all(running.process.poll() is None for running in self._running):
             time.sleep(POLL_SECONDS)
+            self._stop_if_asked()
         for running in [each for each in self._running if each.process.poll() is not None]:
             self._running.remove(running)
             running.log.close()
@@ -137,9 +150,3 @@ def _visible_gpus() -> list[str]:
 def _last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "said nothing"
-
-
-def _stop(signum: int, _frame) -> None:
-    raise RunStopped(
-        signum, "stopped; the runs that were going on have saved what they had, and the same command goes on"
-    )

@@ -169,6 +169,27 @@ def test_a_signal_stops_the_jobs_and_waits_for_them(office: Office, own_handlers
     assert signal.getsignal(number) is own_handlers, "as it was before"
 
 
+def test_a_signal_while_a_job_is_being_started_stops_that_one_too(office: Office, monkeypatch):
+    start = module.subprocess.Popen
+
+    def start_and_signal(*arguments, **settings):
+        process = start(*arguments, **settings)
+        while not (office.out / "jobs" / "a.begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(module.subprocess, "Popen", start_and_signal)
+    with pytest.raises(RunStopped):
+        office.work([office.job("a", "wait")])
+    assert (office.out / "logs" / "jobs-a.log").read_text() == "saved\n"
+
+
+def test_a_signal_after_the_last_job_is_not_lost(office: Office):
+    with pytest.raises(RunStopped), Workers(office.out, 1, office.said.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_what_nohup_ignores_stays_ignored(office: Office):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Workers(office.out, 1, office.said.append):
