@@ -29,11 +29,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``bf16`` or ``fp32``; ``auto`` is bf16 where it is fast: on CUDA since Ampere, on CPUs with AMX."""
+    """``bf16`` or ``fp32``; ``auto`` is bf16 where it is multiplied natively: CUDA since Ampere, AMX and AVX512-BF16."""
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16" if fast else "fp32"
+        known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
+    return "bf16" if native else "fp32"
