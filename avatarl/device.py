@@ -29,7 +29,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``bf16`` or ``fp32``; ``auto`` is bf16 where it is multiplied natively: CUDA since Ampere, AMX and AVX512-BF16."""
+    """``bf16`` or ``fp32``; ``auto`` is bf16 where the device multiplies it: CUDA since Ampere, AMX, AVX512-BF16."""
     if name != "auto":
         return name
     if device.type == "cuda":
