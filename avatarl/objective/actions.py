@@ -57,3 +57,12 @@ def first_proposals(critics: Sequence[Tensor | StoredCritic], top_k: int) -> lis
             columns.append(column)
         column += width
     return columns
+
+
+def sums_of_each(tokens: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``tokens`` (N, S) in order, which of them come for the first time, and the sum of the amounts of all alike."""
+    tokens, order = tokens.sort(dim=1)
+    is_first = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
+    group = is_first.cumsum(dim=1) - 1  # (N, S)
+    sums = torch.zeros_like(amounts).scatter_add_(1, group, amounts.gather(1, order))
+    return tokens, is_first, sums.gather(1, group)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from avatarl.errors import UserError, nearest_name
 
+from .actions import sums_of_each
 from .checks import as_critics, check_logits, compute_dtype
 from .config import AvataRLConfig, BaselineConfig
 from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, scaled_logits
@@ -204,10 +205,10 @@ class Policy(NamedTuple):
         if self.logits.dtype == amounts.dtype:
             return self.kernels.gradient_(*arguments).scatter_add_(1, tokens, -amounts)
         # In half precision the difference must be taken before it is rounded: where π is near 1 it is all that is left.
+        tokens, _, taken = sums_of_each(tokens, amounts)
         log_probs = self.log_probs_at(tokens)
         slopes = constant.unsqueeze(1) + (0 if weighted_bonus is None else weighted_bonus.unsqueeze(1) * log_probs)
-        same = tokens.unsqueeze(2) == tokens.unsqueeze(1)  # (N, S, S)
-        taken = torch.where(same, amounts.unsqueeze(1), 0.0).sum(dim=2) + sum(tail.at(tokens) for tail in tails)
+        taken = taken + sum(tail.at(tokens) for tail in tails)
         differences = (log_probs.exp() * slopes - taken).to(self.logits.dtype)
         return self.kernels.gradient_(*arguments).scatter_(1, tokens, differences)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .actions import active_actions
+from .actions import active_actions, sums_of_each
 from .checks import check_logits, compute_dtype
 from .config import AvataRLConfig
 from .critics import LiveCritic, as_asked
@@ -193,7 +193,9 @@ def _judge(
         drawn = [critic.sample_outside(actions, valid, config.tail_samples, uniforms) for critic, _ in heard]
         tokens = torch.cat([tokens for tokens, _ in drawn], dim=1)  # (N, S)
         masses = [weight * mass for (_, (weight, _)), (_, mass) in zip(heard, drawn, strict=True)]
-        tokens, is_first, mass = _one_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
+        tokens, is_first, mass = sums_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
+        is_first = is_first & (mass > 0)
+        mass = mass.masked_fill(~is_first, 0.0)
         actions, valid = torch.cat([actions, tokens], dim=1), torch.cat([valid, is_first], dim=1)
         log_reality = torch.cat([log_reality, torch.full_like(mass, -torch.inf)], dim=1)
         consensus = torch.cat([consensus, mass], dim=1)
@@ -231,17 +233,6 @@ def _arithmetic_pool(experts: Sequence[Expert], valid: Tensor) -> tuple[Tensor, 
     """p = Σ w_i p_i on the active actions (N, A), and log 1 (N, 1); what critics give to others is missing in it."""
     consensus = sum(weight * log_probs.exp() for weight, log_probs in experts).masked_fill(~valid, 0.0)
     return consensus, torch.zeros_like(consensus[:, :1])
-
-
-def _one_of_each(tokens: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``tokens`` (N, S) in order, which of them are new and have a mass, and there the mass of all alike."""
-    tokens, order = tokens.sort(dim=1)
-    mass = mass.gather(1, order)
-    is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :-1]], dim=1)
-    group = is_new.cumsum(dim=1) - 1  # (N, S)
-    together = torch.zeros_like(mass).scatter_add_(1, group, mass).gather(1, group)
-    is_first = is_new & (together > 0)
-    return tokens, is_first, together.masked_fill(~is_first, 0.0)
 
 
 def _estimated_share(estimates: Sequence[Tensor], valid: Tensor, dtype: torch.dtype) -> Tensor | None:
