@@ -233,6 +233,21 @@ class ComparisonConfig:
             raise UserError(f"critic {critic}: cache.{unknown[0]}; expected {', '.join(CACHE_OPTIONS)}")
         return {**CACHE_OPTIONS, **options}
 
+    def cached_windows(self, critic: str) -> int | None:
+        """The ``train_windows`` of a critic's cache: those of the runs that ask it, whatever it read itself.
+
+        Raises:
+            UserError: They ask for different ones.
+        """
+        asking = {key: settings for key, settings in self.untuned.items() if critic in critics_of(settings)}
+        asked = {" ".join(key): settings.get("train_windows") for key, settings in asking.items()}
+        if len(set(asked.values())) > 1:
+            raise UserError(
+                f"critic {critic} is cached, and {', '.join(f'{name} has {count}' for name, count in asked.items())} "
+                "train_windows; a cache is of one number of them: expected a critic for each, or one without cache"
+            )
+        return next(iter(asked.values()), self.base_settings().get("train_windows"))
+
     def check(self) -> None:
         """Refuse at once what would be found only when its turn comes.
 
@@ -255,6 +270,8 @@ class ComparisonConfig:
         for critic in self.critics:
             run = make_run(self.untuned["critic", critic], Path(self.out), self.seed_of_critic(critic))
             tuned_as = self.given("critic", critic).get("tuned_as")
+            if self.cache_options(critic) is not None:
+                self.cached_windows(critic)
             twin = known.setdefault(repr((run, tuned_as, self.cache_options(critic))), critic)
             if twin != critic:
                 raise UserError(f"critics {twin} and {critic} have the same seed and settings; expected another seed")

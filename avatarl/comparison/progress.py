@@ -177,8 +177,9 @@ class Progress:
         run = make_run(settings, folder, seed=0)
         words = {"critic": folder, "data": run.data, "out": cache, "block": run.block, **options}
         words |= {"precision": run.precision, "device": run.device}
-        if run.train_windows is not None:
-            words["train_windows"] = run.train_windows
+        windows = self.comparison.cached_windows(name)
+        if windows is not None:
+            words["train_windows"] = windows
         arguments = ("critic", "cache", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
         self._add(Job(f"caches/{name}", cache, arguments))
         return None

@@ -162,6 +162,16 @@ def test_critics_of_a_seed_differ_in_their_settings():
         check({}, other)
 
 
+def test_a_cache_is_of_one_number_of_windows():
+    def check(teacher: dict) -> None:
+        arms = {"cross_entropy": CROSS_ENTROPY, "few": {"critic": "t", "train_windows": 3}, "all": {"critic": "t"}}
+        comparison(arms=arms, critics={"t": teacher}).check()
+
+    check({})
+    with pytest.raises(UserError, match="critic t is cached, and arm few has 3, arm all has None train_windows"):
+        check({"cache": {}})
+
+
 @pytest.mark.parametrize(
     "changes, grid, is_asked",
     [

@@ -214,6 +214,16 @@ def test_a_cache_is_of_the_windows_that_the_runs_read(compared: Compared, data: 
         assert expected.items() <= given.items() and ("train_windows" in given) == (train_windows is not None)
 
 
+def test_a_cache_of_a_critic_that_read_more_is_of_its_pupils_windows(compared: Compared, data: PreparedData):
+    comparison = compared(
+        base={**BASE, "train_windows": 24},
+        arms={"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher", "train_windows": 12}},
+        critics={"teacher": {"cache": {}, "train_windows": None}},
+    )
+    words = jobs_of(comparison, data, pretender(data))["caches/teacher"].arguments
+    assert words[words.index("--train_windows") + 1] == "12"
+
+
 def test_an_unknown_option_of_a_cache_is_named(compared: Compared, data: PreparedData):
     comparison = compared(arms={"cross_entropy": {"critic": "t"}}, critics={"t": {"cache": {"block": 3}}})
     with pytest.raises(UserError, match="critic t: cache.block; expected kind, bytes_per_token, keep_top, seed"):
