@@ -1,8 +1,8 @@
 """Active actions: the few tokens that are judged at a position.
 
 Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns, less where a cache
-stores fewer than K tokens. A token that was listed before is masked, never removed: no shape depends on data, and the
-host never waits.
+stores fewer than K tokens or the player proposes none. A token that was listed before is masked, never removed: no
+shape depends on data, and the host never waits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def active_actions(
     targets: Tensor,
     top_k: int,
     top_p: float | None = None,
+    player_proposes: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """List the target, the player's proposals and each critic's proposals, each token once.
 
@@ -31,6 +32,7 @@ def active_actions(
         targets: (N,) int64.
         top_k: K, proposals per model.
         top_p: Cut each model's proposals to the shortest prefix that reaches this probability.
+        player_proposes: Whether the player's proposals are listed.
 
     Returns:
         actions: (N, A) int64 token ids; column 0 is the target.
@@ -38,7 +40,8 @@ def active_actions(
     """
     columns = [targets.unsqueeze(1)]  # (N, 1), then (N, K) each
     masks = [torch.ones_like(columns[0], dtype=torch.bool)]
-    lists = [proposals(player_logits, top_k, top_p), *(as_asked(critic).proposals(top_k, top_p) for critic in critics)]
+    lists = [proposals(player_logits, top_k, top_p)] if player_proposes else []
+    lists += [as_asked(critic).proposals(top_k, top_p) for critic in critics]
     for tokens, kept in lists:
         for earlier, earlier_kept in zip(columns, masks, strict=True):
             same = tokens.unsqueeze(2) == earlier.unsqueeze(1)  # (N, K, columns of the earlier list)
@@ -48,9 +51,9 @@ def active_actions(
     return torch.cat(columns, dim=1), torch.cat(masks, dim=1)
 
 
-def first_proposals(critics: Sequence[Tensor | StoredCritic], top_k: int) -> list[int]:
+def first_proposals(critics: Sequence[Tensor | StoredCritic], top_k: int, player_proposes: bool = True) -> list[int]:
     """The column of each critic's favourite among :func:`active_actions`; none for a cache that stores no proposals."""
-    columns, column = [], 1 + top_k
+    columns, column = [], 1 + top_k * player_proposes
     for critic in critics:
         width = min(top_k, critic.num_top) if isinstance(critic, StoredCritic) else top_k
         if width:

@@ -19,6 +19,7 @@ class AvataRLConfig:
 
     Args:
         top_k: How many tokens each model proposes at a position.
+        player_proposes: Whether the player's own proposals are among the actions, or the critics' alone.
         top_p: Cut each model's proposals to the shortest prefix with this probability (None: keep all ``top_k``).
         smoothing: ε, the share of the reality expert that the other active actions divide among them.
         pool: How the experts are blended, ``geometric`` (logarithmic pool) or ``arithmetic`` (linear pool).
@@ -42,6 +43,7 @@ class AvataRLConfig:
     """
 
     top_k: int = 16
+    player_proposes: bool = True
     top_p: float | None = None
     smoothing: float = 0.1
     pool: Literal["geometric", "arithmetic"] = "geometric"
@@ -95,7 +97,8 @@ class AvataRLConfig:
             require_choice("tail", self.tail, TAILS)
         require_whole("tail_samples", self.tail_samples, minimum=1)
         require_choice("threshold", self.threshold, ("mean", "mass", "none"))
-        require_choice("per_action_mean", self.per_action_mean, (True, False))
+        for name in ("player_proposes", "per_action_mean"):
+            require_choice(name, getattr(self, name), (True, False))
         for name in ("reality_weight", "entropy_coef"):
             require_number(name, getattr(self, name), lambda x: x >= 0, "a number of at least 0")
         for name in ("reward_scale", "temperature"):

@@ -103,7 +103,7 @@ class RewardedObjective(Objective):
         }
         if rows.critics:
             wins = torch.zeros_like(total)
-            for column in first_proposals(rows.critics, self.avatarl.top_k):
+            for column in first_proposals(rows.critics, self.avatarl.top_k, self.avatarl.player_proposes):
                 is_favourite = actions[:, column : column + 1] == actions
                 paid = torch.where(is_favourite, rewards, 0.0).amax(dim=1)  # duplicates earn 0
                 wins = wins + (paid > rewards[:, 0])

@@ -34,10 +34,10 @@ def proposals(logits: list[float], top_k: int, top_p: float | None) -> list[int]
     return kept
 
 
-def active_actions(player, critics, target, top_k, top_p=None) -> list[int]:
+def active_actions(player, critics, target, top_k, top_p=None, player_proposes=True) -> list[int]:
     """The target, the player's proposals, each critic's proposals; every token once, in this order."""
     actions = [target]
-    for logits in (player, *critics):
+    for logits in (player, *critics) if player_proposes else critics:
         actions += [token for token in proposals(logits, top_k, top_p) if token not in actions]
     return actions
 
@@ -48,6 +48,7 @@ def landscape(
     target,
     *,
     top_k=16,
+    player_proposes=True,
     top_p=None,
     smoothing=0.1,
     pool="geometric",
@@ -66,7 +67,7 @@ def landscape(
     ``tail="sample"``, at points of the critics' distributions that ``uniform`` in [0, 1) decides.
     """
     tail = tail or {"geometric": "renormalise", "arithmetic": "target"}[pool]
-    actions = active_actions(player, critics, target, top_k, top_p)
+    actions = active_actions(player, critics, target, top_k, top_p, player_proposes)
     n = len(actions)
     if n == 1:
         reality = [1.0]

@@ -254,7 +254,7 @@ def propose(
     vocabulary = min(logits.shape[-1] for logits in (player, *(c for c in critics if isinstance(c, Tensor))))
     if config.top_k > vocabulary:
         raise ValueError(f"top_k is {config.top_k}; expected at most the vocabulary's {vocabulary} tokens")
-    return active_actions(player, critics, targets, config.top_k, config.top_p)
+    return active_actions(player, critics, targets, config.top_k, config.top_p, config.player_proposes)
 
 
 def reality_expert(valid: Tensor, smoothing: Weight, dtype: torch.dtype) -> Tensor:

@@ -225,11 +225,12 @@ class Inspector:
             rewards=landscape.rewards,
             gradient=scores.gradient.gather(1, landscape.actions),
         )
-        voices = ["player", *(["critic"] if len(critics) == 1 else [f"critic {i + 1}" for i in range(len(critics))])]
-        lists = [proposals(logits, config.top_k, config.top_p) for logits in (player, *critics)]
-        proposers = _rows(
-            **{voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in zip(voices, lists, strict=True)}
-        )
+        voices = ["critic"] if len(critics) == 1 else [f"critic {i + 1}" for i in range(len(critics))]
+        proposing = dict(zip(voices, critics, strict=True))
+        if config.player_proposes:
+            proposing = {"player": player, **proposing}
+        lists = {voice: proposals(logits, config.top_k, config.top_p) for voice, logits in proposing.items()}
+        proposers = _rows(**{voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in lists.items()})
         positions = [
             self._position(*of_position)
             for of_position in zip(

@@ -12,6 +12,7 @@ from avatarl.objective import reference
 
 LANDSCAPE_SETTINGS = (
     "top_k",
+    "player_proposes",
     "top_p",
     "smoothing",
     "pool",

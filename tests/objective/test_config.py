@@ -13,6 +13,7 @@ from .landscapes import random_inputs
 
 ARTICLE = dict(
     top_k=16,
+    player_proposes=True,
     top_p=None,
     smoothing=0.1,
     pool="geometric",
@@ -86,6 +87,7 @@ REFUSED = [
     *[("entropy_coef", value, "a number of at least 0") for value in (-0.01, math.inf, math.nan, None)],
     *[("temperature", value, "a number above 0") for value in (0, -1.0, math.inf, math.nan, None)],
     *[("per_action_mean", value, "True, False") for value in ("no", None, 2)],
+    *[("player_proposes", value, "True, False") for value in ("no", None, 2)],
 ]
 REFUSED_BASELINE = [
     *[("label_smoothing", value, r"a number in \[0, 1\)") for value in (-0.1, 1.0, math.nan, None)],
@@ -201,6 +203,7 @@ def test_objectives_are_found_by_name(name):
 BASE = AvataRLConfig(top_k=4, threshold="none", reward_cap=1.5)
 CHANGES = dict(
     top_k=5,
+    player_proposes=False,
     top_p=0.5,
     smoothing=0.2,
     pool="arithmetic",

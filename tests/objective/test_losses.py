@@ -17,6 +17,7 @@ CONFIGS = {
     "per action": AvataRLConfig.article(top_k=4, per_action_mean=True, threshold="none"),
     "hot": AvataRLConfig.article(top_k=4, temperature=1.7, entropy_coef=0.3),
     "arithmetic": AvataRLConfig.article(top_k=4, pool="arithmetic", threshold="none", top_p=0.8),
+    "critics propose alone": AvataRLConfig.article(top_k=4, player_proposes=False, threshold="none"),
 }
 BASELINE = BaselineConfig(label_smoothing=0.2, distillation_alpha=0.3, samples=5, ppo_clip=0.1)
 
@@ -274,9 +275,10 @@ def test_without_autograd():
     assert loss.item() == avatarl_loss(player, critic, targets)[0].item()
 
 
-def test_metrics_mean_what_they_say():
+@pytest.mark.parametrize("player_proposes", [True, False])
+def test_metrics_mean_what_they_say(player_proposes):
     player, (critic,), targets = random_inputs()
-    config = AvataRLConfig.article(top_k=4, threshold="none")
+    config = AvataRLConfig.article(top_k=4, threshold="none", player_proposes=player_proposes)
     _, metrics = avatarl_loss(player, critic, targets, config)
     landscape = reward_landscape(player, critic, targets, config)
     policy = player.detach().softmax(-1)

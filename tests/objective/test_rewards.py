@@ -21,6 +21,8 @@ CONFIGS = {
     "arithmetic, mostly critic": AvataRLConfig.article(pool="arithmetic", reality_weight=0.1, critic_weight=0.9),
     "critic alone": AvataRLConfig.article(top_k=6, reality_weight=0.0, critic_weight=1.0),
     "reality alone": AvataRLConfig.article(top_k=6, critic_weight=0.0),
+    "critic's proposals alone": AvataRLConfig.article(top_k=4, player_proposes=False),
+    "critic's proposals alone, top-p": AvataRLConfig.article(top_k=8, top_p=0.7, player_proposes=False),
     "low scale": AvataRLConfig.article(top_k=4, reward_scale=2.0, reward_cap=1.9),
 }
 

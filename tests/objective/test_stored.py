@@ -22,6 +22,7 @@ RULES = {
     "arithmetic, renormalise": dataclasses.replace(CONFIG, pool="arithmetic", tail="renormalise"),
     "arithmetic, target": dataclasses.replace(CONFIG, pool="arithmetic", tail="target"),
     "top_p": dataclasses.replace(CONFIG, top_p=0.7),
+    "critics propose alone": dataclasses.replace(CONFIG, player_proposes=False),
 }
 DENSE = dataclasses.replace(CONFIG, pool="arithmetic", tail="dense")
 SAMPLE = dataclasses.replace(DENSE, tail="sample")

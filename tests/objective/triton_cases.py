@@ -144,6 +144,7 @@ CONFIGS = {
     "text only": AvataRLConfig.article(top_k=4, threshold="none", reality_weight=1, critic_weight=0),
     "arithmetic, text only": AvataRLConfig(top_k=4, pool="arithmetic", reality_weight=1, critic_weight=0, smoothing=0),
     "no smoothing": AvataRLConfig.article(top_k=4, smoothing=0, threshold="none"),
+    "critics propose alone": AvataRLConfig.article(top_k=4, player_proposes=False),
     "tail cut": AvataRLConfig.article(top_k=4, top_p=0.5, threshold="none"),
     "tail not cut": AvataRLConfig.article(top_k=4, top_p=1, threshold="none"),
 }

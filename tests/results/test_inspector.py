@@ -154,6 +154,15 @@ def test_top_p_cuts_what_is_said_to_be_proposed(player_folder, critic_folder):
         assert sorted(voices) == ["critic", "player", "text"]
 
 
+def test_a_player_that_proposes_nothing_is_not_said_to(player_folder, critic_folder):
+    config = AvataRLConfig.article(top_k=8, player_proposes=False)
+    inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
+    for position in inspection.positions:
+        assert len(position.actions) <= 1 + 8
+        voices = [voice for action in position.actions for voice in action.proposed_by]
+        assert sorted(voices) == ["critic"] * 8 + ["text"]
+
+
 @pytest.mark.parametrize("threshold", ["mean", "mass"])
 def test_the_threshold_divides_the_paid_from_the_others(player_folder, critic_folder, threshold: str):
     config = AvataRLConfig.article(top_k=4, threshold=threshold, smoothing=0.5)

@@ -39,6 +39,7 @@ CHANGED = {
     "arithmetic": dict(pool="arithmetic"),
     "arithmetic, normalised": dict(pool="arithmetic", tail="renormalise", threshold="none"),
     "arithmetic, mostly critic": dict(pool="arithmetic", reality_weight=0.1, critic_weight=0.9),
+    "critics propose alone": dict(player_proposes=False),
     "dense": dict(pool="arithmetic", tail="dense", threshold="none"),
     "dense, no cap": dict(pool="arithmetic", tail="dense", threshold="none", reward_cap=None, reward_scale=1.0),
 }

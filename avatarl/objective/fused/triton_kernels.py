@@ -67,7 +67,9 @@ class TritonKernels(Kernels):
         is_plain |= any(isinstance(critic, StoredCritic) for critic in critics)
         if is_plain or torch.float64 in (logits.dtype for logits in (player, *critics)):
             return super().judge(player, critics, targets, config, uniforms, scheduled)
-        lists = [targets.unsqueeze(1), proposals(player, config.top_k, False)[0]]
+        lists = [targets.unsqueeze(1)]
+        if config.player_proposes:
+            lists.append(proposals(player, config.top_k, False)[0])
         experts = []
         for logits, weight in zip(critics, config.critic_weights(len(critics)), strict=True):
             normalised = weight > 0 and config.needs_critic_normaliser

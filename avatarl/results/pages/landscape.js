@@ -33,8 +33,9 @@ const landscapeOf = (() => {
   }
 
   function landscapeOf(answers, settings) {
-    const lists = [answers.logPolicy, ...answers.logCritics].map((logProbs, model) =>
-      proposals(model ? answers.criticOrders[model - 1] : answers.playerOrder, logProbs, settings));
+    const lists = [answers.logPolicy, ...answers.logCritics].map((logProbs, model) => model
+      ? proposals(answers.criticOrders[model - 1], logProbs, settings)
+      : settings.player_proposes ? proposals(answers.playerOrder, logProbs, settings) : []);
     const places = [...new Set([0, ...lists.flat()])];
     const count = places.length, isTarget = places.map((place) => place === 0);
     const reality = isTarget.map((is) =>
