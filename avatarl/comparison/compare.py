@@ -67,6 +67,7 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
             workers.work_until(look)
         say(f"evaluating {len(progress.members)} players")
         results = [result_row(member, comparison, data, out, device) for member in progress.members]
+        results += [{"arm": arm, "seed": seed} for arm, seed in progress.gave_up]  # without any number
         write_rows(out / "results.csv", RESULT, results)
         write_rows(out / "curves.csv", CURVE, [row for member in progress.members for row in curve_rows(member)])
         grid = comparison.tuning.grid if comparison.tuning else {}

@@ -21,6 +21,7 @@ from avatarl.models.critic_cache import RecordFormat, is_cache
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
+from avatarl.objective import make_objective
 from avatarl.training import TrainConfig
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
 from avatarl.training.folder.log import evaluations_of
@@ -67,6 +68,7 @@ class Progress:
         missing: What can be begun now, the first first.
         tuned: The points of the searches that are known.
         members: The runs that are finished.
+        gave_up: Arm and seed of the runs that are compared and diverged.
     """
 
     comparison: ComparisonConfig
@@ -74,6 +76,7 @@ class Progress:
     missing: list[Job] = field(default_factory=list)
     tuned: list[Tuned] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
+    gave_up: list[tuple[str, int]] = field(default_factory=list)
     _found: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @classmethod
@@ -82,20 +85,50 @@ class Progress:
 
         Raises:
             UserError: A setting is wrong, or a run in the folder is not what this comparison would make.
-            RunFailed: A run that is compared gave up, or every run of a search.
+            RunFailed: A critic gave up, or every run of a search, or every run of the baseline.
         """
         comparison.check()
         progress = cls(comparison, data)
+        progress._check_objectives()
         for seed in comparison.seeds:  # a seed after the other, so that pairs are whole where it is stopped
             for arm in comparison.arms:
                 settings = progress._settings("arm", arm)
                 folder = progress._out / "runs" / arm / f"seed-{seed}"
-                if settings is not None and progress._is_finished(folder, settings, seed):
+                if has_diverged(folder):
+                    progress.gave_up.append((arm, seed))
+                elif settings is not None and progress._is_finished(folder, settings, seed):
                     critics = tuple(progress._out / "critics" / name for name in progress._own_critics("arm", arm))
                     progress.members.append(Member(arm, seed, folder, critics))
+        if len([arm for arm, _ in progress.gave_up if arm == comparison.baseline]) == len(comparison.seeds):
+            raise RunFailed(
+                f"every run of the baseline {comparison.baseline} gave up, those in {progress._out / 'runs'}; "
+                "expected one at least to compare with: try a smaller learning rate"
+            )
         progress.members.sort(key=lambda member: list(comparison.arms).index(member.arm))
         progress.missing.sort(key=lambda job: job.name.startswith("runs/"))  # what others wait for comes first
         return progress
+
+    def _check_objectives(self) -> None:
+        """Refuse what an arm or a critic could not ask of its critics' caches, before these are made."""
+        options = {critic: self.comparison.cache_options(critic) for critic in self.comparison.critics}
+        for (kind, name), settings in self.comparison.untuned.items():
+            critics = critics_of(settings)
+            cached = [critic for critic in critics if options.get(critic) is not None]
+            if all((self._out / "caches" / critic / CACHE_MANIFEST).is_file() for critic in cached):
+                continue
+            run, records = make_run(settings, self._out, seed=0), [self._record_format(options[c]) for c in cached]
+            stored = [(record.num_top, record.num_draws) for record in records]
+            objective = make_objective(run.objective, run.avatarl, run.baseline)
+            try:
+                objective.check_settings(self.data.vocab_size, len(critics), stored)
+            except ValueError as error:
+                raise UserError(f"{kind} {name}: {error}") from error
+
+    def _record_format(self, options: Settings) -> RecordFormat:
+        """What a cache of these options stores of a position."""
+        return RecordFormat.within(
+            options["kind"], options["bytes_per_token"], options["keep_top"], self.data.vocab_size
+        )
 
     @property
     def _out(self) -> Path:
@@ -187,9 +220,7 @@ class Progress:
     def _check_cache(self, cache: Path, options: Settings, critic: Path) -> None:
         """Refuse a cache that was made with other options or of another critic; of which data, its runs look at."""
         found = json.loads((cache / CACHE_MANIFEST).read_text(encoding="utf-8"))
-        record = RecordFormat.within(
-            options["kind"], options["bytes_per_token"], options["keep_top"], self.data.vocab_size
-        )
+        record = self._record_format(options)
         wanted = {"kind": options["kind"], "bytes_per_token": record.dtype.itemsize, "num_top": record.num_top}
         wanted["seed"] = options["seed"] if record.num_draws else None
         for name, value in wanted.items():
@@ -210,7 +241,7 @@ class Progress:
         """Whether a run is there, whole, and what it should be; where it is not, it is added to what is missing."""
         config = make_run(settings, folder, seed)
         if has_diverged(folder):
-            raise RunFailed(f"{folder} gave up, and is one that is compared; {folder / 'refused'} says where")
+            raise RunFailed(f"{folder} gave up, and others wait for it; {folder / 'refused'} says where")
         changes = check_run_folder(folder, config, resume=True, allow_changes=True)
         if changes:
             raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")

@@ -68,13 +68,15 @@ def write_reports(folder: Path, baseline: str) -> None:
         UserError: A file is missing, or is not what a comparison writes.
     """
     results, curves, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "curves", "tuning"))
-    values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, results)}
+    values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, finished(results))}
     replace_file(folder / "report.md", render_markdown("compare.md", **values))
     replace_file(folder / "report.html", _page(values))
 
 
 def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[Row], baseline: str) -> dict[str, Any]:
     """All that the templates name but the settings."""
+    gave_up = [row for row in results if row["cross_entropy"] is None]
+    results = finished(results)
     arms = arms_of(results)
     unlike = unlike_baseline(results, curves, baseline)
     tables = {
@@ -91,7 +93,7 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "baseline_name": baseline,
         "seeds": sorted({row["seed"] for row in results}),
         "devices": sorted({one_line(str(row["device"])) for row in results if row.get("device") is not None}),
-        "warnings": _warnings(results, tuning, baseline, unlike),
+        "warnings": _of_failures(gave_up) + _warnings(results, tuning, baseline, unlike),
         "unlike": list(unlike),
         **tables,
         "comparisons": {name: count_of_p(table) for name, table in tables.items()},
@@ -99,6 +101,11 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "tuning": tuning_table(tuning) if tuning else None,
         **curve_data(curves, arms),
     }
+
+
+def finished(results: Sequence[Row]) -> list[Row]:
+    """The runs that ended, and not because their updates were no numbers: those have no numbers in their rows."""
+    return [row for row in results if row["cross_entropy"] is not None]
 
 
 def curve_data(curves: Sequence[Row], arms: Sequence[str]) -> dict[str, Any]:
@@ -173,6 +180,12 @@ def _warnings(
         **_of_origins(results),
     }
     return warnings + [(words, names) for words, names in named.items() if names]
+
+
+def _of_failures(gave_up: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """Which runs are missing because they diverged."""
+    names = [one_line(f"{row['arm']} (seed {row['seed']})") for row in gave_up]
+    return [("Gave up, for their updates were no numbers; left out, which flatters their arms", names)] if names else []
 
 
 def _of_tuning(results: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[str]]:

@@ -100,7 +100,7 @@ def test_what_the_search_found_is_inherited_and_own_settings_go_before_it(compar
             "cross_entropy": CROSS_ENTROPY,
             "same": {"objective": "label_smoothing", "tuned_as": "cross_entropy"},
             "own": {"objective": "label_smoothing", "tuned_as": "cross_entropy", "optim": {"learning_rate": 0.02}},
-            "pupil": {"critic": "teacher", "tuned_as": "cross_entropy", "preset": "dense"},
+            "pupil": {"critic": "teacher", "tuned_as": "cross_entropy", "preset": "released"},
             "plain": {"objective": "label_smoothing"},
         },
         critics={"teacher": {"tuned_as": "cross_entropy", "optim.weight_decay": 0.7, "cache": {}}},
@@ -119,7 +119,7 @@ def test_what_the_search_found_is_inherited_and_own_settings_go_before_it(compar
         "critics/teacher": (0.03, 0.7),
     }
     pupil = jobs["runs/pupil/seed-1"].recipe
-    assert (pupil.critic, pupil.avatarl) == (str(Path(comparison.out) / "caches" / "teacher"), AvataRLConfig.dense())
+    assert (pupil.critic, pupil.avatarl) == (str(Path(comparison.out) / "caches" / "teacher"), AvataRLConfig.released())
     assert all(job.recipe.player.settings == TINY for job in jobs.values() if job.recipe)
 
 
@@ -191,7 +191,7 @@ def test_other_critics_stay_as_they_are_named(compared: Compared, data: Prepared
 
 def test_a_cache_is_of_the_windows_that_the_runs_read(compared: Compared, data: PreparedData):
     arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}}
-    options = {"kind": "sample", "bytes_per_token": 60, "keep_top": 2, "seed": 3}
+    options = {"kind": "sample", "bytes_per_token": 60, "keep_top": 4, "seed": 3}
     for train_windows in (None, 24):
         comparison = compared(
             out=f"{compared().out}-{train_windows}",

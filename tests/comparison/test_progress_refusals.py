@@ -92,11 +92,28 @@ def test_a_search_that_found_nothing_but_divergence_fails_the_comparison(compare
         complete(compared(tuning=TUNING), data, do)
 
 
-def test_a_compared_run_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+def test_a_compared_run_that_diverged_is_left_out(compared: Compared, data: PreparedData):
     comparison = compared()
-    jobs = Progress.of(comparison, data).missing
-    give_up(jobs[2])
-    with pytest.raises(RunFailed, match=f"{jobs[2].name} gave up, and is one that is compared; .*refused says where"):
+    gave_up, *others = Progress.of(comparison, data).missing
+    give_up(gave_up)
+    progress = Progress.of(comparison, data)
+    assert [job.name for job in progress.missing] == [job.name for job in others]
+    assert [f"runs/{arm}/seed-{seed}" for arm, seed in progress.gave_up] == [gave_up.name]
+    complete(comparison, data, pretender(data))
+    progress = Progress.of(comparison, data)
+    assert len(progress.members) == len(others) and len(progress.gave_up) == 1
+
+
+def test_a_baseline_that_always_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
+    comparison = compared()
+    own, others = [], []
+    for job in Progress.of(comparison, data).missing:
+        (own if "/cross_entropy/" in job.name else others).append(job)
+    assert others
+    for number, job in enumerate(own):
+        assert not Progress.of(comparison, data).gave_up[number:]
+        give_up(job)
+    with pytest.raises(RunFailed, match="every run of the baseline cross_entropy gave up, those in .*runs; "):
         Progress.of(comparison, data)
 
 
@@ -141,6 +158,27 @@ def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData
         ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "tuned_as": "cross_entropy"}}, "tuning": TUNING}, "stepz"),
         ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block": 3}}}}, "cache.block"),
         ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": True}}}, "cache is True"),
+        (
+            {"arms": {"cross_entropy": {}, "b": {"critic": "t"}}, "critics": {"t": {"cache": {"kind": "sample"}}}},
+            "arm b: a cached critic has 0 of its most likely tokens",
+        ),
+        (
+            {
+                "arms": {"cross_entropy": {"critic": "u"}},
+                "critics": {
+                    "t": {"cache": {}},
+                    "u": {"objective": "avatarl", "critic": "t", "avatarl.tail": "dense", "avatarl.pool": "arithmetic"},
+                },
+            },
+            "critic u: tail='dense' needs the critic itself",
+        ),
+        (
+            {
+                "arms": {"cross_entropy": {"critic": ["t", "u"], "avatarl.critic_weight": [0.1, 0.1, 0.1]}},
+                "critics": {"t": {"cache": {}}, "u": {}},
+            },
+            "arm cross_entropy: critic_weight has 3 entries for 2 critics",
+        ),
     ],
 )
 def test_a_wrong_setting_of_what_waits_is_found_at_once(

@@ -148,6 +148,23 @@ def test_an_unknown_cost_is_no_axis():
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 
+def test_runs_that_gave_up_are_named_and_left_out(tmp_path: Path):
+    whole = write_small_comparison(tmp_path / "whole")
+    without, _ = both(whole)
+    results, curves = (read_rows(whole / f"{name}.csv") for name in ("results", "curves"))
+    lost = [{"arm": "article", "seed": 3}, {"arm": "hasty", "seed": 1}]
+    folder = write_comparison(tmp_path / "with", results + lost, curves, read_rows(whole / "tuning.csv"))
+    add_runs(folder)
+    markdown, page = both(folder)
+    said = "Gave up, for their updates were no numbers; left out, which flatters their arms"
+    assert re.search(rf"{said}: .*article.*seed 3.*hasty.*seed 1", markdown) and said in page
+    kept, expected = (
+        [line for line in text.partition("\n## What the arms differ in")[0].splitlines() if line.strip()]
+        for text in (re.sub(r"\*\*Mind:\*\*.*", "", report) for report in (markdown, without))
+    )
+    assert kept == expected
+
+
 def warnings_of(results: list[dict]) -> list[tuple[str, list[str]]]:
     curves = [row for each in results for row in curve(each["arm"], each["seed"], [5.0])]
     return [(words.split(",")[0], arms) for words, arms in page_values(results, curves, [], "a")["warnings"]]
