@@ -1,17 +1,19 @@
-"""Write the tables of docs/results.md from the CSV files of docs/results/: ``python docs/make_results.py``.
+"""Write the tables of docs/results.md and the pictures beside it from the CSV files of docs/results/.
 
-Between ``<!-- COMPARISON/TABLE -->`` and its end stands a table of the comparison that lies in results/COMPARISON.
+``python docs/make_results.py``. Between ``<!-- COMPARISON/TABLE -->`` and its end stands a table of the comparison that
+lies in results/COMPARISON; its picture is results/COMPARISON/outcome.svg.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from avatarl.comparison.measures import read_rows
-from avatarl.comparison.report import page_values
+from avatarl.comparison.report import PICTURE, draw, page_values
 from avatarl.results.pages import markdown_table
 
 HERE = Path(__file__).parent
@@ -26,16 +28,20 @@ def with_tables(text: str, records: Path = RECORDS) -> str:
     """``text`` with every table made anew."""
 
     def filled(place: re.Match) -> str:
-        return f"{place['begin']}\n{_table(records / place['comparison'], place['table'])}{place['end']}"
+        table = markdown_table(values_of(records / place["comparison"])[place["table"]])
+        return f"{place['begin']}\n{table}{place['end']}"
 
     return PLACE.sub(filled, text)
 
 
-def _table(folder: Path, name: str) -> str:
+def values_of(folder: Path) -> dict[str, Any]:
+    """What a report of the comparison in ``folder`` shows."""
     results, curves, tuning = (read_rows(folder / f"{rows}.csv") for rows in ("results", "curves", "tuning"))
     baseline = yaml.safe_load((folder / "comparison.yaml").read_text(encoding="utf-8"))["baseline"]
-    return markdown_table(page_values(results, curves, tuning, baseline)[name])
+    return page_values(results, curves, tuning, baseline)
 
 
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for record in RECORDS.iterdir():
+        (record / PICTURE).write_text(draw(values_of(record)), encoding="utf-8")

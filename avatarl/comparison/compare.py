@@ -28,7 +28,7 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
 
     What lies in ``comparison.out`` already is not done again: the same call goes on where one was stopped, and with
     further arms or seeds adds them. ``comparison.out`` then holds ``results.csv``, ``curves.csv`` and ``tuning.csv``,
-    ``report.html`` and ``report.md``, the runs, their recipes and what they printed.
+    ``report.html`` and ``report.md``, ``outcome.svg``, the runs, their recipes and what they printed.
 
     Args:
         comparison: What is compared.

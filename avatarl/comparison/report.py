@@ -15,13 +15,14 @@ import numpy as np
 
 from avatarl.inert import one_line
 from avatarl.results.charts import Style
-from avatarl.results.pages import read_source, render_markdown, render_page
+from avatarl.results.pages import read_source, render_markdown, render_page, render_picture
 from avatarl.results.runs import read_runs
 from avatarl.results.tables import Table, settings_table
 from avatarl.training.folder.durable import replace_file
 from avatarl.version import __version__
 
 from .measures import BETWEEN_SETTINGS, SEVERAL, Row, read_rows, setting_text
+from .picture import picture_of
 from .statistics import by_seed
 from .tables import (
     arms_of,
@@ -58,19 +59,27 @@ ORIGINS = {
     "precision": "Runs in several precisions",
     "torch": "Runs with several versions of PyTorch",
 }
+PICTURE = "outcome.svg"
 STEADY = 1.1  # times the fastest run, within which seconds of the same work are expected
 
 
 def write_reports(folder: Path, baseline: str) -> None:
-    """Write ``report.md`` and ``report.html`` beside the CSV files of ``folder``.
+    """Write ``report.md``, ``report.html`` and ``outcome.svg`` beside the CSV files of ``folder``.
 
     Raises:
         UserError: A file is missing, or is not what a comparison writes.
     """
     results, curves, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "curves", "tuning"))
     values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, finished(results))}
+    if values["picture"] is not None:
+        replace_file(folder / PICTURE, draw(values))
     replace_file(folder / "report.md", render_markdown("compare.md", **values))
     replace_file(folder / "report.html", _page(values))
+
+
+def draw(values: Mapping[str, Any]) -> str:
+    """The outcome as SVG text, from :func:`page_values`."""
+    return render_picture("outcome.svg", picture=values["picture"], baseline_name=values["baseline_name"])
 
 
 def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[Row], baseline: str) -> dict[str, Any]:
@@ -95,6 +104,7 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "devices": sorted({one_line(str(row["device"])) for row in results if row.get("device") is not None}),
         "warnings": _of_failures(gave_up) + _warnings(results, tuning, baseline, unlike),
         "unlike": list(unlike),
+        "picture": picture_of(results, baseline),
         **tables,
         "comparisons": {name: count_of_p(table) for name, table in tables.items()},
         "costs": cost_table(results, baseline),
