@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .measures import Row
-from .statistics import by_seed, paired_difference, spread
+from .statistics import Difference, by_seed, paired_difference, spread
 from .tables import CROSS_ENTROPY, arms_of, signed, verdict
 
 LEFT, RIGHT = 190, 690  # of the axis, in pixels; names stand left of it, numbers right
 TOP, LINE = 40, 22
 FEW = 2  # pairs whose interval says little more than that they are few: it may go beyond the axis
-FAR = 3.0  # times the upper quartile of all differences, beyond which an arm lies outside of the axis
+FAR = 3.0  # times the upper quartile of all pairs' differences, beyond which an arm lies outside of the axis
 MOST_TICKS = 8
 
 
@@ -50,9 +50,7 @@ def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
             compared[arm] = difference, unit, pairs
     if not compared:
         return None
-    lowest, highest = _range_of(
-        (difference.mean / unit for difference, unit, _ in compared.values()), compared.values()
-    )
+    lowest, highest = _range_of(compared.values())
 
     def place(per_cent: float) -> float:
         inside = min(max(per_cent, lowest), highest)
@@ -87,9 +85,10 @@ def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
     }
 
 
-def _range_of(means: Iterable[float], compared: Iterable[tuple]) -> tuple[float, float]:
+def _range_of(compared: Collection[tuple[Difference, float, list[float]]]) -> tuple[float, float]:
     """The ends of the axis in per cent: zero, the pairs and the intervals, without what lies far from all others."""
-    limit = FAR * float(np.quantile(np.abs(list(means)), 0.75)) or 1.0
+    every = np.abs([pair for _, _, pairs in compared for pair in pairs])
+    limit = FAR * float(np.quantile(every, 0.75))
     shown = [0.0]
     for difference, unit, pairs in compared:
         shown += pairs
