@@ -43,5 +43,5 @@ def values_of(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    for record in RECORDS.iterdir():
-        (record / PICTURE).write_text(draw(values_of(record)), encoding="utf-8")
+    for table in RECORDS.glob("*/results.csv"):
+        (table.parent / PICTURE).write_text(draw(values_of(table.parent)), encoding="utf-8")

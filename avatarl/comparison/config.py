@@ -18,7 +18,7 @@ from avatarl.errors import UserError, nearest_name
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
 from avatarl.models.loading import resolve_model
-from avatarl.objective import AvataRLConfig, make_objective
+from avatarl.objective import AvataRLConfig, Objective, make_objective
 from avatarl.objective.config import require_whole
 from avatarl.options import make_parser, parse_settings
 from avatarl.outside import check_recipe
@@ -208,12 +208,25 @@ class ComparisonConfig:
         found = {}
         for kind, name in self._names():
             settings = self.untuned_base(kind) | self.changes_of(kind, name)
+            needs_critic = any(objective.needs_critic for objective in self.objectives[kind, name])
+            found[kind, name] = settings if needs_critic else settings | {"critic": None}
+        return found
+
+    @cached_property
+    def objectives(self) -> dict[tuple[str, str], list[Objective]]:
+        """Those of each arm and critic, by kind and name: in the middle of the grid, and at each of its values.
+
+        Raises:
+            UserError: A setting is wrong, or a value of the grid is.
+        """
+        found = {}
+        for kind, name in self._names():
             grid = self.grid_of(kind, name)
-            begun = settings | dict(zip(grid, middle(grid), strict=True))
+            begun = self.untuned_base(kind) | self.changes_of(kind, name)
+            begun |= dict(zip(grid, middle(grid), strict=True))
             tried = [{}, *({setting: value} for setting, values in grid.items() for value in values)]
             runs = [make_run(begun | changed, Path(self.out), seed=0) for changed in tried]
-            needs_critic = any(make_objective(run.objective, run.avatarl, run.baseline).needs_critic for run in runs)
-            found[kind, name] = settings if needs_critic else settings | {"critic": None}
+            found[kind, name] = [make_objective(run.objective, run.avatarl, run.baseline) for run in runs]
         return found
 
     def cache_options(self, critic: str) -> Settings | None:

@@ -5,33 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .measures import Row
-from .statistics import Difference, by_seed, paired_difference, spread
+from .statistics import BySeed, Difference, by_seed, paired_difference, spread
 from .tables import CROSS_ENTROPY, arms_of, signed, verdict
 
-LEFT, RIGHT = 190, 690  # of the axis, in pixels; names stand left of it, numbers right
-TOP, LINE = 40, 22
+AXIS, TOP, LINE = 500, 40, 22  # pixels: the axis' width, what stands above the lines, the height of one
+CHARACTER, MARGIN = 7.5, 24  # of a name, and beside it
 FEW = 2  # pairs whose interval says little more than that they are few: it may go beyond the axis
-FAR = 3.0  # times the upper quartile of all pairs' differences, beyond which an arm lies outside of the axis
+FAR = 3.0  # times the upper quartile of all pairs' differences, beyond which an arm lies outside of the axis,
+NEAR = 10.0  # if it is further than so many per cent
 MOST_TICKS = 8
+
+
+class Compared(NamedTuple):
+    """One arm against the baseline, in per cent of the baseline's cross-entropy."""
+
+    difference: Difference
+    pairs: list[float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One arm; places are pixels from the left, within the axis."""
+    """One arm as it is drawn; places are pixels from the left.
+
+    Attributes:
+        verdict: ``better``, ``worse`` or nothing, by the 95 % interval.
+        interval: Its ends, within the axis; ``is_cut`` says which of them lie beyond.
+        seeds: Those of single pairs that lie within the axis.
+        beyond: ``left`` or ``right`` where the mean lies outside of the axis.
+    """
 
     name: str
-    text: str  # its difference, in per cent of the baseline's cross-entropy, and of how many pairs
-    verdict: str  # better, worse or nothing, by the 95 % interval
+    text: str
+    verdict: str
     y: float
     mean: float
     interval: tuple[float, float] | None
+    is_cut: tuple[bool, bool]
     seeds: tuple[float, ...]
-    beyond: str  # left or right where the mean lies outside of the axis
+    beyond: str
 
 
 def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
@@ -39,61 +55,70 @@ def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
 
     A line of each arm: its paired difference to the baseline in per cent, the 95 % interval of the mean, each pair.
     """
-    of_baseline, compared = by_seed(results, baseline, CROSS_ENTROPY.name), {}
-    for arm in arms_of(results):
-        values = by_seed(results, arm, CROSS_ENTROPY.name)
-        difference = paired_difference(values, of_baseline)
-        if arm != baseline and difference is not None:
-            paired = {seed: of_baseline[seed] for seed in values if seed in of_baseline}
-            unit = spread(paired).mean / 100
-            pairs = [(values[seed] - other) / unit for seed, other in paired.items()]
-            compared[arm] = difference, unit, pairs
+    of_baseline = _finite(by_seed(results, baseline, CROSS_ENTROPY.name))
+    found = {
+        arm: _compared(_finite(by_seed(results, arm, CROSS_ENTROPY.name)), of_baseline) for arm in arms_of(results)
+    }
+    compared = {arm: each for arm, each in found.items() if arm != baseline and each is not None}
     if not compared:
         return None
     lowest, highest = _range_of(compared.values())
+    left = round(MARGIN + CHARACTER * max(map(len, compared)))
 
     def place(per_cent: float) -> float:
         inside = min(max(per_cent, lowest), highest)
-        return round(LEFT + (RIGHT - LEFT) * (inside - lowest) / (highest - lowest), 1)
+        return round(left + AXIS * (inside - lowest) / (highest - lowest), 1)
 
     lines = []
-    for number, (arm, (difference, unit, pairs)) in enumerate(compared.items()):
-        mean = difference.mean / unit
-        has_interval = not math.isnan(difference.lower)
+    for number, (arm, (difference, pairs)) in enumerate(compared.items()):
+        mean, lower, upper, _, count = difference
         lines.append(
             Line(
                 name=arm,
-                text=f"{signed(mean, 2)} %, n = {difference.count}",
+                text=f"{signed(mean, 2)} %, n = {count}",
                 verdict=verdict(difference, CROSS_ENTROPY),
                 y=TOP + LINE * (number + 0.5),
                 mean=place(mean),
-                interval=(place(difference.lower / unit), place(difference.upper / unit)) if has_interval else None,
-                seeds=tuple(place(pair) for pair in pairs),
+                interval=None if math.isnan(lower) else (place(lower), place(upper)),
+                is_cut=(lower < lowest, upper > highest),
+                seeds=tuple(place(pair) for pair in pairs if lowest <= pair <= highest),
                 beyond="left" if mean < lowest else "right" if mean > highest else "",
             )
         )
-    ticks = [(place(tick), f"{signed(tick, digits)} %") for tick, digits in _ticks(lowest, highest)]
-    bottom = TOP + LINE * len(lines)
     return {
         "lines": lines,
-        "ticks": ticks,
+        "ticks": [(place(tick), f"{signed(tick, digits)} %") for tick, digits in _ticks(lowest, highest)],
         "zero": place(0),
         "top": TOP,
-        "bottom": bottom,
-        "left": LEFT,
-        "right": RIGHT,
+        "bottom": TOP + LINE * len(lines),
+        "left": left,
+        "right": left + AXIS,
     }
 
 
-def _range_of(compared: Collection[tuple[Difference, float, list[float]]]) -> tuple[float, float]:
+def _finite(values: BySeed) -> BySeed:
+    return {seed: value for seed, value in values.items() if math.isfinite(value)}
+
+
+def _compared(values: BySeed, of_baseline: BySeed) -> Compared | None:
+    difference = paired_difference(values, of_baseline)
+    if difference is None:
+        return None
+    paired = {seed: of_baseline[seed] for seed in values if seed in of_baseline}
+    unit = spread(paired).mean / 100
+    scaled = Difference(*(each / unit for each in difference[:3]), *difference[3:])
+    return Compared(scaled, [(values[seed] - other) / unit for seed, other in paired.items()])
+
+
+def _range_of(compared: Collection[Compared]) -> tuple[float, float]:
     """The ends of the axis in per cent: zero, the pairs and the intervals, without what lies far from all others."""
-    every = np.abs([pair for _, _, pairs in compared for pair in pairs])
-    limit = FAR * float(np.quantile(every, 0.75))
+    every = np.abs([pair for each in compared for pair in each.pairs])
+    limit = max(FAR * float(np.quantile(every, 0.75)), NEAR)
     shown = [0.0]
-    for difference, unit, pairs in compared:
+    for difference, pairs in compared:
         shown += pairs
         if difference.count > FEW:
-            shown += [difference.lower / unit, difference.upper / unit]
+            shown += [difference.lower, difference.upper]
     shown = [per_cent for per_cent in shown if abs(per_cent) <= limit]
     margin = 0.05 * (max(shown) - min(shown)) or 1.0
     return min(shown) - margin, max(shown) + margin

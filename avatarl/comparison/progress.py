@@ -21,7 +21,6 @@ from avatarl.models.critic_cache import RecordFormat, is_cache
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
-from avatarl.objective import make_objective
 from avatarl.training import TrainConfig
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
 from avatarl.training.folder.log import evaluations_of
@@ -94,35 +93,35 @@ class Progress:
             for arm in comparison.arms:
                 settings = progress._settings("arm", arm)
                 folder = progress._out / "runs" / arm / f"seed-{seed}"
-                if has_diverged(folder):
-                    progress.gave_up.append((arm, seed))
-                elif settings is not None and progress._is_finished(folder, settings, seed):
+                if settings is None:
+                    continue
+                if progress._is_finished(folder, settings, seed):
                     critics = tuple(progress._out / "critics" / name for name in progress._own_critics("arm", arm))
                     progress.members.append(Member(arm, seed, folder, critics))
+                elif has_diverged(folder):
+                    progress.gave_up.append((arm, seed))
         if len([arm for arm, _ in progress.gave_up if arm == comparison.baseline]) == len(comparison.seeds):
             raise RunFailed(
                 f"every run of the baseline {comparison.baseline} gave up, those in {progress._out / 'runs'}; "
-                "expected one at least to compare with: try a smaller learning rate"
+                "expected one at least to compare with: remove them and try a smaller learning rate, or another out"
             )
         progress.members.sort(key=lambda member: list(comparison.arms).index(member.arm))
         progress.missing.sort(key=lambda job: job.name.startswith("runs/"))  # what others wait for comes first
         return progress
 
     def _check_objectives(self) -> None:
-        """Refuse what an arm or a critic could not ask of its critics' caches, before these are made."""
-        options = {critic: self.comparison.cache_options(critic) for critic in self.comparison.critics}
-        for (kind, name), settings in self.comparison.untuned.items():
-            critics = critics_of(settings)
-            cached = [critic for critic in critics if options.get(critic) is not None]
-            if all((self._out / "caches" / critic / CACHE_MANIFEST).is_file() for critic in cached):
-                continue
-            run, records = make_run(settings, self._out, seed=0), [self._record_format(options[c]) for c in cached]
+        """Refuse what an arm or a critic could not ask of its critics' caches, before it is its turn."""
+        comparison = self.comparison
+        for (kind, name), objectives in comparison.objectives.items():
+            critics = critics_of(comparison.untuned[kind, name])
+            options = [comparison.cache_options(critic) for critic in critics if critic in comparison.critics]
+            records = [self._record_format(of_cache) for of_cache in options if of_cache is not None]
             stored = [(record.num_top, record.num_draws) for record in records]
-            objective = make_objective(run.objective, run.avatarl, run.baseline)
-            try:
-                objective.check_settings(self.data.vocab_size, len(critics), stored)
-            except ValueError as error:
-                raise UserError(f"{kind} {name}: {error}") from error
+            for objective in objectives if stored else ():
+                try:
+                    objective.check_settings(self.data.vocab_size, len(critics), stored)
+                except ValueError as error:
+                    raise UserError(f"{kind} {name}: {error}") from error
 
     def _record_format(self, options: Settings) -> RecordFormat:
         """What a cache of these options stores of a position."""
@@ -179,10 +178,10 @@ class Progress:
                 return known[point]
             folder = self._out / "tuning" / arm / point_name(grid, point)
             tried = {**settings, **dict(zip(grid, point, strict=True))}
-            if has_diverged(folder):
-                known[point] = math.inf
-            elif self._is_finished(folder, tried, seed):
+            if self._is_finished(folder, tried, seed):
                 known[point] = min(row["cross_entropy"] for row in evaluations_of(folder))
+            elif has_diverged(folder):
+                known[point] = math.inf
             return known.get(point)
 
         best = search(grid, score)
@@ -200,6 +199,8 @@ class Progress:
             return name
         settings, folder = self._settings("critic", name), self._out / "critics" / name
         if settings is None or not self._is_finished(folder, settings, self.comparison.seed_of_critic(name)):
+            if has_diverged(folder):
+                raise RunFailed(f"{folder} gave up, and others wait for it; {folder / 'refused'} says where")
             return None
         options, cache = self.comparison.cache_options(name), self._out / "caches" / name
         if options is None:
@@ -238,14 +239,14 @@ class Progress:
         )
 
     def _is_finished(self, folder: Path, settings: Settings, seed: int) -> bool:
-        """Whether a run is there, whole, and what it should be; where it is not, it is added to what is missing."""
+        """Whether a run is there, whole, and what it should be; where one is yet to come, it is what is missing."""
         config = make_run(settings, folder, seed)
-        if has_diverged(folder):
-            raise RunFailed(f"{folder} gave up, and others wait for it; {folder / 'refused'} says where")
         changes = check_run_folder(folder, config, resume=True, allow_changes=True)
         if changes:
             raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")
         self._check_identity(folder, config)
+        if has_diverged(folder):
+            return False
         if not (folder / "final").is_dir():
             recipe = self._out / "recipes" / f"{self._name(folder).replace('/', '-')}.yaml"
             self._add(Job(self._name(folder), folder, ("train", "--config", str(recipe), "--resume"), config))

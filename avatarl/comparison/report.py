@@ -71,6 +71,7 @@ def write_reports(folder: Path, baseline: str) -> None:
     """
     results, curves, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "curves", "tuning"))
     values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, finished(results))}
+    (folder / PICTURE).unlink(missing_ok=True)
     if values["picture"] is not None:
         replace_file(folder / PICTURE, draw(values))
     replace_file(folder / "report.md", render_markdown("compare.md", **values))
@@ -114,7 +115,7 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
 
 
 def finished(results: Sequence[Row]) -> list[Row]:
-    """The runs that ended, and not because their updates were no numbers: those have no numbers in their rows."""
+    """The runs that ended; the rows of those that gave up have no numbers."""
     return [row for row in results if row["cross_entropy"] is not None]
 
 
@@ -193,9 +194,9 @@ def _warnings(
 
 
 def _of_failures(gave_up: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Which runs are missing because they diverged."""
+    """Which runs are missing because they gave up."""
     names = [one_line(f"{row['arm']} (seed {row['seed']})") for row in gave_up]
-    return [("Gave up, for their updates were no numbers; left out, which flatters their arms", names)] if names else []
+    return [("Gave up, as refused/ in their folders says; left out, which flatters their arms", names)] if names else []
 
 
 def _of_tuning(results: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[str]]:

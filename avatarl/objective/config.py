@@ -19,7 +19,6 @@ class AvataRLConfig:
 
     Args:
         top_k: How many tokens each model proposes at a position.
-        player_proposes: Whether the player's own proposals are among the actions, or the critics' alone.
         top_p: Cut each model's proposals to the shortest prefix with this probability (None: keep all ``top_k``).
         smoothing: ε, the share of the reality expert that the other active actions divide among them.
         pool: How the experts are blended, ``geometric`` (logarithmic pool) or ``arithmetic`` (linear pool).
@@ -37,13 +36,13 @@ class AvataRLConfig:
         entropy_coef: β, the weight of the policy's entropy in the loss (nats).
         temperature: The loss takes the policy at logits divided by this.
         per_action_mean: Divide a position's reward term by its number of active actions (the released code).
+        player_proposes: Whether the player's own proposals are among the actions, or the critics' alone.
 
     Raises:
         UserError: A value is out of its range; the message names the field, the value and what is accepted.
     """
 
     top_k: int = 16
-    player_proposes: bool = True
     top_p: float | None = None
     smoothing: float = 0.1
     pool: Literal["geometric", "arithmetic"] = "geometric"
@@ -57,6 +56,7 @@ class AvataRLConfig:
     entropy_coef: float = 0.01
     temperature: float = 1.0
     per_action_mean: bool = False
+    player_proposes: bool = True
 
     @classmethod
     def article(cls, **overrides) -> AvataRLConfig:

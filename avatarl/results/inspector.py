@@ -230,7 +230,8 @@ class Inspector:
         if config.player_proposes:
             proposing = {"player": player, **proposing}
         lists = {voice: proposals(logits, config.top_k, config.top_p) for voice, logits in proposing.items()}
-        proposers = _rows(**{voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in lists.items()})
+        tokens_of = {voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in lists.items()}
+        proposers = _rows(**tokens_of) if tokens_of else [{}] * len(targets)
         positions = [
             self._position(*of_position)
             for of_position in zip(

@@ -115,7 +115,7 @@ def test_every_control_is_reached_by_the_keyboard(page_file: Path, open_page):
             page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.name || ''")
         )
     labels = page.evaluate("[...document.querySelectorAll('.plot, .save, .scroll')].map(e => e.ariaLabel)")
-    assert {*labels, "run", "axis"} <= reached and len(labels) == 8
+    assert {*labels, "run", "axis"} <= reached and len(labels) == 9
     rows = page.locator(".settings tbody tr:visible")
     assert rows.count() == 2  # objective and critic
     page.get_by_label("only what differs").uncheck()

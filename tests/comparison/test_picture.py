@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from avatarl.comparison.picture import LEFT, RIGHT, picture_of
+from avatarl.comparison.picture import picture_of
 from avatarl.comparison.report import PICTURE, draw, page_values, write_reports
 
 from .rows import curve, result, write_small_comparison
@@ -48,9 +49,30 @@ def test_what_is_far_from_all_others_does_not_squeeze_them():
     assert beyond == dict.fromkeys(near, "") | {"far": "right"}
     for line in picture["lines"]:
         for place in (line.mean, *line.seeds, *line.interval):
-            assert LEFT <= place <= RIGHT
+            assert picture["left"] <= place <= picture["right"]
     alone = picture_of(results(base=[5.0, 5.0], far=[9.0, 8.0]), "base")["lines"][0]
     assert alone.beyond == ""
+
+
+def test_what_leaves_the_axis_is_marked():
+    """Two pairs, 0.2 and 0.8 %: half the interval is 12.706 · 0.3 = 3.8, and one of 20 % is left out."""
+    near = dict(a=[5.01, 5.04], b=[5.02, 5.03], c=[4.96, 4.97], d=[4.98, 4.99])
+    picture = picture_of(results(base=[5.0, 5.0, 5.0], **near, far=[5.0, 5.05, 6.0]), "base")
+    a, *_, far = picture["lines"]
+    assert a.is_cut == (True, True) and a.interval == (picture["left"], picture["right"]) and a.beyond == ""
+    assert far.is_cut == (True, True) and len(far.seeds) == 2 and far.beyond == "right"
+
+
+def test_one_arm_that_does_something_among_many_that_do_not_is_on_the_axis():
+    idle = {f"idle_{number}": [5.001, 4.999] for number in range(8)}
+    picture = picture_of(results(base=[5.0, 5.0], **idle, winner=[4.8, 4.8]), "base")
+    winner = picture["lines"][-1]
+    assert winner.beyond == "" and per_cent(picture, winner.mean) == pytest.approx(-4, abs=0.05)
+
+
+def test_numbers_without_end_are_left_out():
+    picture = picture_of(results(base=[5.0, 5.0], a=[4.9, math.inf], b=[math.inf, math.inf]), "base")
+    assert [(line.name, line.text) for line in picture["lines"]] == [("a", "−2.00 %, n = 1")]
 
 
 def test_one_pair_has_no_interval_and_arms_without_a_pair_no_line():

@@ -31,8 +31,11 @@ from .conftest import (
 # --- runs that gave up -----------------------------------------------------------------------------------------------
 
 
-def give_up(job: Job) -> None:
-    (job.folder / "refused").mkdir(parents=True)
+def give_up(job: Job, data: PreparedData) -> None:
+    """Leaves what a comparison asks of a run that diverged."""
+    pretender(data)(job)
+    (job.folder / "final").rmdir()
+    (job.folder / "refused").mkdir()
 
 
 def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: PreparedData):
@@ -42,7 +45,7 @@ def test_a_point_that_diverged_is_infinitely_bad(compared: Compared, data: Prepa
     def do(job: Job) -> None:
         if job.name.startswith("tuning/") and job.recipe.optim.learning_rate == 0.03:
             gave_up.append(job)
-            give_up(job)
+            give_up(job, data)
         else:
             pretend(job)
 
@@ -76,7 +79,7 @@ def test_a_line_that_diverged_is_left_by_the_next(compared: Compared, data: Prep
 
     def do(job: Job) -> None:
         is_bad = job.name.startswith("tuning/") and job.recipe.optim.weight_decay == 0.05
-        (give_up if is_bad else pretend)(job)
+        give_up(job, data) if is_bad else pretend(job)
 
     complete(comparison, data, do)
     assert [found.point for found in Progress.of(comparison, data).tuned if found.is_chosen] == [(0.001, 0.5)]
@@ -86,7 +89,7 @@ def test_a_search_that_found_nothing_but_divergence_fails_the_comparison(compare
     pretend = pretender(data)
 
     def do(job: Job) -> None:
-        (give_up if job.name.startswith("tuning/") else pretend)(job)
+        give_up(job, data) if job.name.startswith("tuning/") else pretend(job)
 
     with pytest.raises(RunFailed, match="arm cross_entropy: every run of its search diverged, those in .*tuning.grid"):
         complete(compared(tuning=TUNING), data, do)
@@ -95,13 +98,21 @@ def test_a_search_that_found_nothing_but_divergence_fails_the_comparison(compare
 def test_a_compared_run_that_diverged_is_left_out(compared: Compared, data: PreparedData):
     comparison = compared()
     gave_up, *others = Progress.of(comparison, data).missing
-    give_up(gave_up)
+    give_up(gave_up, data)
     progress = Progress.of(comparison, data)
     assert [job.name for job in progress.missing] == [job.name for job in others]
     assert [f"runs/{arm}/seed-{seed}" for arm, seed in progress.gave_up] == [gave_up.name]
     complete(comparison, data, pretender(data))
     progress = Progress.of(comparison, data)
     assert len(progress.members) == len(others) and len(progress.gave_up) == 1
+
+
+def test_a_run_that_diverged_under_other_settings_is_no_result_of_these(compared: Compared, data: PreparedData):
+    comparison = compared()
+    give_up(Progress.of(comparison, data).missing[0], data)
+    other = compared(base={**BASE, "optim": {"learning_rate": 1e-4, "warmup_steps": 1}})
+    with pytest.raises(UserError, match="was started under other settings: optim.learning_rate"):
+        Progress.of(other, data)
 
 
 def test_a_baseline_that_always_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
@@ -112,14 +123,14 @@ def test_a_baseline_that_always_diverged_fails_the_comparison(compared: Compared
     assert others
     for number, job in enumerate(own):
         assert not Progress.of(comparison, data).gave_up[number:]
-        give_up(job)
+        give_up(job, data)
     with pytest.raises(RunFailed, match="every run of the baseline cross_entropy gave up, those in .*runs; "):
         Progress.of(comparison, data)
 
 
 def test_a_critic_that_diverged_fails_the_comparison(compared: Compared, data: PreparedData):
     comparison = compared(arms={"cross_entropy": {"critic": "teacher"}}, critics={"teacher": {}})
-    give_up(Progress.of(comparison, data).missing[0])
+    give_up(Progress.of(comparison, data).missing[0], data)
     with pytest.raises(RunFailed, match="critics/teacher gave up"):
         Progress.of(comparison, data)
 
@@ -179,6 +190,14 @@ def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData
             },
             "arm cross_entropy: critic_weight has 3 entries for 2 critics",
         ),
+        (
+            {
+                "arms": {"cross_entropy": {"critic": "t"}},
+                "critics": {"t": {"cache": {}}},
+                "tuning": TuningConfig(grid={"avatarl.top_k": [4, 33]}, seed=9),
+            },
+            "arm cross_entropy: a cached critic has .* top_k=33",
+        ),
     ],
 )
 def test_a_wrong_setting_of_what_waits_is_found_at_once(
@@ -186,6 +205,25 @@ def test_a_wrong_setting_of_what_waits_is_found_at_once(
 ):
     with pytest.raises(UserError, match=message):
         Progress.of(compared(**settings), data)
+
+
+def test_what_no_run_will_ask_of_a_cache_is_not_refused(compared: Compared, data: PreparedData):
+    """The base's 40 proposals are replaced by the search, and by the arm that is not searched."""
+    comparison = compared(
+        base={**BASE, "avatarl": {"top_k": 40, "threshold": "none"}},
+        arms={"cross_entropy": {"critic": "t"}, "few": {"critic": "t", "avatarl.top_k": 2}},
+        critics={"t": {"cache": {}}},
+        tuning=TuningConfig(grid={"avatarl.top_k": [4, 8]}, seed=9, arms=["cross_entropy"]),
+    )
+    assert [job.name for job in Progress.of(comparison, data).missing] == ["critics/t"]
+
+
+def test_an_arm_that_is_added_to_a_finished_cache_is_looked_at_too(compared: Compared, data: PreparedData):
+    given = dict(arms={"cross_entropy": {"critic": "t"}}, critics={"t": {"cache": {}}}, seeds=[1])
+    complete(compared(**given), data, pretender(data))
+    given["arms"]["many"] = {"critic": "t", "avatarl.top_k": 40}
+    with pytest.raises(UserError, match="arm many: a cached critic has .* top_k=40"):
+        Progress.of(compared(**given), data)
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["waits for nothing", "waits for itself"])

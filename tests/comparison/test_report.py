@@ -156,7 +156,7 @@ def test_runs_that_gave_up_are_named_and_left_out(tmp_path: Path):
     folder = write_comparison(tmp_path / "with", results + lost, curves, read_rows(whole / "tuning.csv"))
     add_runs(folder)
     markdown, page = both(folder)
-    said = "Gave up, for their updates were no numbers; left out, which flatters their arms"
+    said = "Gave up, as refused/ in their folders says; left out, which flatters their arms"
     assert re.search(rf"{said}: .*article.*seed 3.*hasty.*seed 1", markdown) and said in page
     kept, expected = (
         [line for line in text.partition("\n## What the arms differ in")[0].splitlines() if line.strip()]

@@ -13,7 +13,6 @@ from .landscapes import random_inputs
 
 ARTICLE = dict(
     top_k=16,
-    player_proposes=True,
     top_p=None,
     smoothing=0.1,
     pool="geometric",
@@ -27,6 +26,7 @@ ARTICLE = dict(
     entropy_coef=0.01,
     temperature=1.0,
     per_action_mean=False,
+    player_proposes=True,
 )
 RELEASED = ARTICLE | dict(top_k=4, threshold="mass", entropy_coef=0.0, temperature=1.01, per_action_mean=True)
 

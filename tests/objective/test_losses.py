@@ -276,16 +276,17 @@ def test_without_autograd():
 
 
 @pytest.mark.parametrize("player_proposes", [True, False])
-def test_metrics_mean_what_they_say(player_proposes):
-    player, (critic,), targets = random_inputs()
+@pytest.mark.parametrize("num_critics", [1, 2])
+def test_metrics_mean_what_they_say(player_proposes, num_critics):
+    player, critics, targets = random_inputs(critics=num_critics)
     config = AvataRLConfig.article(top_k=4, threshold="none", player_proposes=player_proposes)
-    _, metrics = avatarl_loss(player, critic, targets, config)
-    landscape = reward_landscape(player, critic, targets, config)
+    _, metrics = avatarl_loss(player, critics, targets, config)
+    landscape = reward_landscape(player, critics, targets, config)
     policy = player.detach().softmax(-1)
     expected = (policy.gather(1, landscape.actions) * landscape.rewards).sum(1)
     rewards = landscape.rewards
-    is_favourite = landscape.actions == critic.argmax(1, keepdim=True)
-    paid_to_favourite = torch.where(is_favourite, rewards, 0).amax(1)
+    favourites = [landscape.actions == critic.argmax(1, keepdim=True) for critic in critics]
+    paid = torch.stack([torch.where(is_favourite, rewards, 0).amax(1) for is_favourite in favourites])
     wanted = {
         "cross_entropy": torch.nn.functional.cross_entropy(player, targets),
         "entropy": torch.distributions.Categorical(logits=player).entropy().mean(),
@@ -293,7 +294,7 @@ def test_metrics_mean_what_they_say(player_proposes):
         "expected_reward_share": (expected / rewards.amax(1)).mean(),
         "other_reward_share": (rewards[:, 1:].sum(1) / rewards.sum(1)).mean(),
         "active_actions": landscape.valid.sum(1).double().mean(),
-        "critic_wins": (paid_to_favourite > rewards[:, 0]).double().mean(),
+        "critic_wins": (paid > rewards[:, 0]).double().mean(),
     }
     assert set(metrics) == {"loss", *wanted}
     for name, value in wanted.items():

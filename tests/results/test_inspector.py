@@ -161,6 +161,9 @@ def test_a_player_that_proposes_nothing_is_not_said_to(player_folder, critic_fol
         assert len(position.actions) <= 1 + 8
         voices = [voice for action in position.actions for voice in action.proposed_by]
         assert sorted(voices) == ["critic"] * 8 + ["text"]
+    alone = AvataRLConfig(reality_weight=1.0, critic_weight=0.0, player_proposes=False)
+    for position in Inspector.open(player_folder, [], alone, device="cpu").inspect(TEXT).positions:
+        assert [action.proposed_by for action in position.actions] == [("text",)]
 
 
 @pytest.mark.parametrize("threshold", ["mean", "mass"])

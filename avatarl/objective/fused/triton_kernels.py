@@ -3,8 +3,9 @@
 They have run under Triton's interpreter only so far (TRITON_INTERPRET=1, set before Triton is imported), and were
 compiled for a GPU without being run on one. No block size was ever timed.
 
-Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns. One program has one row,
-or one tile of one. Computing is in float32. A row's logits must lie side by side; rows may be any distance apart.
+Shapes: N positions, V vocabulary, K proposals per model, C critics, A = 1 + K + C·K columns, without the player's K
+where it proposes none. One program has one row, or one tile of one. Computing is in float32. A row's logits must lie
+side by side; rows may be any distance apart.
 """
 
 from __future__ import annotations
