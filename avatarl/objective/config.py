@@ -78,7 +78,7 @@ class AvataRLConfig:
         that saw nothing else: validation cross-entropy then was 2.65 and 3.02 % (four critics, two texts) and 3.17 %
         (eight) below that of tuned training without critics, for five and nine times the compute (125 k tokens, a
         player of 1.27 M parameters, n = 5 each, p < 0.0001); calibration was better on one of the texts. One critic
-        brought 1 %, an overfitted one nothing; at one epoch it does not pay (docs/results.md).
+        brought 1 %, an overfitted one nothing (62 k tokens, n = 2); at one epoch it does not pay (docs/results.md).
         """
         preset = dict(pool="arithmetic", tail="dense", smoothing=0.0, reality_weight=0.2, critic_weight=0.8)
         whole = dict(threshold="none", reward_scale=1.0, reward_cap=None, entropy_coef=0.0)
