@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+# The bytes of text that each token of a split stands for, kept beside its ids where these alone do not say.
+BYTES, BYTES_DTYPE = "bytes-", np.dtype("<u4")
 
 
 def shard_name(split: str, number: int) -> str:
@@ -80,6 +82,7 @@ class PreparedData:
     digest: str  # SHA-256 of manifest.json, which holds that of every other file
     train: TokenStream
     valid: TokenStream
+    byte_lengths: dict[str, TokenStream]  # of each split's tokens; empty where their ids say them, or nothing does
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedData:
@@ -96,16 +99,15 @@ class PreparedData:
         for name, record in manifest["files"].items():
             _verify(path, name, record)
         dtype = DTYPES[manifest["dtype"]]
-        streams = {}
+        streams, byte_lengths = {}, {}
         for split in ("train", "valid"):
-            shards = sorted(name for name in manifest["files"] if PurePosixPath(name).match(f"{split}-*.bin"))
-            for name in shards:
-                size = manifest["files"][name]["bytes"]
-                if size == 0 or size % dtype.itemsize:
-                    raise UserError(
-                        f"{path / name}: has {size} bytes; whole token ids of {dtype.itemsize} bytes are expected"
-                    )
-            streams[split] = TokenStream([path / name for name in shards], dtype, split)
+            streams[split] = _stream(path, manifest["files"], split, dtype)
+            byte_lengths[split] = _stream(path, manifest["files"], BYTES + split, BYTES_DTYPE)
+            if len(byte_lengths[split]) not in (0, len(streams[split])):
+                raise UserError(
+                    f"{path}: {split} has {len(streams[split])} tokens, but the bytes of {len(byte_lengths[split])}; "
+                    "prepare the data anew"
+                )
             if len(streams[split]) != manifest["tokens"][split]:
                 raise UserError(
                     f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
@@ -122,6 +124,7 @@ class PreparedData:
             vocab_size=manifest["vocab_size"],
             end_of_text_id=manifest["end_of_text_id"],
             digest=hashlib.sha256(content).hexdigest(),
+            byte_lengths={split: lengths for split, lengths in byte_lengths.items() if len(lengths)},
             **streams,
         )
 
@@ -139,6 +142,37 @@ class PreparedData:
                 f"{self.vocab_size}; prepare the data anew"
             )
         return tokenizer
+
+    def text_bytes(self, split: str, start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """UTF-8 bytes of the text that tokens [start, stop) of a split stand for; the end of a text has none.
+
+        Args:
+            tokenizer: From :meth:`load_tokenizer`.
+
+        Returns:
+            None where the ids do not say and nothing was kept beside them: in a folder of an older version whose
+            tokenizer is not byte-level.
+        """
+        from avatarl.data.tokenizer import decoded_bytes, token_byte_lengths
+
+        if split in self.byte_lengths:
+            return int(self.byte_lengths[split].slice(start, stop).sum())
+        ids = (self.train if split == "train" else self.valid).slice(start, stop)
+        lengths = token_byte_lengths(tokenizer)
+        if lengths is not None:
+            return int(lengths[ids].sum())
+        came_as_tokens = self.manifest.get("characters", 0) is None  # there is no other text than what they decode to
+        return decoded_bytes(tokenizer, ids) if came_as_tokens else None
+
+
+def _stream(folder: Path, files: Mapping[str, dict], name: str, dtype: np.dtype) -> TokenStream:
+    """The shards of that name, in order."""
+    shards = sorted(file for file in files if PurePosixPath(file).match(f"{name}-*.bin"))
+    for shard in shards:
+        size = files[shard]["bytes"]
+        if size == 0 or size % dtype.itemsize:
+            raise UserError(f"{folder / shard}: has {size} bytes; whole numbers of {dtype.itemsize} bytes are expected")
+    return TokenStream([folder / shard for shard in shards], dtype, name)
 
 
 def read_manifest(folder: Path) -> tuple[bytes, dict]:

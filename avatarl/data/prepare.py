@@ -18,7 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from avatarl.data.corpus import Piece, document_pieces
 from avatarl.data.dataset import DTYPES, FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, file_record
 from avatarl.data.shards import EncodedPiece, ShardWriter, SplitCounts, SplitWriter
-from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
+from avatarl.data.tokenizer import (
+    decoded_bytes,
+    encode_texts,
+    encode_with_bytes,
+    end_of_text_id,
+    resolve_tokenizer,
+    token_byte_lengths,
+)
 from avatarl.errors import UserError
 
 DEFAULT_TOKENIZER = "bpe:4096"
@@ -115,12 +122,13 @@ def _prepare_text(
         report(note=f"tokenizer {spec!r}: {note}")
     facts = _save_tokenizer(tokenizer, spec, folder)
     report(doing="tokens")
-    splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, token_byte_lengths(tokenizer))
+    byte_lengths = token_byte_lengths(tokenizer)
+    splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, byte_lengths)
     characters = tokens = 0
     with contextlib.closing(splits):
         for batch in _batches(pieces()):
             characters += sum(len(piece.text) for piece in batch)
-            for encoded in _encode(batch, tokenizer, facts["end_of_text_id"]):
+            for encoded in _encode(batch, tokenizer, facts["end_of_text_id"], byte_lengths is None):
                 tokens += len(encoded.ids)
                 splits.write(encoded)
             report(tokens=tokens)
@@ -143,11 +151,20 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int | None) -> Iterator[EncodedPiece]:
-    for piece, ids in zip(batch, encode_texts(tokenizer, [piece.text for piece in batch]), strict=True):
+def _encode(
+    batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int | None, keeps_bytes: bool
+) -> Iterator[EncodedPiece]:
+    texts = [piece.text for piece in batch]
+    if keeps_bytes:
+        encoded = encode_with_bytes(tokenizer, texts)
+    else:
+        encoded = [(ids, None) for ids in encode_texts(tokenizer, texts)]
+    for piece, (ids, lengths) in zip(batch, encoded, strict=True):
         if piece.ends_document and end_id is not None:
             ids.append(end_id)
-        yield EncodedPiece(np.array(ids, dtype=np.int64), len(piece.text.encode("utf-8")), piece.ends_document)
+            lengths = None if lengths is None else np.append(lengths, 0)
+        ids = np.array(ids, dtype=np.int64)
+        yield EncodedPiece(ids, len(piece.text.encode("utf-8")), piece.ends_document, lengths)
 
 
 # --- nanoGPT's token files ------------------------------------------------------------------------------------------
@@ -188,7 +205,9 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
                 writer.append(ids)
                 counts[split].documents += int((ids == facts["end_of_text_id"]).sum())
                 counts[split].tokens += len(ids)
-                counts[split].utf8_bytes += int(byte_lengths[ids].sum())
+                counts[split].utf8_bytes += (
+                    decoded_bytes(tokenizer, ids) if byte_lengths is None else int(byte_lengths[ids].sum())
+                )
                 report(tokens=sum(count.tokens for count in counts.values()))
     valid = counts["valid"].tokens
     fraction = valid / (valid + counts["train"].tokens)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
-from avatarl.data.dataset import TokenStream, shard_name
+from avatarl.data.dataset import BYTES, BYTES_DTYPE, TokenStream, shard_name
 
 # With fewer documents than this, whole ones cannot come near the wanted fraction, and the end of the text is taken.
 FEWEST_DOCUMENTS_TO_CHOOSE_FROM = 20
@@ -23,6 +24,7 @@ class EncodedPiece(NamedTuple):
     ids: np.ndarray
     utf8_bytes: int
     ends_document: bool
+    byte_lengths: np.ndarray | None = None  # of each id, where they are to be kept
 
 
 @dataclass
@@ -35,7 +37,7 @@ class SplitCounts:
 
 
 class ShardWriter:
-    """Appends token ids to ``NAME-00000.bin``, ``NAME-00001.bin`` …, each of at most ``shard_tokens``."""
+    """Appends a number for each token to ``NAME-00000.bin``, ``NAME-00001.bin`` …, each of ``shard_tokens`` at most."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
         self.paths: list[Path] = []
@@ -46,18 +48,23 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._room = 0
 
-    def append(self, ids: np.ndarray) -> None:
-        """Write ``ids``, any integer array (T,) whose values fit the dtype."""
-        while len(ids):
+    def append(self, numbers: np.ndarray) -> None:
+        """Write ``numbers``, any integer array (T,) whose values fit the dtype."""
+        while len(numbers):
             if self._room == 0:
                 self._begin_shard()
-            part, ids = ids[: self._room], ids[self._room :]
+            part, numbers = numbers[: self._room], numbers[self._room :]
             self._file.write(part.astype(self._dtype).tobytes())
             self._room -= len(part)
 
     def close(self) -> None:
         if self._file:
             self._file.close()
+
+    def stream(self) -> TokenStream:
+        """Close the files, and read back what was written."""
+        self.close()
+        return TokenStream(self.paths, self._dtype)
 
     def _begin_shard(self) -> None:
         self.close()
@@ -72,16 +79,22 @@ class SplitWriter:
     The first 20 documents wait on disk. If there are so many, whole documents are chosen by a hash of their number,
     among the first 20 so that they hold at most the wanted fraction of the tokens and are at least one. With fewer,
     validation is the last part of the tokens.
+
+    ``byte_lengths`` are those of every id, int64 (V,); where they are None the pieces bring them, and they are kept.
     """
 
     def __init__(
-        self, folder: Path, dtype: np.dtype, shard_tokens: int, valid_fraction: float, byte_lengths: np.ndarray
+        self, folder: Path, dtype: np.dtype, shard_tokens: int, valid_fraction: float, byte_lengths: np.ndarray | None
     ) -> None:
+        columns = {"": dtype} if byte_lengths is not None else {"": dtype, BYTES: BYTES_DTYPE}
+
+        def writers(name: str) -> list[ShardWriter]:
+            return [ShardWriter(folder, column + name, kind, shard_tokens) for column, kind in columns.items()]
+
         self.counts = {"train": SplitCounts(), "valid": SplitCounts()}
-        self._writers = {split: ShardWriter(folder, split, dtype, shard_tokens) for split in self.counts}
-        self._waiting_writer = ShardWriter(folder, "waiting", dtype, shard_tokens)
+        self._writers = {split: writers(split) for split in self.counts}
+        self._waiting_writers = writers("waiting")
         self._waiting: list[SplitCounts] = []  # one for every document on disk, the last one perhaps unfinished
-        self._dtype = dtype
         self._valid_fraction = valid_fraction
         self._byte_lengths = byte_lengths
         self._document = 0
@@ -93,7 +106,7 @@ class SplitWriter:
             self._keep_waiting(piece)
         else:
             split = "valid" if _draw(self._document) < self._valid_fraction else "train"
-            self._writers[split].append(piece.ids)
+            _append(self._writers[split], piece)
             _count(self.counts[split], piece, begins_document=self._at_document_start)
         self._at_document_start = piece.ends_document
         if piece.ends_document:
@@ -113,22 +126,22 @@ class SplitWriter:
 
     def close(self) -> None:
         """Close every file, so that the folder can be removed."""
-        for writer in (*self._writers.values(), self._waiting_writer):
+        for writer in (*self._writers["train"], *self._writers["valid"], *self._waiting_writers):
             writer.close()
 
     def _keep_waiting(self, piece: EncodedPiece) -> None:
         if self._at_document_start:
             self._waiting.append(SplitCounts())
-        self._waiting_writer.append(piece.ids)
+        _append(self._waiting_writers, piece)
         _count(self._waiting[-1], piece, begins_document=self._at_document_start)
 
     def _place_waiting_documents(self) -> None:
         chosen = self._choose_waiting_documents()
-        stream = self._waiting_stream()
+        streams = [writer.stream() for writer in self._waiting_writers]
         start = 0
         for number, document in enumerate(self._waiting):
             split = "valid" if number in chosen else "train"
-            self._copy(stream, start, start + document.tokens, split)
+            self._copy(streams, start, start + document.tokens, split)
             total = self.counts[split]
             total.documents += 1
             total.tokens += document.tokens
@@ -148,33 +161,36 @@ class SplitWriter:
         return chosen or {sizes.index(min(sizes))}
 
     def _cut_tail(self) -> None:
-        stream = self._waiting_stream()
-        tokens = len(stream)
+        streams = [writer.stream() for writer in self._waiting_writers]
+        tokens = len(streams[0])
         cut = tokens - min(max(1, round(tokens * self._valid_fraction)), tokens - 1)
-        self._copy(stream, 0, cut, "train")
-        self._copy(stream, cut, tokens, "valid")
+        self._copy(streams, 0, cut, "train")
+        self._copy(streams, cut, tokens, "valid")
         train, valid = self.counts["train"], self.counts["valid"]
         train.tokens, valid.tokens = cut, tokens - cut
         starts = np.cumsum([0, *(document.tokens for document in self._waiting[:-1])])
         train.documents = int((starts < cut).sum())
         valid.documents = len(starts) - train.documents
         for start in range(cut, tokens, COPY_TOKENS):
-            ids = stream.slice(start, min(start + COPY_TOKENS, tokens))
-            valid.utf8_bytes += int(self._byte_lengths[ids].sum())
+            numbers = streams[-1].slice(start, min(start + COPY_TOKENS, tokens))
+            valid.utf8_bytes += int((numbers if self._byte_lengths is None else self._byte_lengths[numbers]).sum())
         train.utf8_bytes = sum(document.utf8_bytes for document in self._waiting) - valid.utf8_bytes
         self._drop_waiting_files()
 
-    def _waiting_stream(self) -> TokenStream:
-        self._waiting_writer.close()
-        return TokenStream(self._waiting_writer.paths, self._dtype)
-
-    def _copy(self, stream: TokenStream, start: int, stop: int, split: str) -> None:
-        for first in range(start, stop, COPY_TOKENS):
-            self._writers[split].append(stream.slice(first, min(first + COPY_TOKENS, stop)))
+    def _copy(self, streams: Sequence[TokenStream], start: int, stop: int, split: str) -> None:
+        for stream, writer in zip(streams, self._writers[split], strict=True):
+            for first in range(start, stop, COPY_TOKENS):
+                writer.append(stream.slice(first, min(first + COPY_TOKENS, stop)))
 
     def _drop_waiting_files(self) -> None:
-        for path in self._waiting_writer.paths:
-            path.unlink()
+        for writer in self._waiting_writers:
+            for path in writer.paths:
+                path.unlink()
+
+
+def _append(writers: Sequence[ShardWriter], piece: EncodedPiece) -> None:
+    for writer, numbers in zip(writers, (piece.ids, piece.byte_lengths), strict=False):
+        writer.append(numbers)
 
 
 def _count(counts: SplitCounts, piece: EncodedPiece, begins_document: bool) -> None:

@@ -70,16 +70,51 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return _encode(tokenizer, texts)
 
 
+def encode_with_bytes(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+    """Of each text the token ids, as :func:`encode_texts` has them, and the UTF-8 bytes each stands for, int64 (T,).
+
+    They are bytes of the text as given, whatever a normaliser makes of it, and add up to it: what no token covers
+    (white space, say) belongs to the next one, or to the last. A tokenizer written in Python does not say where its
+    tokens lie; there every one stands for as many bytes.
+    """
+    with refusing("tokenizer: cannot encode the text (", ")"):
+        backend = _backend(tokenizer)
+        if backend is not None:
+            encodings = backend.encode_batch(texts, add_special_tokens=False)
+            return [(each.ids, _bytes_between(each.offsets, text)) for each, text in zip(encodings, texts, strict=True)]
+    found = []
+    for ids, text in zip(encode_texts(tokenizer, texts), texts, strict=True):
+        ends = np.linspace(0, len(text.encode("utf-8")), len(ids) + 1).round().astype(np.int64)
+        found.append((ids, np.diff(ends)))
+    return found
+
+
+def _bytes_between(offsets: Sequence[tuple[int, int]], text: str) -> np.ndarray:
+    """UTF-8 bytes (T,) from each token's end to the next one's, of tokens at (start, stop) in characters."""
+    ends = np.maximum.accumulate([stop for _, stop in offsets], dtype=np.int64)
+    ends[-1:] = len(text)
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.diff(np.concatenate([[0], np.cumsum(widths)])[ends], prepend=0)
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _backend(tokenizer)
     if backend is None:
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     # The backend is called directly because it can then leave out character offsets, which nearly halves the time.
-    # `transformers` sets these three anew on each call of its own, so nothing is lost by changing them.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """What does the work, set to encode a text as it is; None of a tokenizer written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # `transformers` sets these three anew on each call of its own, so nothing is lost by changing them.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+    return backend
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -89,34 +124,50 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.get_vocab().get(END_OF_TEXT)
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """Bytes of text that each id stands for, int64 (V,), V = ``len(tokenizer)``; 0 for special tokens and unused ids.
 
-    Exact for byte-level tokenizers: the lengths of a text's tokens add up to its UTF-8 bytes. For others it is the
-    length of the token decoded alone, an estimate wherever decoding depends on the neighbours.
+    The lengths of a text's tokens add up to its UTF-8 bytes. None of a tokenizer of which that is not so: one that is
+    not byte-level, or that changes a text before it cuts it or leaves some of it out.
     """
-    byte_level = _is_byte_level(tokenizer)
-    added = tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend else None
+    vocabulary = tokenizer.get_vocab()
+    if state is None or not _keeps_every_byte(state, vocabulary):
+        return None
+    literal = {entry["content"]: len(entry["content"].encode("utf-8")) for entry in state["added_tokens"]}
+    special = {entry["id"] for entry in state["added_tokens"] if entry["special"]}
+    special |= {*tokenizer.all_special_ids, end_of_text_id(tokenizer)}
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, token_id in tokenizer.get_vocab().items():
-        if token_id in special or token_id >= len(lengths):
-            continue
-        if token in added:
-            lengths[token_id] = len(token.encode("utf-8"))
-        elif byte_level:
-            lengths[token_id] = len(token)  # the byte-level alphabet writes every byte as one character
-        else:
-            lengths[token_id] = len(tokenizer.decode([token_id]).encode("utf-8"))
+    for token, token_id in vocabulary.items():
+        if token_id < len(lengths) and token_id not in special:
+            lengths[token_id] = literal.get(token, len(token))  # that alphabet writes every byte as one character
     return lengths
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return False
-    decoder = json.loads(backend.to_str())["decoder"] or {}
-    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+def decoded_bytes(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> int:
+    """UTF-8 bytes of the text that ids (T,) decode to, one document after the other; special tokens have none."""
+    documents = np.split(ids, np.flatnonzero(ids == end_of_text_id(tokenizer)))
+    texts = (
+        tokenizer.decode(document.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for document in documents
+    )
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _keeps_every_byte(state: dict, vocabulary: dict[str, int]) -> bool:
+    """Whether a tokenizer, as its tokenizer.json has it, writes a text byte for byte in the byte-level alphabet."""
+    normalizer, decoder, first = (state[name] or {} for name in ("normalizer", "decoder", "pre_tokenizer"))
+    steps = [first, *first.get("pretokenizers", [])]
+    return (
+        any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+        and not normalizer.get("normalizers", normalizer)
+        and not any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+        and not any(state["model"].get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and not any(entry["lstrip"] or entry["rstrip"] for entry in state["added_tokens"] if not entry["special"])
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -192,6 +243,9 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         require_on_hub(str(name), "model")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     _try_out(tokenizer, str(name))
+    if tokenizer.eos_token_id is None and end_of_text_id(tokenizer) is not None:
+        # Known by its name alone, it would be text to whoever leaves out special tokens.
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
     return tokenizer
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from avatarl.data import PreparedData, Windows
-from avatarl.data.tokenizer import token_byte_lengths
 from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.models import CriticCache, check_same_vocabulary, load_critic, load_model, load_tokenizer
@@ -62,11 +61,11 @@ def evaluate(
         device: ``cpu``, ``cuda`` or ``auto``.
 
     Returns:
-        cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes),
-        top1_accuracy and top16_accuracy, expected_calibration_error with its reliability table (bins of equal width
-        over the top token's probability), top16_calibration_error with its top16_reliability (the same of the 16 most
-        likely tokens, each a forecast of its own, in bins of halving width), tokens, bytes, windows, block, split, and
-        with a critic ``rewards`` and ``reward_settings``.
+        cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes; where it is
+        None bits_per_byte_missing says why), top1_accuracy and top16_accuracy, expected_calibration_error with its
+        reliability table (bins of equal width over the top token's probability), top16_calibration_error with its
+        top16_reliability (the same of the 16 most likely tokens, each a forecast of its own, in bins of halving
+        width), tokens, bytes, windows, block, split, and with a critic ``rewards`` and ``reward_settings``.
 
     Raises:
         UserError: The model, data or critic cannot be used, or do not fit each other.
@@ -102,7 +101,7 @@ def evaluate(
     require_whole("max_windows", count, minimum=1)
 
     draws = torch.Generator().manual_seed(1)  # of a sampled tail
-    scores, target_ids, rewards = [], [], {}
+    scores, rewards = [], {}
     for start in range(0, count, WINDOWS_AT_ONCE):
         indices = range(start, min(start + WINDOWS_AT_ONCE, count))
         inputs, targets = windows.batch(indices)
@@ -129,10 +128,12 @@ def evaluate(
                 )
                 for name, value in metrics.items():
                     rewards[name] = rewards.get(name, 0.0) + value.item()
-        target_ids.append(targets.reshape(-1).cpu())
     positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
-    target_bytes = int(token_byte_lengths(tokenizer)[torch.cat(target_ids).numpy()].sum())
-    result = summarise(positions, target_bytes) | {"windows": count, "block": block, "split": split}
+    num_bytes = prepared.text_bytes(split, 1, count * block + 1, tokenizer)  # windows lie one after the other
+    result = summarise(positions, num_bytes) | {"windows": count, "block": block, "split": split}
+    if not num_bytes:
+        unknown = f"{data} was prepared before the bytes of such tokens were kept; prepare it anew"
+        result["bits_per_byte_missing"] = unknown if num_bytes is None else "the targets stand for no text"
     return result | ({"rewards": rewards, "reward_settings": asdict(config)} if critics else {})
 
 
@@ -155,8 +156,8 @@ def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: i
     return PositionScores(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
 
-def summarise(positions: PositionScores, num_bytes: int) -> dict:
-    """The numbers of an evaluation, from every position's scores."""
+def summarise(positions: PositionScores, num_bytes: int | None) -> dict:
+    """The numbers of an evaluation, from every position's scores and the bytes of the targets' text, where known."""
     cross_entropy = positions.cross_entropy.double().mean().item()
     table = reliability_table(positions.confidence, positions.rank == 0)
     # Of tokens as likely as the target any may stand at its place: the probabilities are the same.

@@ -83,7 +83,7 @@ def generate(
     player = load_model(model, torch.float32, pick_device(device))
     check_rows(player, tokenizer, str(model))
     texts = continue_ids(player, tokenizer, prompt_ids(tokenizer, prompt), sampling)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts]
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in texts]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from avatarl.data.tokenizer import encode_texts, end_of_text_id
+from avatarl.data.tokenizer import encode_texts, encode_with_bytes, end_of_text_id
 from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.inert import visible
@@ -39,6 +41,8 @@ MOST_TOKENS = 2048  # of a text: a page of so many positions has three megabytes
 LARGEST_TEXT_BYTES = 1 << 20
 KEPT_PROPOSALS = 32  # of each model, for who changes settings where there is no model any more
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # the byte-level alphabet
+BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte among SentencePiece's tokens
+WHITE_SPACE_BYTES = ("\n", "\t", "\r")  # of which it may have no other token
 WHITE_SPACE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
@@ -140,6 +144,7 @@ class Inspector:
             raise UserError(str(error)) from error
         self.player, self.critics, self.tokenizer, self.config = player, list(critics), tokenizer, config
         self.names = tuple(names)
+        self.shown = cache(partial(shown_token, tokenizer))
         limits = [longest_sequence(critic) for critic in critics]
         self.block = min([context_length(player), *(limit for limit in limits if limit is not None)])
 
@@ -178,7 +183,8 @@ class Inspector:
         """
         (ids,) = encode_texts(self.tokenizer, [text])
         if len(ids) > MOST_TOKENS:
-            fitting = len(self.tokenizer.decode(ids[:MOST_TOKENS]))
+            ((_, lengths),) = encode_with_bytes(self.tokenizer, [text])
+            fitting = len(text.encode("utf-8")[: lengths[:MOST_TOKENS].sum()].decode("utf-8"))
             raise UserError(
                 f"text has {len(ids):,} tokens; expected at most {MOST_TOKENS:,}, which its first {fitting:,} "
                 "characters have"
@@ -198,7 +204,7 @@ class Inspector:
         positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
         summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
         tokens = dict.fromkeys(token for of_position in answers for token in of_position.tokens)
-        texts = {token: shown_token(self.tokenizer, token) for token in tokens}
+        texts = {token: self.shown(token) for token in tokens}
         return Inspection(self.names[0], self.names[1:], self.config, tuple(positions), summary, tuple(answers), texts)
 
     def _windows(self, ids: Sequence[int]) -> Iterator[Tensor]:
@@ -256,7 +262,7 @@ class Inspector:
         actions = [
             Action(
                 token=token,
-                text=shown_token(self.tokenizer, token),
+                text=self.shown(token),
                 proposed_by=(
                     *(["text"] if place == 0 else []),
                     *(who for who, listed in proposed.items() if token in listed),
@@ -386,12 +392,20 @@ def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, confi
 
 
 def shown_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text that a person can tell from others: white space visible, bytes that are no character as hex."""
-    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    if "\ufffd" in text:
-        piece = tokenizer.convert_ids_to_tokens(token)
-        if all(character in BYTES for character in piece):
-            text = "".join(f"\\x{BYTES[character]:02x}" for character in piece)
+    """A token as text that a person can tell from others: white space visible, bytes that are no character as hex.
+
+    It is what the token adds to a text that it stands in: at the beginning of one, a tokenizer may leave out its space.
+    """
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    alone, twice = (tokenizer.decode([token] * count, clean_up_tokenization_spaces=False) for count in (1, 2))
+    text = (twice[len(alone) :] if twice.startswith(alone) else "") or alone
+    if token in tokenizer.all_special_ids:
+        text = piece
+    elif BYTE_FALLBACK.fullmatch(piece) and alone != piece:
+        is_own = alone in WHITE_SPACE_BYTES and tokenizer.convert_tokens_to_ids(alone) in (None, tokenizer.unk_token_id)
+        text = alone if is_own else f"\\x{piece[3:5].lower()}"  # "A" is another token than <0x41>
+    elif "\ufffd" in alone and all(character in BYTES for character in piece):
+        text = "".join(f"\\x{BYTES[character]:02x}" for character in piece)
     return visible(text.translate(WHITE_SPACE)) or "∅"
 
 

@@ -271,6 +271,8 @@ def _remarks(
         if evaluated and found.trouble:
             part = "not sampled further" if found.evaluation else "not evaluated"
             remarks.append((run.name, f"{part}: {found.trouble}"))
+        if missing := (found.evaluation or {}).get("bits_per_byte_missing"):
+            remarks.append((run.name, f"no bits per byte: {missing}"))
         if not run.record:
             remarks.append((run.name, "environment.json is missing or damaged, so where it ran is unknown"))
         if done.flops is None and done.steps:
