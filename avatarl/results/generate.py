@@ -82,8 +82,13 @@ def generate(
     tokenizer = load_tokenizer(model)
     player = load_model(model, torch.float32, pick_device(device))
     check_rows(player, tokenizer, str(model))
-    texts = continue_ids(player, tokenizer, prompt_ids(tokenizer, prompt), sampling)
-    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in texts]
+    read = prompt_ids(tokenizer, prompt)
+    before, *texts = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (read, *continue_ids(player, tokenizer, read, sampling))
+    )
+    # The prompt as it was given, whatever the tokenizer makes of it.
+    return [prompt + text[len(before) :] if text.startswith(before) else text for text in texts]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -123,7 +128,7 @@ def continue_ids(
     if sampling.temperature > 0:
         draws = {
             "do_sample": True,
-            "temperature": sampling.temperature,
+            "temperature": float(sampling.temperature),
             "top_k": sampling.top_k or 0,
             "top_p": sampling.top_p or 1.0,
         }

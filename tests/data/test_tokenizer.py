@@ -10,8 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from avatarl.data import corpus
-from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
+from avatarl.data.tokenizer import encode_texts, end_of_text_id, open_tokenizer, resolve_tokenizer, token_byte_lengths
 from avatarl.errors import UserError
+
+from ..tokenizers_of_kinds import BYTE_LEVEL, KINDS, TEXTS, save_tokenizer
 
 TEXT = (
     "Once upon a time, there was a time\n\nwhen naïve cafés — 12 of them — didn't exist.\n  Indented!\r\t日本語\n" * 20
@@ -127,15 +129,15 @@ def test_byte_lengths_add_up_to_the_text():
     assert (np.delete(lengths, end_of_text_id(tokenizer)) > 0).all()
 
 
-def test_byte_lengths_of_another_kind_of_tokenizer_are_those_of_decoded_tokens():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "café": 1, "tea": 2}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert token_byte_lengths(tokenizer).tolist() == [0, 5, 3]
-    assert end_of_text_id(tokenizer) is None
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_tokenizers_that_write_every_byte_have_byte_lengths(kind: str, tmp_path: Path):
+    """Elsewhere no length of a token adds up to a text: it depends on the neighbours, or on what was given."""
+    tokenizer = open_tokenizer(save_tokenizer(kind, tmp_path))
+    lengths = token_byte_lengths(tokenizer)
+    assert (lengths is not None) == (kind in BYTE_LEVEL)
+    if lengths is not None:
+        assert lengths[sum(encode_texts(tokenizer, TEXTS), [])].sum() == sum(len(text.encode()) for text in TEXTS)
+        assert lengths[end_of_text_id(tokenizer)] == 0
 
 
 def test_openai_file_names_are_read(openai_folder):

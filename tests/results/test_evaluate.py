@@ -22,7 +22,8 @@ from avatarl.models import build_player
 from avatarl.results import evaluate, read_pairs, score_pairs
 from avatarl.training import train
 
-from ..conftest import BLOCK, TINY_PLAYER, write_documents
+from ..conftest import BLOCK, TINY_PLAYER, save_model, write_documents
+from ..tokenizers_of_kinds import save_tokenizer
 
 REWARDS = AvataRLConfig(top_k=4, threshold="none", entropy_coef=0.02)
 TABLES = ("reliability", "top16_reliability")
@@ -82,6 +83,38 @@ def test_the_numbers_are_those_of_the_models_logits(data_folder: Path, player_fo
     assert (result["tokens"], result["windows"], result["block"]) == (targets.numel(), len(windows), BLOCK)
     assert result["split"] == "valid"
     assert "rewards" not in result
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "WordPiece", "NFC", "unnamed end", "end not special"])
+def test_bits_per_byte_are_of_the_text_whatever_the_tokenizer(kind: str, tmp_path: Path):
+    """Three texts and their ends, from the second token of one to the first of the fourth."""
+    text = "to\nthe river  to cafe\u0301 龍, light of the door"
+    (tmp_path / "texts.jsonl").write_text((json.dumps({"text": text}) + "\n") * 30)
+    save_tokenizer(kind, tmp_path / "tokenizer")
+    spec = str(tmp_path / "tokenizer")
+    prepare([str(tmp_path / "texts.jsonl")], tmp_path / "data", tokenizer=spec, valid_fraction=0.5, quiet=True)
+    data = PreparedData.open(tmp_path / "data")
+    tokens = len(data.valid) // data.manifest["documents"]["valid"]  # of each document
+    player = save_model(tmp_path / "player", data.load_tokenizer(), seed=5, factor=15)
+
+    result = evaluate(player, tmp_path / "data", block=1, max_windows=3 * tokens, device="cpu")
+    assert result["bytes"] == 3 * len(text.encode("utf-8"))
+    bits = result["cross_entropy"] * 3 * tokens / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / result["bytes"])
+    assert "bits_per_byte_missing" not in result
+
+
+def test_bits_per_byte_that_an_older_folder_cannot_have_say_why(tmp_path: Path):
+    source = write_documents(tmp_path / "texts.jsonl", count=30, seed=2)
+    spec = save_tokenizer("SentencePiece", tmp_path / "tokenizer")
+    prepare([str(source)], tmp_path / "data", tokenizer=spec, quiet=True)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["files"] = {name: record for name, record in manifest["files"].items() if not name.startswith("bytes-")}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    player = save_model(tmp_path / "player", PreparedData.open(tmp_path / "data").load_tokenizer(), seed=5, factor=15)
+    result = evaluate(player, tmp_path / "data", device="cpu")
+    assert (result["bytes"], result["bits_per_byte"]) == (None, None)
+    assert result["bits_per_byte_missing"].endswith("before the bytes of such tokens were kept; prepare it anew")
 
 
 def test_more_than_one_batch_of_windows_counts_each_once(data_folder: Path, player_folder: Path):

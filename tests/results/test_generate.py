@@ -9,11 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from avatarl import UserError
+from avatarl.data.tokenizer import open_tokenizer
 from avatarl.models import build_player
 from avatarl.results import generate
 from avatarl.training import train
 
-from ..conftest import BLOCK, TINY_PLAYER
+from ..conftest import BLOCK, TINY_PLAYER, save_model
+from ..tokenizers_of_kinds import save_tokenizer
 
 PROMPT = "quick fox"
 
@@ -87,6 +89,16 @@ def test_top_k_and_top_p_keep_to_their_lists(player_folder: Path, tokenizer, dra
 def test_the_prompt_is_kept_as_it_is(player_folder: Path, prompt: str, tokenizer):
     for text in generate(player_folder, prompt, samples=2, max_new_tokens=1, device="cpu"):
         assert text.startswith(prompt)
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece", "WordPiece", "NFC", "end not special"])
+def test_what_a_tokenizer_changes_is_kept_too(kind: str, tmp_path: Path):
+    """And an end of text that the tokenizer knows by its name alone is no part of the text."""
+    tokenizer = open_tokenizer(save_tokenizer(kind, tmp_path / "tokenizer"))
+    player = save_model(tmp_path / "player", tokenizer, seed=5, factor=15)
+    for text in generate(player, "The cafe\u0301 , to", samples=40, temperature=2, max_new_tokens=4, device="cpu"):
+        assert text.startswith("The cafe\u0301 , to")
+        assert tokenizer.eos_token not in text
 
 
 def test_an_empty_prompt_begins_a_document(player_folder: Path, tokenizer, drawn):

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from avatarl import AvataRLConfig, UserError, avatarl_loss, reward_landscape
 from avatarl.cli import main
-from avatarl.data.tokenizer import end_of_text_id
+from avatarl.data.tokenizer import end_of_text_id, open_tokenizer
+from avatarl.models import load_model
 from avatarl.results.inspector import Inspector, shown_token, thresholds
 from avatarl.results.payouts import SUMMARY
 
-from ..conftest import BLOCK
+from ..conftest import BLOCK, save_model
+from ..tokenizers_of_kinds import KINDS, save_tokenizer
 
 TEXT = "quick fox old oak\nblue sea, wise owl"
 CONFIG = AvataRLConfig.article(top_k=5, threshold="none", entropy_coef=0.3)
@@ -350,6 +352,35 @@ def test_white_space_and_bytes_are_visible(tokenizer):
     }
     assert shown == {" ": "␣", "\n": "⏎", "\t": "⇥", "é": "\\xc3"}
     assert shown_token(tokenizer, end_of_text_id(tokenizer)) == "<|endoftext|>"
+
+
+def test_tokens_are_shown_as_they_stand_in_a_text(tmp_path: Path):
+    """SentencePiece's have their space, and its bytes are bytes, but for white space that has no other token."""
+    tokenizer = open_tokenizer(save_tokenizer("SentencePiece", tmp_path))
+    pieces = {
+        "▁": "␣", "▁The": "␣The", "he": "he", "o": "o", "<0x6F>": "\\x6f", "<0xE9>": "\\xe9",
+        "<0x20>": "\\x20", "<0x0D>": "␍", "<0x00>": "\\x00", "</s>": "</s>", "<unk>": "<unk>",
+    }  # fmt: skip
+    assert {piece: shown_token(tokenizer, tokenizer.convert_tokens_to_ids(piece)) for piece in pieces} == pieces
+    words = open_tokenizer(save_tokenizer("WordPiece", tmp_path / "words"))
+    shown = [shown_token(words, token) for token in words("rain, windwind", add_special_tokens=False)["input_ids"]]
+    assert "".join(shown) == "␣rain,␣windwind"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_can_be_told_from_the_others(kind: str, tmp_path: Path):
+    tokenizer = open_tokenizer(save_tokenizer(kind, tmp_path))
+    assert len({shown_token(tokenizer, token) for token in range(len(tokenizer))}) == len(tokenizer)
+
+
+def test_texts_of_another_tokenizer_have_their_spaces(tmp_path: Path):
+    """In the positions and their candidates, as terminal, page and JSON have them."""
+    tokenizer = open_tokenizer(save_tokenizer("SentencePiece", tmp_path))
+    player = load_model(save_model(tmp_path / "player", tokenizer, seed=5, factor=15), torch.float32, "cpu")
+    inspection = Inspector(player, [player], tokenizer, CONFIG, ["player", "critic"]).inspect("to the door 龍")
+    texts = [position["text"] for position in inspection.as_dict()["positions"]]
+    assert "".join(texts) == "␣to␣the␣door␣\\xe9\\xbe\\x8d"
+    assert texts == [inspection.texts[position.token] for position in inspection.positions]
 
 
 def test_characters_that_a_terminal_obeys_are_shown(tokenizer, monkeypatch):
