@@ -15,7 +15,13 @@ import torch
 from avatarl import AvataRLConfig, avatarl_loss
 from avatarl.cli import main
 from avatarl.data import PreparedData, Windows, prepare
-from avatarl.data.tokenizer import encode_texts, end_of_text_id, resolve_tokenizer, token_byte_lengths
+from avatarl.data.tokenizer import (
+    encode_texts,
+    encode_with_bytes,
+    end_of_text_id,
+    resolve_tokenizer,
+    token_byte_lengths,
+)
 from avatarl.errors import UserError
 from avatarl.inert import OBEYED
 from avatarl.models import CriticCache, load_model, load_tokenizer
@@ -129,7 +135,8 @@ def test_critic_caches(data_folder: Path, good_cache: Path, size, tmp_path, watc
 
 def use_tokenizer(spec: str) -> None:
     tokenizer, _ = resolve_tokenizer(spec, lambda: ["quick fox, old oak"])
-    encode_texts(tokenizer, ["quick fox", "", "Ä 漢 🙂 <|endoftext|>"])
+    texts = ["quick fox", "", "Ä 漢 🙂 <|endoftext|>"]
+    assert [ids for ids, _ in encode_with_bytes(tokenizer, texts)] == encode_texts(tokenizer, texts)
     token_byte_lengths(tokenizer)
     end_of_text_id(tokenizer)
 
