@@ -54,7 +54,8 @@ def prepare(
     """Tokenize sources into a prepared folder; return its manifest.
 
     Memory stays bounded whatever the size of the text. The same text and settings give the same files, byte for byte,
-    with any number of processes.
+    with any number of processes. Where a tokenizer's ids do not say how many bytes of text they stand for, four bytes a
+    token more keep it (``bytes-train-00000.bin`` …); those of a byte-level one do.
 
     Args:
         sources: files or folders (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, ``hub:ID`` or
