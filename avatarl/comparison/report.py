@@ -227,6 +227,7 @@ def _of_origins(results: Sequence[Row]) -> dict[str, list[str]]:
     found = {}
     for name, words in ORIGINS.items():
         values = {each for row in results for each in (row.get(name) or "unknown").split(SEVERAL)}
+        values = {value.partition("+")[0] for value in values}  # 2.13.0+cu130 is a build of 2.13.0
         found[words] = sorted(map(one_line, values)) if len(values) > 1 else []
     return found
 

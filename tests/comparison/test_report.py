@@ -247,6 +247,7 @@ def test_seconds_that_vary_are_named():
         ("revision", (None, "89e1", "89e1"), ("Runs of several revisions", ["89e1", "unknown"])),
         ("revision", (None, None, None), None),
         ("torch", ("2.12.0", "2.13.0", "2.13.0"), ("Runs with several versions of PyTorch", ["2.12.0", "2.13.0"])),
+        ("torch", ("2.13.0", "2.13.0+cu130", "2.13.0, 2.13.0+cpu"), None),
         ("precision", ("bf16", "bf16", "fp32"), ("Runs in several precisions", ["bf16", "fp32"])),
     ],
 )

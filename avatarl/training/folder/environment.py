@@ -28,7 +28,8 @@ def describe_environment(
         "revision": _git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        # Of PyTorch its build too (2.13.0+cu130), which a package from PyPI does not name in its own version.
+        "versions": {**{name: version(name) for name in LIBRARIES}, "torch": str(torch.__version__)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "processes": processes.count,
         "threads": torch.get_num_threads(),
