@@ -223,6 +223,36 @@ def test_two_starts_of_one_command_do_not_disturb_each_other(
     assert all((tmp_path / "cache" / name).read_bytes() == (caches["top"] / name).read_bytes() for name in names)
 
 
+def test_a_file_that_is_tidied_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    """Another process looks for what nobody holds between the making of a file and its lock."""
+    real, locked = parts.fcntl.flock, []
+
+    def flock(file, operation):
+        if operation == parts.fcntl.LOCK_EX:
+            locked.append(file.name)
+            if len(locked) <= 2:
+                parts.tidy(tmp_path)
+        real(file, operation)
+
+    monkeypatch.setattr(parts.fcntl, "flock", flock)
+    parts.write_whole(tmp_path / "part.bin", b"whole")
+    assert (tmp_path / "part.bin").read_bytes() == b"whole" and len(locked) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["part.bin"]
+
+
+def test_a_cache_that_is_finished_while_another_process_starts(
+    tmp_path, caches, data_folder, critic_folder, monkeypatch
+):
+    """What described the unfinished cache is gone when the second process, which has seen it, comes to read it."""
+    cache = Path(shutil.copytree(caches["top"], tmp_path / "cache"))
+    names = sorted(path.name for path in cache.iterdir())
+    seen = {*names, "cache.partial.json"} - {"cache.json"}
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.os, "listdir", lambda _: list(seen))
+        cache_critic(str(critic_folder), data_folder, cache, bytes_per_token=54, **COMMON)
+    assert sorted(path.name for path in cache.iterdir()) == names
+
+
 def test_what_a_kill_at_the_very_end_leaves_is_tidied_up(tmp_path, caches, data_folder, critic_folder):
     cache = Path(shutil.copytree(caches["top"], tmp_path / "cache"))
     for name in ("cache.partial.json", "train-00000.bin.json", ".train-00000.bin.0123.partial"):

@@ -102,7 +102,11 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
 def check_same_cache(path: Path, identity: dict) -> None:
     """Refuse to go on with a cache that was begun as another."""
     try:
-        found = parse_json(read_regular_file(path, LARGEST_MANIFEST_BYTES))
+        try:
+            content = read_regular_file(path, LARGEST_MANIFEST_BYTES)
+        except FileNotFoundError:  # gone since it was seen: another process has finished the cache
+            content = read_regular_file(path.with_name(MANIFEST), LARGEST_MANIFEST_BYTES)
+        found = parse_json(content)
         found.pop("files", None)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not what `avatarl critic cache` writes; give another folder") from error
@@ -143,13 +147,17 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
     Each writes beside it under a name of its own, which it holds a lock on, so that others know whom it belongs to.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    with partial.open("xb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        partial.replace(path)
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        with partial.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not partial.exists():  # it was nobody's until it was locked, and another process has tidied it away
+                continue
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+            return
 
 
 def write_whole(path: Path, content: bytes) -> None:
