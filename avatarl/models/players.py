@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from avatarl.errors import UserError, nearest_name
+from avatarl.objective.config import require_kinds
 
 from .loading import check_model, head_weight, longest_sequence, one_line
 
@@ -52,6 +53,7 @@ class PlayerConfig:
     settings: dict[str, int | float | bool | str] = field(default_factory=dict)
 
     def __post_init__(self):
+        require_kinds(self, "player.")
         if self.preset not in PRESETS:
             raise UserError(
                 f"player.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from avatarl.errors import UserError
 
-TAILS = ("renormalise", "target", "sample", "dense")
 DEFAULT_TAIL = {"geometric": "renormalise", "arithmetic": "target"}
 
 
@@ -87,19 +87,14 @@ class AvataRLConfig:
     def __post_init__(self):
         if isinstance(self.critic_weight, list):  # YAML has no tuples
             object.__setattr__(self, "critic_weight", tuple(self.critic_weight))
+        require_kinds(self)
         require_whole("top_k", self.top_k, minimum=1)
         require_number("smoothing", self.smoothing, lambda x: 0 <= x < 1, "a number in [0, 1)")
         if self.top_p is not None:
             require_number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1], or null")
         if self.reward_cap is not None:
             require_number("reward_cap", self.reward_cap, lambda x: x > 0, "a number above 0, or null")
-        require_choice("pool", self.pool, ("geometric", "arithmetic"))
-        if self.tail is not None:
-            require_choice("tail", self.tail, TAILS)
         require_whole("tail_samples", self.tail_samples, minimum=1)
-        require_choice("threshold", self.threshold, ("mean", "mass", "none"))
-        for name in ("player_proposes", "per_action_mean"):
-            require_choice(name, getattr(self, name), (True, False))
         for name in ("reality_weight", "entropy_coef"):
             require_number(name, getattr(self, name), lambda x: x >= 0, "a number of at least 0")
         for name in ("reward_scale", "temperature"):
@@ -191,6 +186,39 @@ class BaselineConfig:
         require_whole("samples", self.samples, minimum=1)
         require_number("ppo_clip", self.ppo_clip, lambda x: 0 < x < 1, "a number in (0, 1)")
         require_whole("ppo_refresh_every", self.ppo_refresh_every, minimum=1)
+
+
+# What fields of these types are in words, and of each class of settings its fields with what they accept.
+_WORDS = {bool: "one of True, False", str: "text", list: "a list", dict: "settings by name", NoneType: "null"}
+_KINDS: dict[type, list[tuple[str, tuple[type, ...], tuple[str, ...], str]]] = {}
+
+
+def require_kinds(settings: object, group: str = "") -> None:
+    """Raise a UserError naming a field whose value is of no kind that its annotation names: a flag, a choice, a group.
+
+    Numbers are left to :func:`require_number` and :func:`require_whole`, which know their range.
+    """
+    if type(settings) not in _KINDS:
+        _KINDS[type(settings)] = _kinds_of(type(settings))
+    for name, types, choices, words in _KINDS[type(settings)]:
+        value = getattr(settings, name)
+        if not isinstance(value, types) and not (isinstance(value, str) and value in choices):
+            raise UserError(f"{group}{name} is {value!r}; expected {words}")
+
+
+def _kinds_of(settings: type) -> list[tuple[str, tuple[type, ...], tuple[str, ...], str]]:
+    """Each field that is no number, with the types and the choices that it accepts, and these in words."""
+    kinds = []
+    for name, hint in get_type_hints(settings).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if int in parts or float in parts:
+            continue
+        choices = tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
+        types = tuple(get_origin(part) or part for part in parts if get_origin(part) is not Literal)
+        words = [f"one of {', '.join(map(repr, choices))}"] if choices else []
+        words += [_WORDS.get(kind, kind.__name__) for kind in types]
+        kinds.append((name, types, choices, " or ".join(words)))
+    return kinds
 
 
 def require_number(field: str, value: float, accepts: Callable[[float], bool], what: str) -> None:

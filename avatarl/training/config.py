@@ -12,8 +12,7 @@ import yaml
 from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig
-from avatarl.objective.config import require_choice, require_number, require_whole
-from avatarl.objective.fused.implementations import IMPLEMENTATIONS
+from avatarl.objective.config import require_kinds, require_number, require_whole
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self):
-        require_choice("optim.name", self.name, ("adamw", "muon"))
-        require_choice("optim.decay", self.decay, ("cosine", "linear"))
+        require_kinds(self, "optim.")
         require_number("optim.learning_rate", self.learning_rate, lambda x: x > 0, "a number above 0")
         require_number("optim.weight_decay", self.weight_decay, lambda x: x >= 0, "a number of at least 0")
         require_number("optim.beta1", self.beta1, lambda x: 0 <= x < 1, "a number in [0, 1)")
@@ -119,9 +117,10 @@ class ScheduleConfig:
         return tuple((name, getattr(self, name)) for name in ("critic_weight", "smoothing", "entropy_coef"))
 
     def __post_init__(self):
+        require_kinds(self, "schedules.")
         for name, schedule in self.items():
             field = f"schedules.{name}"
-            require_choice(f"{field}.shape", schedule.shape, ("constant", "linear", "cosine", "first"))
+            require_kinds(schedule, f"{field}.")
             if schedule.is_constant and schedule != Schedule():
                 raise UserError(
                     f"{field}.shape is 'constant', so that its other settings change nothing; expected another"
@@ -224,11 +223,12 @@ class TrainConfig:
     tracker: Literal["trackio", "wandb"] | None = None
 
     def __post_init__(self):
-        for name in ("data", "out"):  # a Path is welcome, and a string is what a YAML file holds
-            object.__setattr__(self, name, str(getattr(self, name)))
-        if self.critic is not None:
-            single = isinstance(self.critic, (str, Path))
-            object.__setattr__(self, "critic", str(self.critic) if single else [str(name) for name in self.critic])
+        for name in ("data", "out", "critic"):  # a Path is welcome, and a string is what a YAML file holds
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        if isinstance(self.critic, (list, tuple)):
+            object.__setattr__(self, "critic", [str(name) for name in self.critic])
+        require_kinds(self)
         if self.objective not in OBJECTIVES:
             raise UserError(
                 f"objective is {self.objective!r}; expected one of {', '.join(sorted(OBJECTIVES))}"
@@ -247,13 +247,8 @@ class TrainConfig:
         require_whole("seed", self.seed, minimum=0)
         if self.seed >= 1 << 63:
             raise UserError(f"seed is {self.seed}; expected a whole number below 2^63")
-        require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
-        require_choice("loss_impl", self.loss_impl, IMPLEMENTATIONS)
-        require_choice("parallel", self.parallel, ("ddp", "fsdp"))
         if self.shard_critics and self.critic_quantization is not None:
             raise UserError("shard_critics is true, and critic_quantization is given; expected one of them at most")
-        if self.tracker is not None:
-            require_choice("tracker", self.tracker, ("trackio", "wandb"))
         for name in ("train_windows", "eval_windows", "keep_every"):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), minimum=1)

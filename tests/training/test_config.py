@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser
 from avatarl import AvataRLConfig, UserError
 from avatarl.models import PlayerConfig
 from avatarl.objective import BaselineConfig
-from avatarl.training import OptimConfig, TrainConfig
+from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig
 
 NAN = float("nan")
 
@@ -67,6 +68,28 @@ def test_an_optimiser_setting_out_of_range_is_named(field: str, value):
 def test_a_setting_out_of_range_is_named(field: str, value):
     with pytest.raises(UserError, match=f"{field} is .*expected"):
         TrainConfig(**{"data": "data", "out": "run", "steps": 1, field: value})
+
+
+GROUPS = {
+    "": TrainConfig(data="data", out="run", steps=1),
+    "player.": PlayerConfig(),
+    "optim.": OptimConfig(),
+    "guard.": GuardConfig(),
+    "schedules.": ScheduleConfig(),
+    "schedules.smoothing.": Schedule("first", end_step=3),
+    "avatarl.": AvataRLConfig(),
+    "baseline.": BaselineConfig(),
+}
+
+
+@pytest.mark.parametrize("group, name", [(group, name) for group, of in GROUPS.items() for name in vars(of)])
+def test_every_setting_refuses_what_is_of_another_kind(group: str, name: str):
+    """A word is true to Python, and a truth is a number."""
+    is_flag = isinstance(getattr(GROUPS[group], name), bool)
+    for value in ("yes", 1, 0.0, None) if is_flag else (True, False, {7}, object()):
+        with pytest.raises(UserError, match=f"{name} is .*expected"):
+            made = dataclasses.replace(GROUPS[group], **{name: value})
+            ScheduleConfig(smoothing=made)  # which looks at its schedules
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, NAN, float("inf")])
