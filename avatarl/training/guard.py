@@ -64,6 +64,10 @@ class Guard:
         score = MAD_OF_NORMAL * (loss - median) / torch.maximum(deviation, smallest)
         return torch.where(self._accepted >= len(self._losses), score, 0.0)
 
+    def forget_losses(self) -> None:
+        """Start with an empty window: the losses to come are of another kind than those before."""
+        self._accepted.zero_()
+
     # --- what the host asks once in a while; each waits for the device ---
 
     @property
@@ -93,9 +97,15 @@ class Guard:
             "last": [[repr(value) for value in row] for row in self._last.tolist()],  # infinities are no JSON
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from there; a window of another size starts empty."""
+    def load_state_dict(self, state: dict, is_same_run: bool = True) -> None:
+        """Go on from there; a window of another size starts empty.
+
+        Where settings, data or critics are others, nothing but the number of refused updates says anything.
+        """
         device = self._losses.device
+        if not is_same_run:
+            self._refused = torch.tensor(state["counts"][1], device=device)
+            return
         self._accepted, self._refused, self._in_a_row = (torch.tensor(n, device=device) for n in state["counts"])
         self._longest_row = self._in_a_row.clone()
         if len(state["losses"]) == len(self._losses):

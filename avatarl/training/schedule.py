@@ -96,6 +96,13 @@ class Schedules:
             self._stages[judging] = Stage(judging, self._objective_of(judging))
         return self._stages[judging]
 
+    def turns_after(self, step: int) -> bool:
+        """Whether losses after ``step`` are of another kind than those before: critics come or go, a setting jumps or
+        begins to fall."""
+        moving = [schedule for _, schedule in self._config.items() if not schedule.is_constant]
+        turns = {schedule.end_step if schedule.shape == "first" else schedule.start_step for schedule in moving}
+        return step in turns or self.stage(step + 1) is not self.stage(step)
+
     def steps_of(self, critic: int, until: int | None = None) -> int:
         """In how many steps a critic judges: of the run, or of the first ``until``."""
         last = self.last_critic_step if until is None else min(until, self.last_critic_step)

@@ -136,9 +136,10 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
         UserError: It is of another model, further than the run is to go, or not what a run writes.
     """
     try:
-        load_run([checkpoint / name for name in read_manifest(checkpoint)["files"]], parts.model, parts.optimisers)
+        manifest = read_manifest(checkpoint)
+        load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        guard.load_state_dict(progress.pop("guard"))
+        guard.load_state_dict(progress.pop("guard"), is_same_run=manifest["identity"] == parts.identity)
         taken, best_player = int(progress["step"]), progress["best_player"]
     except UserError:
         raise
@@ -147,9 +148,10 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
     if taken > parts.total_steps:
         raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {taken} already")
     if taken < parts.total_steps and best_player:
-        if describe_folder(checkpoint.parents[1] / "player") != best_player:
-            # A better one was written after the checkpoint, and will be again; or it is damaged, and the best of the
-            # evaluations to come takes its place.
+        is_other_text = manifest["identity"]["data"] != parts.identity["data"]
+        if is_other_text or describe_folder(checkpoint.parents[1] / "player") != best_player:
+            # It was the best on other text; or a better one was written after the checkpoint, and will be again; or it
+            # is damaged. The best of the evaluations to come takes its place.
             progress |= {"best_cross_entropy": math.inf, "best_step": None, "best_player": None}
     return progress
 
@@ -200,6 +202,8 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                 metrics.add(values)
             grad_norm = clip_gradients(player.parameters(), config.optim.clip_norm, processes)
             refused = guard.judge(step, processes.mean(metrics["loss"]), grad_norm)
+            if parts.schedules.turns_after(step):
+                guard.forget_losses()
             learning_rate = parts.optimisers.step(step, refused)
             parts.model.follow(step)
             since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)

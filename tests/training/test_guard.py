@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from avatarl import UserError
 from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import RunFailed
-from avatarl.training import GuardConfig, OptimConfig, train
+from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, train
 from avatarl.training.folder.checkpoint import CHECKPOINTS, steps_found
 from avatarl.training.guard import Guard
 from avatarl.training.optim import Optimisers
@@ -41,6 +41,22 @@ def spoil(monkeypatch):
             return loss, metrics
 
         monkeypatch.setattr(RewardedPlayer, "forward", forward)
+
+    return arm
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """``rising(after_step)``: losses as logged go up and down a little, and are ten times as large after that step."""
+
+    def arm(after_step: int) -> None:
+        real = Guard.judge
+
+        def judged(self: Guard, step: int, loss: torch.Tensor, *arguments):
+            level = 10.0 if step > after_step else 1.0
+            return real(self, step, torch.full_like(loss, level + step % 3 / 100), *arguments)
+
+        monkeypatch.setattr(Guard, "judge", judged)
 
     return arm
 
@@ -103,6 +119,14 @@ def test_a_window_of_another_size_starts_empty():
     assert wider.refused == 1 and wider.last_losses() == [] and len(wider.last_refused()) == 1
 
 
+def test_under_other_settings_only_the_number_of_refused_updates_stays():
+    guard, again = (Guard(GuardConfig(spike_score=3.0, spike_window=2), torch.device("cpu")) for _ in range(2))
+    judge(guard, [1.0, 1.0, math.nan, math.nan])
+    again.load_state_dict(guard.state_dict(), is_same_run=False)
+    assert again.refused == 2 and again.last_losses() == [] and again.last_refused() == []
+    assert judge(again, [math.nan, math.nan, math.nan, 50.0]) == [True] * 3 + [False] and not again.must_stop
+
+
 def test_its_state_survives_json():
     config = GuardConfig(spike_score=3.0, spike_window=4)
     guard, again = Guard(config, torch.device("cpu")), Guard(config, torch.device("cpu"))
@@ -159,6 +183,56 @@ def test_refused_updates_in_a_row_end_the_run_with_what_there_is_to_study(
     saved = load_file(tmp_path / "run" / "refused" / "windows.safetensors")
     assert torch.equal(saved["step-00000003.inputs"], windows.batch(expected)[0])
     assert torch.equal(saved["step-00000003.targets"], windows.batch(expected)[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(schedules=ScheduleConfig(critic_weight=Schedule("first", end_step=6))),
+        dict(schedules=ScheduleConfig(critic_weight=Schedule("first", 0.5, end_step=6))),
+        dict(schedules=ScheduleConfig(smoothing=Schedule("first", 0.5, end_step=6))),
+        dict(schedules=ScheduleConfig(entropy_coef=Schedule("linear", 2.0, start_step=6, end_step=8))),
+        dict(critic="ema:0.9:6"),
+    ],
+    ids=["critics go", "critics weigh less", "smoothing jumps", "entropy begins to rise", "a critic comes"],
+)
+def test_losses_before_a_turn_of_the_schedule_say_nothing_about_those_after_it(
+    tiny_config, tmp_path: Path, rising, settings: dict
+):
+    rising(after_step=6)
+    guard = GuardConfig(spike_score=5.0, spike_window=3, stop_after=3)
+    train(tiny_config(tmp_path, steps=12, guard=guard, log_every_steps=1, **settings), quiet=True)
+    assert lines_of(tmp_path / "run")[-2]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(objective="cross_entropy"),
+        dict(critic="random:1m:3"),
+        dict(optim=OptimConfig(learning_rate=1e-3, warmup_steps=2)),
+        dict(batch_windows=2),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_losses_before_a_change_of_the_run_say_nothing_about_those_after_it(
+    tiny_config, tmp_path: Path, rising, interrupt, changes: dict
+):
+    rising(after_step=6)
+    guard = GuardConfig(spike_score=5.0, spike_window=3, stop_after=3)
+    settings = dict(steps=12, guard=guard, log_every_steps=1, checkpoint_every_steps=2)
+    interrupt(7)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, **settings), quiet=True)
+    train(tiny_config(tmp_path, **settings | changes), resume=True, allow_changes=True, quiet=True)
+    assert lines_of(tmp_path / "run")[-2]["skipped_steps"] == 0
+
+
+def test_a_rise_that_nothing_explains_ends_the_run(tiny_config, tmp_path: Path, rising):
+    rising(after_step=6)
+    guard = GuardConfig(spike_score=5.0, spike_window=3, stop_after=3)
+    with pytest.raises(RunFailed, match="at step 9, 3 refused updates in a row"):
+        train(tiny_config(tmp_path, steps=12, guard=guard, log_every_steps=1), quiet=True)
 
 
 def test_a_run_that_ends_on_no_number_fails(tiny_config, tmp_path: Path):

@@ -118,7 +118,7 @@ def test_a_moved_run_may_be_resumed(tiny_config, tmp_path: Path, interrupt):
     assert train(config, resume=True, quiet=True)["steps"] == 8
 
 
-def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_folder: Path, interrupt):
+def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_folder: Path, interrupt, monkeypatch):
     shutil.copytree(data_folder, tmp_path / "data")
     interrupt(6)
     with pytest.raises(Interrupted):
@@ -126,8 +126,14 @@ def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_fol
     shutil.rmtree(tmp_path / "data")
     source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
     prepare([str(source)], tmp_path / "data", tokenizer=str(data_folder / "tokenizer"), quiet=True)
+    config = tiny_config(tmp_path, data=str(tmp_path / "data"))
     with pytest.raises(UserError, match=r"data was \w{12} and is \w{12}"):
-        train(tiny_config(tmp_path, data=str(tmp_path / "data")), resume=True, quiet=True)
+        train(config, resume=True, quiet=True)
+
+    # What was best on the text before is not compared with what comes after.
+    real = Validation.evaluate
+    monkeypatch.setattr(Validation, "evaluate", lambda *args: {**real(*args), "cross_entropy": 50.0})
+    assert train(config, resume=True, allow_changes=True, quiet=True)["best_cross_entropy"] == 50.0
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words"])
