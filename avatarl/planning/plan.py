@@ -13,7 +13,6 @@ from avatarl.models.critics import parse_ema_critic
 from avatarl.models.players import player_shape
 from avatarl.objective import make_objective
 from avatarl.objective.config import require_number, require_whole
-from avatarl.training.assembly import largest_divisor
 from avatarl.training.config import TrainConfig
 from avatarl.training.processes import Processes
 from avatarl.training.schedule import Schedules
@@ -201,14 +200,14 @@ def plan(
 
 
 def share_of_step(config: TrainConfig, processes: int) -> tuple[int, int]:
-    """Windows in one forward pass of a process, and its forward passes in an optimiser step.
+    """Windows in a process's largest forward pass, and its forward passes in an optimiser step.
 
     Raises:
         UserError: The processes cannot share a step's windows evenly.
     """
     share = len(Processes(count=processes).share(range(config.windows_per_step)))
-    windows = largest_divisor(share, config.batch_windows)
-    return windows, share // windows
+    passes = math.ceil(share / config.batch_windows)
+    return math.ceil(share / passes), passes
 
 
 def kept_checkpoints(config: TrainConfig, steps: int) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,8 +26,8 @@ from avatarl.objective.fused.implementations import check_implementation
 from .batch import Batch
 from .config import TrainConfig
 from .draws import uniform_draws
-from .folder.identity import identity_of_run
-from .optim import Optimisers, build_optimisers
+from .folder.identity import MUON, identity_of_run
+from .optim import Optimisers, build_optimisers, muon_precision
 from .processes import Processes
 from .rewarded_player import AveragedPlayer, FrozenModel, RewardedPlayer
 from .schedule import Schedules
@@ -81,10 +83,9 @@ class Assembly:
         stage, scheduled = self.schedules.stage(step), self.schedules.values(step)
         caches = [self.caches[i] for i in stage.critics if i in self.caches]
         mine = self.processes.share(self.windows_of_step(step))
-        size = largest_divisor(len(mine), self.config.batch_windows)
-        for start in range(0, len(mine), size):
-            places = mine[start : start + size]
-            indices = self.order.indices(places.start, size)
+        passes = math.ceil(len(mine) / self.config.batch_windows)
+        for places in np.array_split(mine, passes):  # of equal size, or one window more
+            indices = self.order.indices(places[0], len(places))
             draws = uniform_draws(self.config.seed, places, self.config.block, stage.objective.num_draws)
             stored = [cache.rows("train", indices) for cache in caches]
             yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
@@ -166,6 +167,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     # Counted before anything is divided among processes.
     parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block)
     identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
+    if config.optim.name == "muon":
+        identity[MUON] = muon_precision(device)
 
     asked = [None if place in caches else critic for place, critic in enumerate(critics)]
     snapshot = None
@@ -237,8 +240,3 @@ def open_critics(
                 )
             critics.append(FrozenModel(critic))
     return critics
-
-
-def largest_divisor(number: int, at_most: int) -> int:
-    """The largest divisor of ``number`` that is at most ``at_most``."""
-    return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)

@@ -75,8 +75,7 @@ class PortableMuon(torch.optim.Muon):
     def step(self, closure=None):
         """One update; ``closure`` as torch has it, for matrices that nobody divides."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        is_native = pick_precision("auto", parameters[0].device) == "bf16"
-        with nullcontext() if is_native else _FloatForBfloat16():
+        with nullcontext() if muon_precision(parameters[0].device) == "bf16" else _FloatForBfloat16():
             if any(isinstance(parameter, DTensor) for parameter in parameters):
                 return self._step_whole()
             return super().step(closure)
@@ -99,6 +98,11 @@ class PortableMuon(torch.optim.Muon):
                 for kept, new in ((parameter, matrix), (state["momentum_buffer"], momentum)):
                     divided = distribute_tensor(new.detach(), kept.device_mesh, kept.placements, src_data_rank=None)
                     local(kept.detach()).copy_(local(divided))
+
+
+def muon_precision(device: torch.device) -> str:
+    """What Muon multiplies in, ``bf16`` or ``fp32``: it follows the device, whatever the run's own precision."""
+    return pick_precision("auto", device)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from avatarl import UserError
 from avatarl.errors import RunFailed
 from avatarl.objective import OBJECTIVES
+from avatarl.planning.plan import share_of_step
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
-from avatarl.training.assembly import largest_divisor
+from avatarl.training.assembly import assemble
 from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
 from avatarl.training.processes import Processes, meet
@@ -185,14 +186,25 @@ def test_a_step_that_cannot_be_shared_is_refused():
     assert Processes(rank=1, count=4).share(range(8, 16)) == range(10, 12)
 
 
-@pytest.mark.parametrize(("number", "at_most", "expected"), [(8, 8, 8), (8, 5, 4), (6, 4, 3), (7, 3, 1), (4, 9, 4)])
-def test_a_share_is_divided_into_equal_micro_batches(number: int, at_most: int, expected: int):
-    assert largest_divisor(number, at_most) == expected
+@pytest.mark.parametrize(
+    ("share", "at_most", "sizes"),
+    [(8, 8, [8]), (8, 5, [4, 4]), (6, 4, [3, 3]), (7, 3, [3, 2, 2]), (4, 9, [4]), (13, 8, [7, 6]), (9, 8, [5, 4])],
+)
+def test_a_share_is_divided_into_few_micro_batches(
+    tiny_config, tmp_path: Path, share: int, at_most: int, sizes: list[int]
+):
+    """Of a prime number of windows too; as many processes as there are windows in a micro-batch."""
+    config = tiny_config(tmp_path, batch_windows=at_most, accumulate_steps=share)
+    assembly = assemble(config, Processes())
+    whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
+    assembly.processes = Processes(rank=at_most - 1, count=at_most)
+    mine = [batch.inputs for batch in assembly.batches(3)]
+    assert [len(inputs) for inputs in mine] == sizes
+    assert torch.equal(torch.cat(mine), whole[-share:])
+    assert share_of_step(config, at_most) == (sizes[0], len(sizes))
 
 
 def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_config, tmp_path: Path):
-    from avatarl.training.assembly import assemble
-
     assembly = assemble(tiny_config(tmp_path, **COMMON), Processes())
     whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
     assert whole.shape == (16, BLOCK)

@@ -17,7 +17,7 @@ from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.folder.identity import check_run_folder, settings_digest
+from avatarl.training.folder.identity import changed_identity, check_run_folder, settings_digest
 from avatarl.training.validation import Validation
 
 from ..conftest import TINY, write_documents
@@ -230,6 +230,20 @@ def test_another_precision_is_named_as_such(tiny_config, tmp_path: Path, interru
         train(tiny_config(tmp_path, precision="bf16"), resume=True, quiet=True)
     assert "precision was 'fp32' and is 'bf16'" in str(refusal.value) and "critic" not in str(refusal.value)
     assert train(tiny_config(tmp_path, precision="bf16"), resume=True, allow_changes=True, quiet=True)["steps"] == 8
+
+
+def test_a_cpu_on_which_muon_multiplies_otherwise_is_named(tiny_config, tmp_path: Path, interrupt, monkeypatch):
+    config = tiny_config(tmp_path, optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=2))
+    monkeypatch.setattr("avatarl.training.optim.pick_precision", lambda *_: "fp32")
+    stop_after_step_6(config, interrupt)
+    run = tmp_path / "run"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["identity"]["muon precision"] == "fp32"
+    monkeypatch.setattr("avatarl.training.optim.pick_precision", lambda *_: "bf16")
+    with pytest.raises(UserError, match=r"run: muon precision was fp32 and is bf16 \(--allow_changes goes on\)"):
+        train(config, resume=True, quiet=True)
+    assert train(config, resume=True, allow_changes=True, quiet=True)["steps"] == 8
+    assert changed_identity({"precision": "fp32"}, {"precision": "fp32", "muon precision": "bf16"}) == []  # earlier
 
 
 def test_a_setting_that_came_since_has_its_default(tiny_config, tmp_path: Path, interrupt):

@@ -24,6 +24,7 @@ from .checkpoint import CHECKPOINTS, steps_found
 from .durable import replace_file
 from .lock import LOCK
 
+MUON = "muon precision"  # in a run's identity where it has Muon
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # What a start that was stopped before it wrote its configuration may have left.
 LEFT_BY_A_START = {LOCK, f".{CONFIG}.partial"}
@@ -85,6 +86,8 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
 def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """How precision, data, tokenizer and critics differ; settings have :func:`differences`."""
     names = [name for name in {**before, **now} if name != "settings" and now.get(name) != before.get(name)]
+    # Settings say where a run has Muon, and a run of an earlier version does not say in which precision.
+    names = [name for name in names if name != MUON or None not in (before.get(name), now.get(name))]
     if "precision" in names:  # which the weights of critics are held in
         names = [name for name in names if not name.startswith("critic ")]
     return [f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in names]
