@@ -20,7 +20,7 @@ from avatarl.models.critic_cache.read import read_manifest, training_flops
 from avatarl.outside import refusing
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
-from avatarl.results.runs import read_metrics, read_record, read_settings
+from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
 from avatarl.training.folder.durable import replace_file
 
 from .config import ComparisonConfig, Settings, by_dotted_names, critics_of
@@ -165,8 +165,8 @@ def sizes_of(run: Path) -> dict[str, float]:
     Raises:
         UserError: The record is damaged.
     """
-    sizes = read_record(run).get("sizes")
-    if not isinstance(sizes, dict):
+    sizes = sizes_of_record(read_record(run))
+    if sizes is None:
         raise UserError(f"{run / 'environment.json'} is missing or damaged; expected the record of a run")
     return sizes
 

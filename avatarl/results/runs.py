@@ -128,6 +128,15 @@ def read_record(run: str | Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
+def sizes_of_record(record: dict) -> dict | None:
+    """Parameters, tokens and FLOPs as a run's record has them from its last start, for settings may have changed since
+    the first; None where it does not say."""
+    resumed = record.get("resumed")
+    starts = [record, *(resumed if isinstance(resumed, list) else [])]
+    sizes = [start.get("sizes") for start in starts if isinstance(start, dict)]
+    return next((found for found in reversed(sizes) if isinstance(found, dict)), None)
+
+
 def read_metrics(run: str | Path, event: str) -> list[dict]:
     """The lines of ``event`` (``train`` or ``eval``) in a run's metrics.jsonl, in order of steps.
 

@@ -11,7 +11,7 @@ import yaml
 
 from avatarl.inert import one_line
 
-from .runs import LARGEST_NUMBER, Run, same_data, same_rewards
+from .runs import LARGEST_NUMBER, Run, same_data, same_rewards, sizes_of_record
 
 MOST_EVALUATIONS, MOST_RESUMPTIONS = 20, 20  # lines for people to read
 ABSENT, UNKNOWN, NOT_RECORDED = "—", "unknown", "not recorded"
@@ -328,8 +328,7 @@ def _as_yaml(value: object) -> str:
 
 
 def _size(run: Run, name: str) -> float | None:
-    sizes = run.record.get("sizes")
-    value = sizes.get(name) if isinstance(sizes, dict) else None
+    value = (sizes_of_record(run.record) or {}).get(name)
     return value if _is_number(value) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,18 @@ from .schedule import Schedules
 from .validation import Validation
 
 
+@dataclass(frozen=True)
+class Reached:
+    """How far a run is, and what that took. It is kept, for the settings of the steps before may have been others."""
+
+    step: int = 0
+    windows: int = 0  # read, and so the place of the next one in the endless order
+    tokens: int = 0
+    player_flops: int = 0
+    critic_flops: int = 0
+    caches: dict[str, int] = field(default_factory=dict)  # FLOPs that each took, by its digest
+
+
 @dataclass
 class Assembly:
     """The parts of one run on one process."""
@@ -60,6 +72,7 @@ class Assembly:
     validation: Validation
     total_steps: int
     identity: dict[str, str]
+    begun_at: Reached = field(default_factory=Reached)  # where this process took the run up
 
     @property
     def autocast(self) -> AbstractContextManager:
@@ -71,9 +84,37 @@ class Assembly:
     def tokens_per_step(self) -> int:
         return self.config.windows_per_step * self.config.block
 
+    def go_on_from(self, reached: Reached) -> None:
+        """Take the run up where it was left; ``epochs`` count what was read.
+
+        Raises:
+            UserError: A schedule ends after the run.
+        """
+        self.begun_at = reached
+        self.total_steps = self.config.total_steps(len(self.windows), reached.step, reached.windows)
+        self.schedules = self.schedules.over(self.total_steps)
+        self.optimisers.total_steps = self.total_steps
+
+    def reached_after(self, step: int) -> Reached:
+        """How far the run is after ``step``, evaluations aside, counted from where this process took it up."""
+        begun = self.begun_at
+        steps, tokens = step - begun.step, (step - begun.step) * self.tokens_per_step
+        critics = sum(
+            (self.schedules.steps_of(i, step) - self.schedules.steps_of(i, begun.step)) * per_token
+            for i, per_token in enumerate(self.critic_flops)
+        )
+        return Reached(
+            step,
+            begun.windows + steps * self.config.windows_per_step,
+            begun.tokens + tokens,
+            begun.player_flops + tokens * self.player_flops,
+            begun.critic_flops + critics * self.tokens_per_step,
+            begun.caches | {cache.digest: cache.flops for cache in self.caches.values()},
+        )
+
     def windows_of_step(self, step: int) -> range:
         """The places in the endless order of training that optimiser step ``step``, counted from 1, reads."""
-        return range((step - 1) * self.config.windows_per_step, step * self.config.windows_per_step)
+        return range(self.reached_after(step - 1).windows, self.reached_after(step).windows)
 
     def batches(self, step: int) -> Iterator[Batch]:
         """This process's windows of one optimiser step, a micro-batch at a time.
@@ -97,12 +138,8 @@ class Assembly:
             ``tokens`` of training; ``player_flops``, of the player's forward and backward passes; ``critic_flops``, of
             the critics' forward passes, where they judge and are not cached.
         """
-        critics = sum(self.schedules.steps_of(i, step) * per_token for i, per_token in enumerate(self.critic_flops))
-        return {
-            "tokens": self.tokens_per_step * step,
-            "player_flops": self.tokens_per_step * step * self.player_flops,
-            "critic_flops": self.tokens_per_step * critics,
-        }
+        reached = self.reached_after(step)
+        return {name: getattr(reached, name) for name in ("tokens", "player_flops", "critic_flops")}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -116,7 +153,7 @@ class Assembly:
             "non_embedding_parameters": self.parameters.non_embedding,
             "unique_tokens": len(self.windows) * self.config.block,
             **self.spent_until(self.total_steps),
-            "cached_critic_flops": sum(cache.flops for cache in self.caches.values()),
+            "cached_critic_flops": sum(self.reached_after(self.total_steps).caches.values()),
         }
 
     def describe(self) -> str:

@@ -264,9 +264,16 @@ class TrainConfig:
         """Windows in one optimiser step."""
         return self.batch_windows * self.accumulate_steps
 
-    def total_steps(self, train_windows: int) -> int:
-        """Optimiser steps of the run, given the number of training windows."""
-        return self.steps or max(1, round(self.epochs * train_windows / self.windows_per_step))
+    def total_steps(self, train_windows: int, taken: int = 0, windows_read: int = 0) -> int:
+        """Optimiser steps of the run, given the number of training windows and what of ``epochs`` is done already.
+
+        Args:
+            train_windows: In an epoch.
+            taken: Steps that were taken, perhaps of other sizes.
+            windows_read: In them.
+        """
+        ahead = taken - windows_read / self.windows_per_step  # 0 where all were of this size
+        return self.steps or max(1, round(self.epochs * train_windows / self.windows_per_step + ahead))
 
     @property
     def critics(self) -> list[str]:

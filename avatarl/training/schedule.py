@@ -71,6 +71,10 @@ class Schedules:
             raise UserError(f"schedules.critic_weight has no critic to weigh: objective {objective.name!r} asks none")
         self._check_starts()
 
+    def over(self, total_steps: int) -> Schedules:
+        """The same in a run of so many steps; raises as making one does."""
+        return Schedules(self._config, self._objective, self._start_steps, total_steps, self._device)
+
     def _check_starts(self) -> None:
         """Refuse a critic that never judges."""
         for start in self._start_steps:

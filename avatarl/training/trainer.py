@@ -1,13 +1,14 @@
 """The training loop, the same for every objective and for one process or many.
 
-Batches come in an order that depends on the seed and the step alone; the loss is normalised by the positions of the
-whole optimiser step; metrics stay on the device until a line is logged. A checkpoint is taken between two steps, and
-holds all that the next step depends on.
+Batches come in an order that depends on the seed and the place in it alone; the loss is normalised by the positions of
+the whole optimiser step; metrics stay on the device until a line is logged. A checkpoint is taken between two steps,
+and holds all that the next step depends on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 
 from avatarl.errors import RunFailed, RunStopped, UserError
 
-from .assembly import Assembly, assemble
+from .assembly import Assembly, Reached, assemble
 from .config import TrainConfig
 from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
@@ -108,7 +109,12 @@ def start_of_run() -> dict:
         "best_player": None,  # size and SHA-256 of its files
         "cross_entropy": math.nan,  # of the last evaluation
         "seconds": 0.0,
-        "unlogged": {"since_step": 0, "seconds": 0.0, "sums": {}},  # what the next line of metrics will hold
+        "unlogged": {
+            "since_step": 0,
+            "since_tokens": 0,
+            "seconds": 0.0,
+            "sums": {},
+        },  # what the next line of metrics will hold
     }
 
 
@@ -139,8 +145,14 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
         manifest = read_manifest(checkpoint)
         load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        guard.load_state_dict(progress.pop("guard"), is_same_run=manifest["identity"] == parts.identity)
+        is_same_run = manifest["identity"] == parts.identity
+        guard.load_state_dict(progress.pop("guard"), is_same_run)
+        if not is_same_run:
+            progress["unlogged"]["sums"] = {}  # a line is of steps of one kind
         taken, best_player = int(progress["step"]), progress["best_player"]
+        # A checkpoint of an earlier version does not say; its steps were as those to come.
+        reached = progress.pop("reached", None)
+        parts.go_on_from(Reached(**reached) if reached else parts.reached_after(taken))
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
@@ -177,6 +189,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
         stop.is_seen_by_loop = True
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
+        tokens_logged = unlogged.get("since_tokens", parts.spent_until(logged_at)["tokens"])
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
         parts.model.start_averages(progress["step"])
@@ -215,19 +228,21 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                 taken = values.pop("taken")
                 seconds = time.monotonic() - clock
                 progress["seconds"] += seconds
+                spent = parts.spent_until(step)
                 log.write(
                     "train",
                     step,
                     {
-                        **parts.spent_until(step),
+                        **spent,
                         "learning_rate": learning_rate,
                         **parts.schedules.logged(step),
-                        "tokens_per_second": (step - logged_at) * parts.tokens_per_step / seconds,
+                        "tokens_per_second": (spent["tokens"] - tokens_logged) / seconds,
                         "skipped_steps": guard.refused,
                         **({name: value / taken for name, value in values.items()} if taken else {}),
                     },
                 )
-                since_log, logged_at, clock = MetricSums(), step, time.monotonic()
+                since_log, logged_at, tokens_logged = MetricSums(), step, spent["tokens"]
+                clock = time.monotonic()
             is_due = step % config.checkpoint_every_steps == 0
             # On a GPU asking waits for the device, as a line of metrics and a checkpoint do anyway.
             if (parts.device.type == "cpu" or logged_at == step or is_due) and guard.must_stop:
@@ -249,9 +264,15 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             if is_due or is_end:
                 sums = since_log.over(processes)
                 since_log = MetricSums(sums)
-                progress["unlogged"] = {"since_step": logged_at, "seconds": started - clock, "sums": sums}
+                progress["unlogged"] = {
+                    "since_step": logged_at,
+                    "since_tokens": tokens_logged,
+                    "seconds": started - clock,
+                    "sums": sums,
+                }
                 log.flush()
-                state = {**progress, "guard": guard.state_dict()}
+                reached = dataclasses.asdict(parts.reached_after(step))
+                state = {**progress, "reached": reached, "guard": guard.state_dict()}
                 if not checkpoints.save(step, run_state(parts.model, parts.optimisers), state, is_last=is_end):
                     log.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
