@@ -32,6 +32,7 @@ from .folder.identity import (
     CONFIG,
     changed_identity,
     check_run_folder,
+    has_changed_since,
     identities_of_run,
     write_resumption,
     write_start,
@@ -87,7 +88,8 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
             )
             progress, guard = start_of_run(), Guard(config.guard, parts.device)
             if checkpoint:
-                progress = processes.from_main(load_checkpoint(checkpoint, parts, guard))  # one answer for all
+                is_same_run = not changes and not processes.ask_main(lambda: has_changed_since(run, checkpoint))
+                progress = processes.from_main(load_checkpoint(checkpoint, parts, guard, is_same_run))  # one for all
             if processes.is_main and progress["step"] < parts.total_steps:
                 environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
                 environment["sizes"] = parts.sizes
@@ -135,8 +137,10 @@ def find_checkpoint(
     return checkpoint, changes
 
 
-def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
+def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard, is_same_run: bool = True) -> dict:
     """Put everything back as it was; return how far the run is.
+
+    Where settings, data or critics are others, losses and metrics of the steps before say nothing about those to come.
 
     Raises:
         UserError: It is of another model, further than the run is to go, or not what a run writes.
@@ -145,7 +149,6 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard) -> dict:
         manifest = read_manifest(checkpoint)
         load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        is_same_run = manifest["identity"] == parts.identity
         guard.load_state_dict(progress.pop("guard"), is_same_run)
         if not is_same_run:
             progress["unlogged"]["sums"] = {}  # a line is of steps of one kind

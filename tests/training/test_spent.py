@@ -162,6 +162,18 @@ def test_speed_is_of_the_tokens_that_were_read(tiny_config, tmp_path: Path, stop
     assert line["tokens"] == (4 * 4 + 2) * BLOCK
 
 
+def test_a_line_after_a_change_is_of_the_steps_after_it(tiny_config, tmp_path: Path, stop, interrupt):
+    """Also where the changed run was interrupted before its first checkpoint."""
+    settings = FIRST | dict(objective="cross_entropy", log_every_steps=6)
+    stop(tiny_config(tmp_path, **FIRST | dict(log_every_steps=6)))
+    interrupt(2)
+    with pytest.raises(Interrupted):
+        train(tiny_config(tmp_path, **settings), resume=True, allow_changes=True, quiet=True)
+    train(tiny_config(tmp_path, **settings), resume=True, quiet=True)
+    (line,) = (line for line in lines_of(tmp_path / "run") if line["event"] == "train" and line["step"] == 6)
+    assert "expected_reward" not in line and line["loss"] == line["cross_entropy"]
+
+
 def test_refused_windows_after_a_change_are_those_that_were_read(
     tiny_config, tmp_path: Path, data_folder: Path, monkeypatch, stop
 ):

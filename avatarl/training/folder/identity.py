@@ -20,7 +20,7 @@ from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 
 from ..config import TrainConfig
 from ..rewarded_player import FrozenModel
-from .checkpoint import CHECKPOINTS, steps_found
+from .checkpoint import CHECKPOINTS, read_manifest, steps_found
 from .durable import replace_file
 from .lock import LOCK
 
@@ -81,6 +81,14 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
         ) from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{run / ENVIRONMENT} cannot be read, so the run's data and critics are unknown") from error
+
+
+def has_changed_since(run: Path, checkpoint: Path) -> bool:
+    """Whether a start of the run after the one that wrote ``checkpoint`` has changed something."""
+    record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    starts, identity = [record, *record["resumed"]], read_manifest(checkpoint)["identity"]
+    wrote = max(number for number, start in enumerate(starts) if dict(start["identity"]) == identity)
+    return any(start.get("changes") for start in starts[wrote + 1 :])
 
 
 def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
