@@ -22,6 +22,7 @@ from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
 from avatarl.training import TrainConfig
+from avatarl.training.config import idle_settings
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
 from avatarl.training.folder.log import evaluations_of
 
@@ -231,7 +232,12 @@ class Progress:
             raise UserError(f"{cache} is of another critic than {critic} is now; give another out")
 
     def _own_critics(self, kind: str, name: str) -> list[str]:
-        """The critics that this comparison trains for an arm or critic, those of its critics included."""
+        """The critics that this comparison trains for an arm or critic, those of its critics included.
+
+        None at all where what the search has found asks no critic.
+        """
+        if "critic" in idle_settings({"objective": "avatarl", **self._settings(kind, name)}):
+            return []
         named = critics_of(self.comparison.untuned[kind, name])
         own = [critic for critic in named if critic in self.comparison.critics]
         return list(

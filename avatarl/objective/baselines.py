@@ -43,6 +43,7 @@ class LabelSmoothing(Objective):
     """Cross-entropy with a target that gives ε/V to every token of the vocabulary (Szegedy et al., 2016)."""
 
     name = "label_smoothing"
+    settings = ("baseline.label_smoothing",)
 
     def score(self, rows: Rows, with_gradient: bool) -> Scores:
         smoothing = self.baseline.label_smoothing
@@ -62,6 +63,7 @@ class Distillation(Objective):
     """α·cross-entropy + (1−α)·KL(critic‖player) over the whole vocabulary; several critics are averaged."""
 
     name = "distillation"
+    settings = ("baseline.distillation_alpha",)
 
     @property
     def needs_critic(self) -> bool:
@@ -139,6 +141,7 @@ class Reinforce(RewardedObjective):
     """
 
     name = "reinforce"
+    settings = ("avatarl.", "baseline.samples")
     is_sampled = True
 
     def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:
@@ -187,6 +190,7 @@ class PPO(Reinforce):
     """
 
     name = "ppo"
+    settings = ("avatarl.", "baseline.samples", "baseline.ppo_clip", "baseline.ppo_refresh_every")
     needs_snapshot = True
 
     def metric_names(self, num_critics: int, num_stored: int = 0) -> tuple[str, ...]:

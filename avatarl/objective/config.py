@@ -142,6 +142,8 @@ class AvataRLConfig:
             if num_critics == 0 and self.critic_weight > 0:
                 raise UserError(f"critic_weight is {self.critic_weight} but no critic is given; give one, or weight 0")
             return (self.critic_weight / num_critics,) * num_critics if num_critics else ()
+        if num_critics == 0 and not self.needs_critic:  # those that weigh nothing are not asked
+            return ()
         if len(self.critic_weight) != num_critics:
             raise UserError(f"critic_weight has {len(self.critic_weight)} entries for {num_critics} critics")
         return self.critic_weight

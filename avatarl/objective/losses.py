@@ -30,6 +30,7 @@ class RewardedObjective(Objective):
     """What the objectives that use the reward landscape share."""
 
     pays_dense_tail: ClassVar[bool] = False
+    settings = ("avatarl.",)
 
     @property
     def needs_critic(self) -> bool:

@@ -58,6 +58,7 @@ class Objective(ABC):
     name: ClassVar[str]
     needs_snapshot: ClassVar[bool] = False
     is_sampled: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()  # that it depends on, or whole groups of them, by their names in a recipe
 
     def __init__(self, avatarl: AvataRLConfig | None = None, baseline: BaselineConfig | None = None):
         self.avatarl = avatarl or _ARTICLE

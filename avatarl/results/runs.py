@@ -16,6 +16,7 @@ import yaml
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.outside import LARGEST_CONFIG_BYTES, check_recipe, parse_json, read_regular_file, refusing
+from avatarl.training.config import idle_settings
 from avatarl.training.folder.identity import CONFIG, ENVIRONMENT, flatten
 from avatarl.training.folder.log import METRICS
 
@@ -116,6 +117,8 @@ def read_settings(run: str | Path) -> dict:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings by name; expected a run's config.yaml")
+    if "critic" in idle_settings(flatten(settings)):
+        settings["critic"] = None  # runs of earlier versions name one that was not asked
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import yaml
 
 from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig
-from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig
+from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig, make_objective
 from avatarl.objective.config import require_kinds, require_number, require_whole
 
 
@@ -137,6 +138,28 @@ class ScheduleConfig:
                 require_whole(f"{field}.end_step", schedule.end_step, minimum=schedule.start_step + 1)
             if schedule.shape == "first" and schedule.end_step is None:
                 raise UserError(f"{field}.end_step is null; shape 'first' needs the step after which it changes")
+
+
+def idle_settings(settings: Mapping[str, Any]) -> set[str]:
+    """Which of a recipe's settings, by dotted names, play no part beside the others; none where these make no sense.
+
+    They are those of other objectives, critics that the objective does not ask, and the window of a guard that is off.
+    """
+    groups = {
+        group: {name.removeprefix(group): value for name, value in settings.items() if name.startswith(group)}
+        for group in ("avatarl.", "baseline.")
+    }
+    try:
+        of_objective = AvataRLConfig(**groups["avatarl."]), BaselineConfig(**groups["baseline."])
+        objective = make_objective(settings["objective"], *of_objective)
+    except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError):  # UserError among them
+        return set()
+    idle = {name for name in settings if name.startswith(tuple(groups)) and not name.startswith(objective.settings)}
+    if not objective.needs_critic:
+        idle |= {"critic", "critic_quantization", "shard_critics"}
+    if settings.get("guard.spike_score") is None:
+        idle.add("guard.spike_window")
+    return idle
 
 
 @dataclass(frozen=True)

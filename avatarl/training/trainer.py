@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from avatarl.errors import RunFailed, RunStopped, UserError
 
 from .assembly import Assembly, Reached, assemble
-from .config import TrainConfig
+from .config import TrainConfig, idle_settings
 from .draws import seed_dropout
 from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
 from .folder.durable import tidy
@@ -32,6 +32,7 @@ from .folder.identity import (
     CONFIG,
     changed_identity,
     check_run_folder,
+    flatten,
     has_changed_since,
     identities_of_run,
     write_resumption,
@@ -70,7 +71,10 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
         RunFailed: The loss is no longer a number, the run folder cannot be written, or another process is gone.
         RunStopped: SIGTERM or SIGINT; what was reached is saved.
     """
-    run = Path(config.out)
+    run, unasked = Path(config.out), None
+    if config.critic is not None and "critic" in idle_settings(flatten(config.as_dict())):
+        unasked = ", ".join(config.critics)
+        config = dataclasses.replace(config, critic=None, critic_quantization=None, shard_critics=False)
     with (
         _failures_in_one_line(run),
         Processes.of_this_run() as processes,
@@ -83,6 +87,8 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
             # Once more, now that nobody else can have begun to write it meanwhile.
             changes = processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
             report = Console(stderr=True, quiet=quiet or not processes.is_main, soft_wrap=True, markup=False).print
+            if unasked:
+                report(f"critic is {unasked}, which objective {config.objective!r} does not ask; the run has none")
             checkpoint, changes = processes.ask_main(
                 lambda: find_checkpoint(run, parts, changes, allow_changes, report) if resume else (None, changes)
             )

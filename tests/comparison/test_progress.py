@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from avatarl import AvataRLConfig, UserError
+from avatarl.comparison import TuningConfig
 from avatarl.comparison.progress import Progress, point_name
 from avatarl.data import PreparedData
 
@@ -351,3 +352,22 @@ def test_a_run_that_was_stopped_is_still_missing(compared: Compared, data: Prepa
     progress = Progress.of(comparison, data)
     assert names_of(progress.missing) == ["runs/smooth/seed-2"]
     assert [(member.arm, member.seed) for member in progress.members][-1] == ("smooth", 1)
+
+
+def test_a_critic_that_the_search_leaves_out_is_not_paid_for(compared: Compared, data: PreparedData, tmp_path: Path):
+    """α = 1 is a point of the grid, and the best; a run there stores no critic."""
+    grid = {"baseline.distillation_alpha": [0.5, 1.0]}
+    arms = {"cross_entropy": CROSS_ENTROPY, "pupil": {"objective": "distillation", "critic": "teacher"}}
+    tuning = TuningConfig(grid=grid, seed=9, arms=["pupil"])
+    comparison = compared(arms=arms, critics={"teacher": CROSS_ENTROPY}, tuning=tuning, seeds=[1])
+    for best, critics in ((1.0, ()), (0.5, (tmp_path / "out" / "critics" / "teacher",))):
+        pretend = pretender(data, lambda job, best=best: abs(job.recipe.baseline.distillation_alpha - best))
+
+        def do(job, pretend=pretend):
+            asks = job.recipe.objective == "distillation" and job.recipe.baseline.distillation_alpha < 1
+            pretend(job if asks else replace(job, recipe=replace(job.recipe, critic=None)))
+
+        complete(comparison, data, do)
+        (pupil,) = (member for member in Progress.of(comparison, data).members if member.arm == "pupil")
+        assert pupil.critics == critics
+        shutil.rmtree(tmp_path / "out")

@@ -18,7 +18,7 @@ from avatarl.errors import UserError
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 
-from ..config import TrainConfig
+from ..config import TrainConfig, idle_settings
 from ..rewarded_player import FrozenModel
 from .checkpoint import CHECKPOINTS, read_manifest, steps_found
 from .durable import replace_file
@@ -56,7 +56,9 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
         )
     # A setting that a run of an earlier version does not name had the value that is the default now.
     defaults = flatten(TrainConfig(data="", out="", steps=1).as_dict())
-    changes = differences({**defaults, **saved, "out": config.out}, flatten(config.as_dict()))
+    before, now = {**defaults, **saved, "out": config.out}, flatten(config.as_dict())
+    idle = idle_settings(before) & idle_settings(now)
+    changes = differences(*({name: each[name] for name in each if name not in idle} for each in (before, now)))
     if changes and not allow_changes:
         raise UserError(f"{run} was started under other settings: {'; '.join(changes)} (--allow_changes goes on)")
     return changes

@@ -126,8 +126,6 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
     sources, spent = sources_of(manifest), parts.spent_until(step)
     of_split, read = manifest["tokens"]["train"], parts.sizes["unique_tokens"]
     settings = {name: value for name, value in config.as_dict().items() if name != "out"}
-    if not parts.critic_names:
-        settings["critic"] = None  # a recipe may name one that the objective does not ask
     recipe = yaml.safe_dump(settings, sort_keys=False)
     fence = backticks_around(recipe, fewest=3)
     more = f" and {len(sources) - MOST_SOURCES} more" if len(sources) > MOST_SOURCES else ""
