@@ -173,7 +173,7 @@ class TrainConfig:
             or ppo.
         critic: A critic, or several: run folders, model folders, hub ids, caches of critics (``avatarl critic cache``),
             ``ema:DECAY:START_STEP``, the player's own moving average from that step on, or ``random:PRESET:SEED``, one
-            that knows nothing.
+            that knows nothing. A run whose objective asks none has none, whatever is given.
         critic_quantization: How to quantise the critics' weights, as transformers writes it in config.json:
             ``{quant_method: bitsandbytes, load_in_8bit: true}`` or torchao's (None: not, but for those saved so).
         avatarl: Settings of the rewards and the AvataRL loss.
