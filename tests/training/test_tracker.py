@@ -65,7 +65,7 @@ def tracked(tiny_config, tmp_path: Path) -> Callable[..., TrainConfig]:
     """``tracked(**settings)``: a tracked run in ``tmp_path / "run"``."""
 
     def make(**settings) -> TrainConfig:
-        return tiny_config(tmp_path, **{"objective": "cross_entropy", "tracker": "trackio", **settings})
+        return tiny_config(tmp_path, **{"objective": "cross_entropy", "critic": None, "tracker": "trackio", **settings})
 
     return make
 
