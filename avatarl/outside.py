@@ -41,6 +41,14 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def require_unicode(setting: str, path: str | Path) -> None:
+    """Refuse a path whose bytes are no UTF-8: some libraries, and files that hold settings, cannot take it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{setting} is {path}, which is not UTF-8; a path in UTF-8 is expected") from error
+
+
 @contextmanager
 def refusing(before: str, after: str = "") -> Iterator[None]:
     """Whatever a library makes of a file that is not what it should be, as a UserError: before, the reason, after."""

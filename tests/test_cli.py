@@ -312,6 +312,12 @@ def test_an_occupied_out_folder_is_refused(refused, here: Path, recipe, tmp_path
     assert "out is run, which already holds files" in refused("demo", source, "--out", "run")
 
 
+def test_an_out_that_is_not_utf8_is_refused_before_any_work(refused, here: Path, recipe, tmp_path: Path):
+    source = write_documents(tmp_path / "documents.jsonl", count=3, seed=1)
+    for command in (["train", "--config", recipe()], ["prepare", source], ["demo", source]):
+        assert refused(*command, "--out", "caf\udce9").startswith("avatarl: out is caf\\udce9")
+
+
 def test_a_model_without_safetensors_is_refused(
     refused, recipe, tmp_path: Path, data_folder: Path, critic_folder: Path
 ):

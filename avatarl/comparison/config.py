@@ -21,7 +21,7 @@ from avatarl.models.loading import resolve_model
 from avatarl.objective import AvataRLConfig, Objective, make_objective
 from avatarl.objective.config import require_whole
 from avatarl.options import make_parser, parse_settings
-from avatarl.outside import check_recipe
+from avatarl.outside import check_recipe, require_unicode
 from avatarl.training import TrainConfig
 
 from .search import middle
@@ -94,6 +94,7 @@ class ComparisonConfig:
     workers: int | None = None
 
     def __post_init__(self):
+        require_unicode("out", self.out)
         if not self.arms:
             raise UserError("arms is empty; expected what each arm changes of the base recipe, by its name")
         for kind, names in (("arm", self.arms), ("critic", self.critics)):

@@ -16,12 +16,14 @@ import reprlib
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from avatarl.data.files import files_in, identity
 from avatarl.data.python_docs import python_documents
 from avatarl.data.readers import Part, Piece, read_parts
 from avatarl.errors import UserError, nearest_name
@@ -46,13 +48,19 @@ LAST_SEAM = re.compile(r"(?s:.*)(?:\S(?= \S)|\S\n(?=\S))")
 
 
 def document_pieces(
-    sources: Iterable[str], text_field: str = "text", processes: int = 1, folder: Path | None = None
+    sources: Iterable[str],
+    text_field: str = "text",
+    processes: int = 1,
+    folder: Path | None = None,
+    left_out: dict[str, Counter[str]] | None = None,
 ) -> Iterator[Piece]:
     """Yield the documents of ``sources``, in order, as pieces of about 65,536 characters.
 
     A source is a file or folder (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, or ``hub:ID`` or
     ``hub:ID@CONFIG`` for the train split of a data set that the ``datasets`` library opens. ``text_field`` is the
-    field or column of structured sources that holds the text. Documents of nothing but white space are left out.
+    field or column of structured sources that holds the text. Documents of nothing but white space are left out; what
+    is named twice, under whatever names, is read once. ``left_out`` gets the number of files that are not read, by
+    source and reason, before the first piece.
 
     Several ``processes`` read a file, or a shard of a data set, each at a time, and keep what they are ahead in files
     in ``folder``; the order stays what it is. Close the iterator to end them.
@@ -64,10 +72,20 @@ def document_pieces(
     Raises:
         UserError: a source is missing, empty, of an unknown kind, or holds something that is not text.
     """
-    parts = [(source, _parts(source, text_field)) for source in sources]
+    parts: list[tuple[str, list[Part]]] = []
+    reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    named: set[Hashable] = set()
+    for source in sources:
+        found = _parts(source, text_field, reasons[source])
+        own = {key: part for key, part in found if key not in named}
+        reasons[source]["already read (named twice)"] += len(found) - len(own)
+        named.update(own)
+        parts.append((source, list(own.values())))
+    if left_out is not None:
+        left_out.update({source: +counts for source, counts in reasons.items() if +counts})
     with contextlib.closing(read_parts([part for _, own in parts for part in own], processes, folder)) as read:
         for source, own in parts:
-            empty = True
+            empty = bool(own)
             for pieces in itertools.islice(read, len(own)):
                 for piece in pieces:
                     empty = False
@@ -76,21 +94,29 @@ def document_pieces(
                 raise UserError(f"source {source!r}: holds no text")
 
 
-def _parts(source: str, text_field: str) -> list[Part]:
-    """A source as parts that can be read at the same time: its files, or the shards of a data set."""
+def _parts(source: str, text_field: str, left_out: Counter[str]) -> list[tuple[Hashable, Part]]:
+    """A source as parts that can be read at the same time: its files, or the shards of a data set.
+
+    Before each stands what is the same for two names of it.
+    """
     if source == "python-docs":
-        return [_python_pieces]
+        return [(source, _python_pieces)]
     if source.startswith("hub:"):
         shards = _hub_shards(source)
-        return [partial(_hub_pieces, shards, number, source, text_field) for number in range(shards.num_shards)]
-    return [partial(_file_pieces, path, text_field) for path in _files(source)]
+        name, _ = hub_name(source)
+        data_set = os.path.realpath(name) if os.path.isdir(name) else name, shards.info.config_name
+        return [
+            ((*data_set, number), partial(_hub_pieces, shards, number, source, text_field))
+            for number in range(shards.num_shards)
+        ]
+    return [(identity(path), partial(_file_pieces, path, text_field)) for path in _files(source, left_out)]
 
 
 def _python_pieces() -> Iterator[Piece]:
     return _pieces_of_all(python_documents())
 
 
-def _files(source: str) -> list[Path]:
+def _files(source: str, left_out: Counter[str]) -> list[Path]:
     """The readable files that a path names, sorted; hidden ones inside a folder are left out."""
     path = Path(source)
     if os.path.isfile(path):
@@ -102,13 +128,13 @@ def _files(source: str) -> list[Path]:
             f"source {source!r}: no such file or folder; accepted are files and folders ({ACCEPTED}), python-docs, "
             "hub:DATASET_ID and a folder with nanoGPT's train.bin and val.bin"
         )
-    found = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    readable = sorted(file for file in found if _kind(file))
-    for file in readable:
-        if not file.is_file():  # a pipe would be waited for
+    found, reasons = files_in(path)
+    left_out.update(reasons)
+    readable = [file for file in found if _kind(file)]
+    for file in found:
+        if not _kind(file):
+            left_out["of an unknown kind" if os.path.exists(file) else "links to nowhere"] += 1
+        elif not file.is_file():  # a pipe would be waited for
             raise UserError(f"source {source!r}: {file} is not a regular file that exists")
     if not readable:
         raise UserError(f"source {source!r}: the folder has no readable file; accepted are {ACCEPTED}")
@@ -266,11 +292,20 @@ def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterat
 def _hub_shards(source: str) -> IterableDataset:
     import datasets
 
-    name, _, config = source.removeprefix("hub:").partition("@")
+    name, config = hub_name(source)
     with _refusing_hub(source):
         if not os.path.isdir(name):
             require_on_hub(name, "dataset", f"source {source!r}")
-        return datasets.load_dataset(name, config or None, split="train", streaming=True)
+        return datasets.load_dataset(name, config, split="train", streaming=True)
+
+
+def hub_name(source: str) -> tuple[str, str | None]:
+    """The id or folder of ``hub:ID``, ``hub:ID@CONFIG``, ``hub:FOLDER`` …, and the configuration."""
+    whole = source.removeprefix("hub:")
+    ends = [*(place for place, character in enumerate(whole) if character == "@"), len(whole)]
+    # A folder may have an @ in its path; an id has none.
+    end = max((end for end in ends if os.path.isdir(whole[:end])), default=ends[0])
+    return whole[:end], whole[end + 1 :] or None
 
 
 def _hub_pieces(shards: IterableDataset, number: int, source: str, text_field: str) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from avatarl.data.corpus import Piece, document_pieces
 from avatarl.data.dataset import DTYPES, FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, file_record
+from avatarl.data.fidelity import Copies, Fidelity, unknown_ids
+from avatarl.data.nanogpt import FILES as NANOGPT_FILES
+from avatarl.data.nanogpt import find_token_files, open_token_file
 from avatarl.data.shards import EncodedPiece, ShardWriter, SplitCounts, SplitWriter
 from avatarl.data.tokenizer import (
     decoded_bytes,
@@ -27,15 +31,22 @@ from avatarl.data.tokenizer import (
     token_byte_lengths,
 )
 from avatarl.errors import UserError
+from avatarl.outside import require_unicode
 
 DEFAULT_TOKENIZER = "bpe:4096"
 
 # Enough pieces to keep many cores busy, few enough that their encodings stay near 100 MB.
 BATCH_CHARACTERS = 4_000_000
 
-NANOGPT_FILES = {"train": "train.bin", "valid": "val.bin"}
-NANOGPT_DTYPE = np.dtype("<u2")
-NANOGPT_CHUNK_TOKENS = 1 << 22
+# Shares of the text or its tokens that are said where they are not 0, and what to do where most of it is concerned.
+OTHER_TOKENIZER = "give a tokenizer made for this text, or bpe:N, which can write any"
+SHARES = {
+    "unknown_token_share": ("of the tokens are unknown to the tokenizer", OTHER_TOKENIZER),
+    "lost_character_share": ("of the characters are lost: they do not come back from its tokens", OTHER_TOKENIZER),
+    "repeated_share": ("of the text repeats earlier documents", None),
+    "repeated_share_of_valid": ("of the validation text is trained on as well", "give each document once"),
+}
+MOST_LOST = 0.5
 
 Report = Callable[..., None]  # report(doing="tokens", tokens=1000, note="a sentence"), all optional
 
@@ -83,18 +94,25 @@ def prepare(
         raise UserError(f"shard_tokens: found {shard_tokens}; a whole number of at least 1 is expected")
     if processes < 1:
         raise UserError(f"processes: found {processes}; a whole number of at least 1 is expected")
-    nanogpt_folder = _nanogpt_folder(sources)
+    require_unicode("out", out)
+    nanogpt_folder = find_token_files(sources)
     with _all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
         if nanogpt_folder:
             facts = _prepare_nanogpt(nanogpt_folder, folder, tokenizer, shard_tokens, report)
         else:
             with contextlib.ExitStack() as reading:  # so that no process reads on when this ends, however it does
+                left_out: dict[str, Counter[str]] = {}
 
                 def pieces() -> Iterator[Piece]:
-                    read = document_pieces(sources, text_field, processes, folder)
+                    read = document_pieces(sources, text_field, processes, folder, left_out)
                     return reading.enter_context(contextlib.closing(read))
 
                 facts = _prepare_text(pieces, folder, tokenizer, valid_fraction, shard_tokens, report)
+            for source, reasons in left_out.items():
+                counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+                report(note=f"source {source!r}: files and folders left out: {counts}")
+            if left_out:
+                facts["left_out"] = left_out
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -125,17 +143,22 @@ def _prepare_text(
     report(doing="tokens")
     byte_lengths = token_byte_lengths(tokenizer)
     splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, byte_lengths)
+    fidelity, copies = Fidelity(tokenizer), Copies()
     characters = tokens = 0
     with contextlib.closing(splits):
         for batch in _batches(pieces()):
             characters += sum(len(piece.text) for piece in batch)
-            for encoded in _encode(batch, tokenizer, facts["end_of_text_id"], byte_lengths is None):
+            for encoded in _encode(batch, tokenizer, facts["end_of_text_id"], fidelity, byte_lengths is None):
                 tokens += len(encoded.ids)
                 splits.write(encoded)
+            for piece in batch:
+                copies.add(piece)
             report(tokens=tokens)
+        facts |= _check_shares(fidelity.shares(), f"tokenizer {spec!r}", report)
         if tokens < 2:
             raise UserError(f"sources: {tokens} tokens in all; at least 2 are needed, one to train on and one to check")
         valid_rule = splits.finish()
+    facts |= _check_shares(copies.shares(splits.is_valid), "sources", report)
     return facts | _counts(splits.counts, characters) | {"valid_fraction": valid_fraction, "valid_rule": valid_rule}
 
 
@@ -153,7 +176,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode(
-    batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int | None, keeps_bytes: bool
+    batch: list[Piece], tokenizer: PreTrainedTokenizerBase, end_id: int | None, fidelity: Fidelity, keeps_bytes: bool
 ) -> Iterator[EncodedPiece]:
     texts = [piece.text for piece in batch]
     if keeps_bytes:
@@ -161,6 +184,7 @@ def _encode(
     else:
         encoded = [(ids, None) for ids in encode_texts(tokenizer, texts)]
     for piece, (ids, lengths) in zip(batch, encoded, strict=True):
+        fidelity.add(piece.text, ids)
         if piece.ends_document and end_id is not None:
             ids.append(end_id)
             lengths = None if lengths is None else np.append(lengths, 0)
@@ -171,18 +195,6 @@ def _encode(
 # --- nanoGPT's token files ------------------------------------------------------------------------------------------
 
 
-def _nanogpt_folder(sources: list[str]) -> Path | None:
-    folders = [
-        source for source in sources if all(os.path.isfile(Path(source) / name) for name in NANOGPT_FILES.values())
-    ]
-    if folders and len(sources) > 1:
-        raise UserError(
-            f"source {folders[0]!r}: nanoGPT's token files bring their own split and cannot be joined with other "
-            f"sources; found {len(sources)} sources, 1 is accepted"
-        )
-    return Path(folders[0]) if folders else None
-
-
 def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, report: Report) -> dict:
     if spec.startswith("bpe:") and spec != DEFAULT_TOKENIZER:
         raise UserError(
@@ -190,19 +202,21 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
             "folder and a tokenizer's id on the Hugging Face Hub"
         )
     spec = "gpt2" if spec == DEFAULT_TOKENIZER else spec
-    for name in NANOGPT_FILES.values():
-        size = (source / name).stat().st_size
-        if size == 0 or size % NANOGPT_DTYPE.itemsize:
-            raise UserError(f"{source / name}: has {size} bytes; 2 for every token, and at least one token, expected")
     tokenizer, _ = resolve_tokenizer(spec, lambda: [])
     facts = _save_tokenizer(tokenizer, spec, folder)
     byte_lengths = token_byte_lengths(tokenizer)
+    files = {split: open_token_file(source / name, facts["vocab_size"]) for split, name in NANOGPT_FILES.items()}
     counts = {split: SplitCounts() for split in NANOGPT_FILES}
+    # Where one id is unknown and ends texts as well, as GPT-2's does, ids alone do not tell which it is.
+    unknown, unknown_tokens = list(unknown_ids(tokenizer) - {facts["end_of_text_id"]}), 0
     report(doing="tokens")
-    for split, name in NANOGPT_FILES.items():
+    for split, file in files.items():
+        if file.is_unusual:
+            report(note=f"{file.path}: read as {file.bytes_per_token} bytes for every token from byte {file.start} on")
         writer = ShardWriter(folder, split, DTYPES[facts["dtype"]], shard_tokens)
         with contextlib.closing(writer):
-            for ids in _nanogpt_chunks(source / name, facts["vocab_size"]):
+            for ids in file.chunks(facts["vocab_size"]):
+                unknown_tokens += int(np.isin(ids, unknown).sum())
                 writer.append(ids)
                 counts[split].documents += int((ids == facts["end_of_text_id"]).sum())
                 counts[split].tokens += len(ids)
@@ -211,20 +225,24 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
                 )
                 report(tokens=sum(count.tokens for count in counts.values()))
     valid = counts["valid"].tokens
-    fraction = valid / (valid + counts["train"].tokens)
+    tokens = valid + counts["train"].tokens
+    facts |= _check_shares({"unknown_token_share": unknown_tokens / tokens}, f"tokenizer {spec!r}", report)
+    fraction = valid / tokens
     return facts | _counts(counts, None) | {"valid_fraction": fraction, "valid_rule": "nanoGPT's own val.bin"}
 
 
-def _nanogpt_chunks(path: Path, vocab_size: int) -> Iterator[np.ndarray]:
-    with path.open("rb") as file:
-        while chunk := file.read(NANOGPT_CHUNK_TOKENS * NANOGPT_DTYPE.itemsize):
-            ids = np.frombuffer(chunk, dtype=NANOGPT_DTYPE)
-            if ids.max() >= vocab_size:
-                raise UserError(f"{path}: holds token id {ids.max()}; the tokenizer has ids below {vocab_size}")
-            yield ids
-
-
 # --- what the manifest says -----------------------------------------------------------------------------------------
+
+
+def _check_shares(shares: dict[str, float], whose: str, report: Report) -> dict[str, float]:
+    """Say how much was lost or repeated, refuse what cannot be meant, and return what the manifest says of it."""
+    shares = {name: share for name, share in shares.items() if share}
+    for name, share in shares.items():
+        what, mend = SHARES[name]
+        if mend and share > MOST_LOST:
+            raise UserError(f"{whose}: {100 * share:.3g} % {what}; at most {100 * MOST_LOST:g} % is accepted; {mend}")
+        report(note=f"{whose}: {100 * share:.3g} % {what}")
+    return shares
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: str, folder: Path) -> dict:

@@ -97,6 +97,7 @@ class SplitWriter:
         self._waiting: list[SplitCounts] = []  # one for every document on disk, the last one perhaps unfinished
         self._valid_fraction = valid_fraction
         self._byte_lengths = byte_lengths
+        self.is_valid = bytearray()  # of each document, whether any of it is validation
         self._document = 0
         self._at_document_start = True
 
@@ -108,6 +109,8 @@ class SplitWriter:
             split = "valid" if _draw(self._document) < self._valid_fraction else "train"
             _append(self._writers[split], piece)
             _count(self.counts[split], piece, begins_document=self._at_document_start)
+            if piece.ends_document:
+                self.is_valid.append(split == "valid")
         self._at_document_start = piece.ends_document
         if piece.ends_document:
             self._document += 1
@@ -141,6 +144,7 @@ class SplitWriter:
         start = 0
         for number, document in enumerate(self._waiting):
             split = "valid" if number in chosen else "train"
+            self.is_valid.append(split == "valid")
             self._copy(streams, start, start + document.tokens, split)
             total = self.counts[split]
             total.documents += 1
@@ -171,6 +175,7 @@ class SplitWriter:
         starts = np.cumsum([0, *(document.tokens for document in self._waiting[:-1])])
         train.documents = int((starts < cut).sum())
         valid.documents = len(starts) - train.documents
+        self.is_valid.extend(np.append(starts[1:], tokens) > cut)
         for start in range(cut, tokens, COPY_TOKENS):
             numbers = streams[-1].slice(start, min(start + COPY_TOKENS, tokens))
             valid.utf8_bytes += int((numbers if self._byte_lengths is None else self._byte_lengths[numbers]).sum())

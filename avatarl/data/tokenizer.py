@@ -250,7 +250,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that opens, but does not turn text into its own entries and back."""
+    """Refuse a tokenizer that opens, but gives no entries of its own for a text; what it loses, `prepare` measures."""
     ids = set(tokenizer.get_vocab().values())
     _check_ids(ids, name)
     (encoded,) = _encode(tokenizer, [PROBE])

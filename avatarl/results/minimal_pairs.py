@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from avatarl.data.files import files_in
 from avatarl.data.tokenizer import encode_texts, end_of_text_id
 from avatarl.device import pick_device
 from avatarl.errors import UserError
@@ -156,13 +157,12 @@ def _files(source: Path) -> list[tuple[Path, str]]:
     if not os.path.isdir(source):
         raise UserError(f"pairs {str(source)!r}: {accepted}")
     found = []
-    for path in sorted(source.rglob("*.jsonl")):
-        inside = path.relative_to(source)
-        if any(part.startswith(".") for part in inside.parts):
+    for path in files_in(source)[0]:
+        if path.suffix != ".jsonl":
             continue
         if not path.is_file():  # a pipe would be waited for
             raise UserError(f"pairs {str(source)!r}: {path} is not a regular file that exists")
-        found.append((path, inside.with_suffix("").as_posix()))
+        found.append((path, path.relative_to(source).with_suffix("").as_posix()))
     if not found:
         raise UserError(f"pairs {str(source)!r}: the folder has no .jsonl file; {accepted}")
     return found

@@ -37,6 +37,7 @@ def test_a_comparison_is_accepted():
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"out": "caf\udce9"}, r"out is caf\\udce9, which is not UTF-8; a path in UTF-8 is expected"),
         ({"arms": {}}, "arms is empty; expected"),
         ({"arms": {"cross_entropy": {}, "a/b": {}}}, "arm is named 'a/b'; expected letters"),
         ({"arms": {"cross_entropy": {}, "": {}}}, "arm is named ''"),

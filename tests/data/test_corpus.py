@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from avatarl.data import corpus
-from avatarl.data.corpus import document_pieces
+from avatarl.data.corpus import document_pieces, hub_name
 from avatarl.errors import UserError
 
 
@@ -78,6 +78,88 @@ def test_a_folder_is_read_sorted_and_without_hidden_files(tmp_path):
     for name in ["b.txt", "sub/a.md", "a.txt", ".hidden.txt", ".git/x.txt", "picture.png"]:
         write(tmp_path / name, name.encode())
     assert read(tmp_path) == ["a.txt", "b.txt", "sub/a.md"]
+
+
+def left_out(*sources) -> dict:
+    told = {}
+    next(document_pieces([str(source) for source in sources], left_out=told))
+    return told
+
+
+def test_linked_folders_are_read_once_each_and_no_circle_is_followed(tmp_path):
+    for folder in ("corpus/books", "elsewhere/deep", "around"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("corpus/b.txt", "corpus/books/c.txt", "elsewhere/d.txt", "elsewhere/deep/e.txt", "beside.txt"):
+        write(tmp_path / name, name.encode())
+    corpus = tmp_path / "corpus"
+    for link, target in {
+        "a": "books",  # which keeps its own name, and so its place in the order
+        "x": "../elsewhere",
+        "y": "../elsewhere/deep",
+        "books/loop": ".",
+        "books/up": "..",
+        "out": "../../" + tmp_path.name,
+        "broken": "nowhere",
+        "b2.txt": "b.txt",
+    }.items():
+        (corpus / link).symlink_to(target)
+    (corpus / "b3.txt").hardlink_to(corpus / "b.txt")
+    expected = ["corpus/b.txt", "corpus/books/c.txt", "elsewhere/d.txt", "elsewhere/deep/e.txt"]
+    assert read(corpus) == expected
+    (tmp_path / "link").symlink_to("corpus")
+    assert read(tmp_path / "link") == expected
+    assert left_out(corpus)[str(corpus)] == {
+        "already read (named twice)": 4,  # a, y or x/deep, b2.txt, b3.txt
+        "links in a circle": 3,
+        "links to nowhere": 1,
+    }
+
+
+def test_a_folder_says_what_was_left_out(tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", "b.pdf", "c.zst", ".git/x.txt", ".hidden.txt"):
+        write(tmp_path / name, name.encode())
+    assert left_out(tmp_path) == {str(tmp_path): {"hidden": 2, "of an unknown kind": 2}}
+    assert left_out(tmp_path / "a.txt") == {}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", b"a")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        read(tmp_path)
+
+
+def test_what_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    file = write(tmp_path / "folder" / "a.txt", b"one")
+    write(tmp_path / "folder" / "b.txt", b"two")
+    (tmp_path / "link.txt").symlink_to(file)
+    for again in (file, "folder/a.txt", "folder/../folder/a.txt", "link.txt"):
+        assert read(file, again) == ["one"]
+        assert left_out(file, again) == {str(again): {"already read (named twice)": 1}}
+        assert read("folder", again) == ["one", "two"]
+        assert read(again, "folder") == ["one", "two"]
+    assert left_out(file, file, file) == {str(file): {"already read (named twice)": 2}}
+    assert len(read("python-docs", "python-docs")) == len(read("python-docs"))
+
+
+def test_an_at_sign_in_the_path_of_a_data_set_is_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "team@lab" / "set@2"
+    folder.mkdir(parents=True)
+    write(folder / "train.jsonl", b'{"text": "one"}\n')
+    for source in (f"hub:{folder}", f"hub:{folder}@default", "hub:team@lab/set@2", "hub:team@lab/set@2@default"):
+        assert read(source) == ["one"]
+        assert read(f"hub:{folder}", source) == ["one"]  # named twice, read once
+    assert hub_name("hub:owner/name@config@x") == ("owner/name", "config@x")
+    assert hub_name("hub:owner/name") == ("owner/name", None)
 
 
 def test_a_local_data_set_is_read_through_the_datasets_library(tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ def write_nanogpt(folder: Path, tokenizer: Path, train: list[int], valid: list[i
     folder.mkdir()
     np.array(train, dtype="<u2").tofile(folder / "train.bin")
     np.array(valid, dtype="<u2").tofile(folder / "val.bin")
-    (folder / "meta.pkl").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were ever unpickled
     return folder
 
 
@@ -120,15 +119,22 @@ def test_pieces_do_not_change_what_is_written(tmp_path, monkeypatch):
         assert (tmp_path / "pieces" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
+@pytest.fixture(scope="module")
+def large_tokenizer(tmp_path_factory) -> str:
+    """The words w0 to w69999, the first of them for all others."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    folder = tmp_path_factory.mktemp("tokenizer") / "words"
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(70_000)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path, large_tokenizer):
     (tmp_path / "a.txt").write_text(" ".join(f"w{i}" for i in range(69_000, 70_000)))
-    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=str(tmp_path / "words"), quiet=True)
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer=large_tokenizer, quiet=True)
     data = PreparedData.open(tmp_path / "out")
     assert manifest["dtype"] == "uint32"
     assert data.end_of_text_id is None
@@ -157,18 +163,74 @@ def test_nanogpt_files_that_cannot_be_used_are_refused(prepared, tmp_path, monke
             prepare(list(sources), tmp_path / "out", tokenizer=spec, quiet=True)
         assert not list(tmp_path.glob("*out*"))
 
-    refuse("train.bin: holds token id 300; the tokenizer has ids below 300")
+    refuse("train.bin: holds token id 300, read as 2 bytes for every token; the tokenizer has ids below 300")
     refuse("tokenizer 'bpe:500': .* holds token ids and no text to train on; accepted are gpt2", spec="bpe:500")
     refuse("cannot be joined with other sources", sources=(str(source), "python-docs"))
     (source / "val.bin").write_bytes(b"\1\0\2")
     refuse("val.bin: has 3 bytes; 2 for every token")
+    (source / "val.bin").write_bytes(b"\1\0\2\0\x2c\1")
+    refuse("val.bin: holds the same tokens as train.bin; a validation part of its own is expected")
     (source / "val.bin").write_bytes(b"\1\0")
+    (source / "meta.pkl").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were ever unpickled
+    refuse("meta.pkl: says that the ids beside it are of a vocabulary of their own, .*; prepare the text")
+    (source / "meta.pkl").unlink()
 
     def unreachable(name, **_):
         raise OSError(name)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
     refuse("tokenizer 'gpt2': openai-community/gpt2 cannot be had", spec="bpe:4096")
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_nanogpt_files_of_wider_ids_are_read_as_such(prepared, tmp_path, width, capfd):
+    source, train, valid = tmp_path / "nano", [*range(300)] * 3, [5, 6, 7]
+    source.mkdir()
+    np.array(train, dtype=f"<u{width}").tofile(source / "train.bin")
+    np.array(valid, dtype=f"<u{width}").tofile(source / "val.bin")
+    manifest = prepare([str(source)], tmp_path / "out", tokenizer=str(prepared.path / "tokenizer"))
+    data = PreparedData.open(tmp_path / "out")
+    assert manifest["tokens"] == {"train": 900, "valid": 3}
+    assert data.train.slice(0, 900).tolist() == train
+    assert f"train.bin: read as {width} bytes for every token from byte 0 on" in capfd.readouterr().err
+
+
+def test_a_vocabulary_above_65536_cannot_lie_in_two_bytes(tmp_path, large_tokenizer):
+    source, ids = tmp_path / "nano", np.arange(69_000, 70_000)
+    source.mkdir()
+    ids[:900].astype("<u4").tofile(source / "train.bin")
+    ids[900:].astype("<u4").tofile(source / "val.bin")
+    manifest = prepare([str(source)], tmp_path / "out", tokenizer=large_tokenizer, quiet=True)
+    assert manifest["tokens"] == {"train": 900, "valid": 100}
+    assert PreparedData.open(tmp_path / "out").train.slice(0, 900).tolist() == ids[:900].tolist()
+    np.arange(1000, dtype="<u2").tofile(source / "train.bin")
+    with pytest.raises(UserError, match="train.bin: holds token id 65[0-9]*, read as 4 bytes for every token"):
+        prepare([str(source)], tmp_path / "two", tokenizer=large_tokenizer, quiet=True)
+    np.arange(1001, dtype="<u2").tofile(source / "train.bin")
+    with pytest.raises(UserError, match="train.bin: has 2002 bytes; 4 for every token"):
+        prepare([str(source)], tmp_path / "two", tokenizer=large_tokenizer, quiet=True)
+
+
+@pytest.mark.parametrize(("magic", "version", "width"), [(20240520, 1, 2), (20240801, 7, 4)])
+def test_the_header_of_llm_c_is_read_and_is_no_text(prepared, tmp_path, magic, version, width):
+    source, tokenizer = tmp_path / "nano", str(prepared.path / "tokenizer")
+    source.mkdir()
+
+    def write(name, ids, **header):
+        said = {"magic": magic, "version": version, "tokens": len(ids)} | header
+        head = np.zeros(256, dtype="<i4")
+        head[:3] = list(said.values())
+        (source / name).write_bytes(head.tobytes() + np.array(ids, dtype=f"<u{width}").tobytes())
+
+    write("train.bin", [*range(300)])
+    write("val.bin", [7, 8])
+    manifest = prepare([str(source)], tmp_path / "out", tokenizer=tokenizer, quiet=True)
+    assert manifest["tokens"] == {"train": 300, "valid": 2}
+    assert PreparedData.open(tmp_path / "out").train.slice(0, 300).tolist() == [*range(300)]
+    for wrong in ({"tokens": 299}, {"tokens": -1}, {"version": 3}):
+        write("train.bin", [*range(300)], **wrong)
+        with pytest.raises(UserError, match=f"train.bin: has llm.c's header of magic {magic}.*; version {version} and"):
+            prepare([str(source)], tmp_path / "again", tokenizer=tokenizer, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +271,32 @@ def test_an_existing_folder_is_refused_and_untouched_but_an_empty_one_is_used(st
     assert (out / "manifest.json").read_bytes() == before
     with pytest.raises(UserError, match="exists and is not empty"):
         prepare([str(stories_file)], stories_file, tokenizer="bpe:300", quiet=True)
+
+
+def test_what_is_left_out_is_said_and_kept(tmp_path, prepared, capfd):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    source = write_stories(folder / "a.txt", 30)
+    (folder / "picture.png").write_bytes(b"")
+    settings = {"tokenizer": str(prepared.path / "tokenizer")}
+    manifest = prepare([str(folder), str(source)], tmp_path / "out", **settings)
+    assert manifest["left_out"] == {
+        str(folder): {"of an unknown kind": 1},
+        str(source): {"already read (named twice)": 1},
+    }
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    said = capfd.readouterr().err
+    assert f"source '{folder}': files and folders left out: 1 of an unknown kind" in said
+    assert f"source '{source}': files and folders left out: 1 already read (named twice)" in said
+    once = prepare([str(source)], tmp_path / "once", **settings)
+    assert once["files"] == manifest["files"] and "left_out" not in once
+    assert capfd.readouterr().err == ""  # nothing lost, nothing repeated
+
+
+def test_an_out_that_is_not_utf8_is_refused_before_any_work(stories_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "read_parts", None)
+    with pytest.raises(UserError, match=r"out is .*caf\\udce9, which is not UTF-8; a path in UTF-8 is expected"):
+        prepare([str(stories_file)], tmp_path / "caf\udce9", tokenizer="bpe:300", quiet=True)
 
 
 def test_progress_goes_to_stderr_and_can_be_silenced(stories_file, tmp_path, capfd, monkeypatch):

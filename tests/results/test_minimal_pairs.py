@@ -147,6 +147,14 @@ def test_blimps_format_and_the_plain_one_are_read(lines):
     assert read_pairs(folder / "b.jsonl") == [first, second]
 
 
+def test_linked_folders_of_pairs_are_read_once(lines, tmp_path: Path):
+    folder = lines("pairs/a.jsonl", {"good": "a", "bad": "b"}).parent
+    elsewhere = lines("elsewhere/c.jsonl", {"good": "c", "bad": "d"}).parent
+    for name, target in (("more", elsewhere), ("again", elsewhere), ("loop", folder), ("z.jsonl", folder / "a.jsonl")):
+        (folder / name).symlink_to(target)
+    assert [pair.good for pair in read_pairs(folder)] == ["a", "c"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

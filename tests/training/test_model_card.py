@@ -87,8 +87,10 @@ def test_a_dataset_of_the_hub_is_linked_by_its_id(source: str, dataset: str | No
     assert hub_dataset(source) == dataset
     (tmp_path / "Skylion007" / "openwebtext").mkdir(parents=True)
     (tmp_path / "wikitext").mkdir()
+    (tmp_path / "team@lab").mkdir()
     monkeypatch.chdir(tmp_path)
     assert hub_dataset(source) is None  # a folder comes before an id
+    assert hub_dataset("hub:team@lab") is None
 
 
 def test_the_evaluation_is_that_of_the_player(finished):

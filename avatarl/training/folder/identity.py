@@ -17,6 +17,7 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
+from avatarl.outside import require_unicode
 
 from ..config import TrainConfig, idle_settings
 from ..rewarded_player import FrozenModel
@@ -36,6 +37,7 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     Raises:
         UserError: naming the folder or the settings that differ.
     """
+    require_unicode("out", run)
     if run.exists() and not run.is_dir():
         raise UserError(f"out is {run}, which is a file; expected a folder that does not exist yet")
     if not run.exists() or not {path.name for path in run.iterdir()} - LEFT_BY_A_START:

@@ -13,6 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from avatarl.data.corpus import hub_name
 from avatarl.inert import backticks_around, markdown_code, one_line
 
 from .durable import replace_folder
@@ -188,13 +189,12 @@ def sources_of(manifest: Mapping[str, Any]) -> list[str]:
 
 def hub_dataset(source: str) -> str | None:
     """The Hub's id of a source ``hub:ID`` or ``hub:ID@CONFIG``; None of another one, ``hub:FOLDER`` among them."""
-    scheme, _, rest = source.partition(":")
-    dataset = rest.partition("@")[0]
+    dataset, _ = hub_name(source)
     try:
         validate_repo_id(dataset)
     except HFValidationError:
         return None
-    return dataset if scheme == "hub" and not Path(dataset).exists() else None
+    return dataset if source.startswith("hub:") and not Path(dataset).exists() else None
 
 
 def record_of(run: Path) -> list[tuple[str, str]]:

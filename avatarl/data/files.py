@@ -1,0 +1,55 @@
+"""The files in a folder, each found once, whatever links lead to it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from avatarl.errors import UserError
+
+
+def files_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The files in a folder and below it, sorted, and how many were left out, by reason.
+
+    Hidden files and folders are left out. Linked folders are followed; what several names lead to is listed once. A
+    link to a folder that the link lies in is not followed. What is listed may be a pipe, or a link to nowhere.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    folders = set()
+    waiting = [folder]
+    for top in waiting:  # linked folders come last, so that one inside `folder` is listed under its own name
+        for place, subfolders, names in os.walk(top, onerror=_refuse):
+            if identity(place) in folders:
+                left_out["already read (named twice)"] += 1
+                subfolders.clear()
+                continue
+            folders.add(identity(place))
+            hidden = {name for name in (*subfolders, *names) if name.startswith(".")}
+            left_out["hidden"] += len(hidden)
+            subfolders[:] = sorted({*subfolders} - hidden)
+            for link in (Path(place, name) for name in subfolders if os.path.islink(Path(place, name))):
+                if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(link)):
+                    left_out["links in a circle"] += 1
+                else:
+                    waiting.append(link)
+            found += [Path(place, name) for name in names if name not in hidden]
+    files: dict[tuple[int, int], Path] = {}
+    for path in sorted(found):
+        if files.setdefault(identity(path), path) is not path:
+            left_out["already read (named twice)"] += 1
+    return list(files.values()), +left_out
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """What two names of one file or folder have in common."""
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); a readable folder is expected") from error

@@ -1,0 +1,105 @@
+"""nanoGPT's token files, train.bin and val.bin, and those that llm.c and modded-nanogpt write under these names."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from avatarl.errors import UserError
+
+FILES = {"train": "train.bin", "valid": "val.bin"}
+CHUNK_BYTES = 1 << 23
+
+# llm.c's header is 256 int32: magic, version, number of tokens, zeros.
+HEADER_BYTES = 256 * 4
+HEADERS = {20240520: (1, 2), 20240801: (7, 4)}  # magic: version, bytes of a token
+
+
+class TokenFile(NamedTuple):
+    """A file of token ids, and how they lie in it."""
+
+    path: Path
+    start: int  # bytes before the first id
+    bytes_per_token: int
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether the ids lie otherwise than nanoGPT writes them, in two bytes each and nothing before."""
+        return (self.start, self.bytes_per_token) != (0, 2)
+
+    def chunks(self, vocab_size: int) -> Iterator[np.ndarray]:
+        """Token ids, unsigned (T,), some millions at a time; UserError for one that is not below ``vocab_size``."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            while chunk := file.read(CHUNK_BYTES):
+                ids = np.frombuffer(chunk, dtype=f"<u{self.bytes_per_token}")
+                if ids.max() >= vocab_size:
+                    raise UserError(
+                        f"{self.path}: holds token id {ids.max()}, read as {self.bytes_per_token} bytes for every "
+                        f"token; the tokenizer has ids below {vocab_size}"
+                    )
+                yield ids
+
+
+def find_token_files(sources: list[str]) -> Path | None:
+    """The folder of nanoGPT's files among the sources, if there is one.
+
+    Raises:
+        UserError: it is not the only source, or its ids are of another vocabulary, or nothing is left to check on.
+    """
+    folders = [Path(source) for source in sources if all(os.path.isfile(Path(source, name)) for name in FILES.values())]
+    if not folders:
+        return None
+    folder, (train, valid) = folders[0], FILES.values()
+    if len(sources) > 1:
+        raise UserError(
+            f"source {str(folder)!r}: nanoGPT's token files bring their own split and cannot be joined with other "
+            f"sources; found {len(sources)} sources, 1 is accepted"
+        )
+    if os.path.lexists(folder / "meta.pkl"):  # a pickle, and so never opened
+        raise UserError(
+            f"{folder / 'meta.pkl'}: says that the ids beside it are of a vocabulary of their own, as of single "
+            "characters; prepare the text that they were made from, or move meta.pkl away where the ids are the "
+            "tokenizer's"
+        )
+    if filecmp.cmp(folder / train, folder / valid, shallow=False):
+        raise UserError(f"{folder / valid}: holds the same tokens as {train}; a validation part of its own is expected")
+    return folder
+
+
+def open_token_file(path: Path, vocab_size: int) -> TokenFile:
+    """Find out how the ids lie in a file: after a header or without one, in 2, 4 or 8 bytes each.
+
+    Raises:
+        UserError: the file has no token, a part of one, or not as many as its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        beginning = file.read(CHUNK_BYTES)
+    magic, version, tokens = np.frombuffer(beginning[:12].ljust(12, b"\0"), dtype="<i4").tolist()
+    if size >= HEADER_BYTES and magic in HEADERS:
+        expected, width = HEADERS[magic]
+        if version != expected or size != HEADER_BYTES + tokens * width or not tokens:
+            raise UserError(
+                f"{path}: has llm.c's header of magic {magic}, version {version} and {tokens} tokens, and "
+                f"{size - HEADER_BYTES} bytes after it; version {expected} and {width} bytes a token are expected"
+            )
+        return TokenFile(path, HEADER_BYTES, width)
+    narrowest = 2 if vocab_size <= 1 << 16 else 4
+    width = next(width for width in (8, 4, 2) if width == narrowest or _is_padded(beginning, size, narrowest, width))
+    if not size or size % width:
+        raise UserError(f"{path}: has {size} bytes; {width} for every token, and at least one token, expected")
+    return TokenFile(path, 0, width)
+
+
+def _is_padded(beginning: bytes, size: int, narrowest: int, width: int) -> bool:
+    """Whether ids that fit ``narrowest`` bytes lie in ``width`` each: all that is above them is 0."""
+    if not size or size % width:
+        return False
+    parts = np.frombuffer(beginning, dtype=f"<u{narrowest}").reshape(-1, width // narrowest)
+    return not parts[:, 1:].any()
