@@ -68,9 +68,16 @@ def prepare(
     with any number of processes. Where a tokenizer's ids do not say how many bytes of text they stand for, four bytes a
     token more keep it (``bytes-train-00000.bin`` …); those of a byte-level one do.
 
+    What does not come in as it is, is said on stderr and in the manifest, where there is any: files that are
+    ``left_out`` by source and reason, ``unknown_token_share``, ``lost_character_share`` (of the first million
+    characters, then of every 32nd), ``repeated_share`` of the text in documents that were there before, but for white
+    space at their ends, and ``repeated_share_of_valid`` that is in training documents too.
+
     Args:
-        sources: files or folders (.txt .md .jsonl .parquet, and .gz of these), ``python-docs``, ``hub:ID`` or
-            ``hub:ID@CONFIG``; or, alone, a folder with nanoGPT's train.bin and val.bin, whose split is kept.
+        sources: files or folders (.txt .md .jsonl .parquet, and .gz of these; links are followed, what is named twice
+            is read once), ``python-docs``, ``hub:ID`` or ``hub:ID@CONFIG``; or, alone, a folder with nanoGPT's
+            train.bin and val.bin, whose split is kept, in two bytes a token or, where the ids or llm.c's header say
+            so, more.
         out: the folder to make; it may exist only if it is empty.
         tokenizer: ``bpe:N`` trains one on the text, else ``gpt2``, a folder or a Hub id. nanoGPT's ids are GPT-2's,
             so that there the default is ``gpt2``.
@@ -84,7 +91,8 @@ def prepare(
         quiet: show no progress on stderr.
 
     Raises:
-        UserError: a source, the tokenizer, a setting or ``out`` cannot be used; nothing is left on disk then.
+        UserError: a source, the tokenizer, a setting or ``out`` cannot be used, or more than half of the text is lost
+            or of validation is trained on; nothing is left on disk then.
     """
     if not sources:
         raise UserError("sources: none given; at least one file, folder, python-docs or hub:DATASET_ID is expected")
