@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from avatarl.data.files import files_in, identity
+from avatarl.data.folders import files_in, identity
 from avatarl.data.python_docs import python_documents
 from avatarl.data.readers import Part, Piece, read_parts
 from avatarl.errors import UserError, nearest_name

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from avatarl.data.files import files_in
+from avatarl.data.folders import files_in
 from avatarl.data.tokenizer import encode_texts, end_of_text_id
 from avatarl.device import pick_device
 from avatarl.errors import UserError
