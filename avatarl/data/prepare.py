@@ -44,7 +44,7 @@ SHARES = {
     "unknown_token_share": ("of the tokens are unknown to the tokenizer", OTHER_TOKENIZER),
     "lost_character_share": ("of the characters are lost: they do not come back from its tokens", OTHER_TOKENIZER),
     "repeated_share": ("of the text repeats earlier documents", None),
-    "repeated_share_of_valid": ("of the validation text is trained on as well", "give each document once"),
+    "repeated_share_of_valid": ("of the validation text is trained on as well", "name each text once"),
 }
 MOST_LOST = 0.5
 
@@ -91,8 +91,8 @@ def prepare(
         quiet: show no progress on stderr.
 
     Raises:
-        UserError: a source, the tokenizer, a setting or ``out`` cannot be used, or more than half of the text is lost
-            or of validation is trained on; nothing is left on disk then.
+        UserError: a source, the tokenizer, a setting or ``out`` cannot be used, more than half of the text is lost, or
+            more than half of validation is trained on because sources repeat each other; nothing is left on disk then.
     """
     if not sources:
         raise UserError("sources: none given; at least one file, folder, python-docs or hub:DATASET_ID is expected")
@@ -115,7 +115,9 @@ def prepare(
                     read = document_pieces(sources, text_field, processes, folder, left_out)
                     return reading.enter_context(contextlib.closing(read))
 
-                facts = _prepare_text(pieces, folder, tokenizer, valid_fraction, shard_tokens, report)
+                # What a single source repeats is its own; several that repeat each other are one text, named twice.
+                most_repeated = MOST_LOST if len(sources) > 1 else 1
+                facts = _prepare_text(pieces, folder, tokenizer, valid_fraction, shard_tokens, most_repeated, report)
             for source, reasons in left_out.items():
                 counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
                 report(note=f"source {source!r}: files and folders left out: {counts}")
@@ -141,6 +143,7 @@ def _prepare_text(
     spec: str,
     valid_fraction: float,
     shard_tokens: int,
+    most_repeated: float,
     report: Report,
 ) -> dict:
     report(doing="tokenizer")
@@ -166,7 +169,7 @@ def _prepare_text(
         if tokens < 2:
             raise UserError(f"sources: {tokens} tokens in all; at least 2 are needed, one to train on and one to check")
         valid_rule = splits.finish()
-    facts |= _check_shares(copies.shares(splits.is_valid), "sources", report)
+    facts |= _check_shares(copies.shares(splits.is_valid), "sources", report, most_repeated)
     return facts | _counts(splits.counts, characters) | {"valid_fraction": valid_fraction, "valid_rule": valid_rule}
 
 
@@ -242,13 +245,13 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
 # --- what the manifest says -----------------------------------------------------------------------------------------
 
 
-def _check_shares(shares: dict[str, float], whose: str, report: Report) -> dict[str, float]:
+def _check_shares(shares: dict[str, float], whose: str, report: Report, most: float = MOST_LOST) -> dict[str, float]:
     """Say how much was lost or repeated, refuse what cannot be meant, and return what the manifest says of it."""
     shares = {name: share for name, share in shares.items() if share}
     for name, share in shares.items():
         what, mend = SHARES[name]
-        if mend and share > MOST_LOST:
-            raise UserError(f"{whose}: {100 * share:.3g} % {what}; at most {100 * MOST_LOST:g} % is accepted; {mend}")
+        if mend and share > most:
+            raise UserError(f"{whose}: {100 * share:.3g} % {what}; at most {100 * most:g} % is accepted; {mend}")
         report(note=f"{whose}: {100 * share:.3g} % {what}")
     return shares
 

@@ -164,3 +164,10 @@ def test_a_copy_of_the_text_is_refused(tmp_path, prepared, count):
     with pytest.raises(UserError, match=r"sources: .* % of the validation text is trained on as well; at most 50 %"):
         prepare([a, b], tmp_path / "out", tokenizer=str(prepared.path / "tokenizer"), quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_one_source_repeats_is_its_own(tmp_path, prepared, capfd):
+    source = write(tmp_path / "a.jsonl", [story(1)] * 30)
+    manifest = prepare([source], tmp_path / "out", tokenizer=str(prepared.path / "tokenizer"))
+    assert manifest["repeated_share"] == pytest.approx(29 / 30) and manifest["repeated_share_of_valid"] == 1
+    assert "sources: 100 % of the validation text is trained on as well" in capfd.readouterr().err
