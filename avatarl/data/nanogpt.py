@@ -73,10 +73,10 @@ def find_token_files(sources: list[str]) -> Path | None:
 
 
 def open_token_file(path: Path, vocab_size: int) -> TokenFile:
-    """Find out how the ids lie in a file: after a header or without one, in 2, 4 or 8 bytes each.
+    """Find out how the ids lie in a file: in 2 bytes each, or as llm.c's header says. The width is never guessed.
 
     Raises:
-        UserError: the file has no token, a part of one, or not as many as its header says.
+        UserError: the file has no token, a part of one, not as many as its header says, or wider ones without a header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -90,16 +90,20 @@ def open_token_file(path: Path, vocab_size: int) -> TokenFile:
                 f"{size - HEADER_BYTES} bytes after it; version {expected} and {width} bytes a token are expected"
             )
         return TokenFile(path, HEADER_BYTES, width)
-    narrowest = 2 if vocab_size <= 1 << 16 else 4
-    width = next(width for width in (8, 4, 2) if width == narrowest or _is_padded(beginning, size, narrowest, width))
-    if not size or size % width:
-        raise UserError(f"{path}: has {size} bytes; {width} for every token, and at least one token, expected")
-    return TokenFile(path, 0, width)
+    if not size or size % 2:
+        raise UserError(f"{path}: has {size} bytes; 2 for every token, and at least one token, expected")
+    wide = next((width for width in (8, 4) if _is_padded(beginning, size, width)), None)
+    if wide or vocab_size > 1 << 16:
+        found = f"holds ids of {wide} bytes each" if wide else f"ids below {vocab_size} do not fit the 2 bytes of each"
+        raise UserError(
+            f"{path}: {found}; nanoGPT's have 2, and llm.c's header before them is expected where they have 4: 256 "
+            "int32, 20240801, 7, the number of ids, zeros"
+        )
+    return TokenFile(path, 0, 2)
 
 
-def _is_padded(beginning: bytes, size: int, narrowest: int, width: int) -> bool:
-    """Whether ids that fit ``narrowest`` bytes lie in ``width`` each: all that is above them is 0."""
-    if not size or size % width:
+def _is_padded(beginning: bytes, size: int, width: int) -> bool:
+    """Whether ids that fit 2 bytes lie in ``width`` each: all that is above them is 0."""
+    if size % width:
         return False
-    parts = np.frombuffer(beginning, dtype=f"<u{narrowest}").reshape(-1, width // narrowest)
-    return not parts[:, 1:].any()
+    return not np.frombuffer(beginning, dtype="<u2").reshape(-1, width // 2)[:, 1:].any()
