@@ -55,10 +55,8 @@ def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
 
     A line of each arm: its paired difference to the baseline in per cent, the 95 % interval of the mean, each pair.
     """
-    of_baseline = _finite(by_seed(results, baseline, CROSS_ENTROPY.name))
-    found = {
-        arm: _compared(_finite(by_seed(results, arm, CROSS_ENTROPY.name)), of_baseline) for arm in arms_of(results)
-    }
+    of_baseline = by_seed(results, baseline, CROSS_ENTROPY.name)
+    found = {arm: _compared(by_seed(results, arm, CROSS_ENTROPY.name), of_baseline) for arm in arms_of(results)}
     compared = {arm: each for arm, each in found.items() if arm != baseline and each is not None}
     if not compared:
         return None
@@ -94,10 +92,6 @@ def picture_of(results: Sequence[Row], baseline: str) -> dict[str, Any] | None:
         "left": left,
         "right": left + AXIS,
     }
-
-
-def _finite(values: BySeed) -> BySeed:
-    return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
 def _compared(values: BySeed, of_baseline: BySeed) -> Compared | None:

@@ -33,8 +33,9 @@ class Difference(NamedTuple):
 
 
 def by_seed(rows: Iterable[Mapping[str, Any]], arm: str, name: str) -> BySeed:
-    """A column of one arm's rows, by seed; seeds without a number are left out."""
-    return {row["seed"]: float(row[name]) for row in rows if row["arm"] == arm and row.get(name) is not None}
+    """A column of one arm's rows, by seed; seeds without a finite number are left out, as of runs that diverged."""
+    numbers = {row["seed"]: float(row[name]) for row in rows if row["arm"] == arm and row.get(name) is not None}
+    return {seed: number for seed, number in numbers.items() if math.isfinite(number)}
 
 
 def spread(values: Mapping[int, float]) -> Spread | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
@@ -18,7 +19,7 @@ from avatarl.data import PreparedData, Windows
 from avatarl.errors import UserError
 from avatarl.models import CriticCache, load_critic
 from avatarl.models.critic_cache import is_cache
-from avatarl.models.loading import check_model, check_rows, head_weight, longest_sequence
+from avatarl.models.loading import check_loss, check_model, check_rows, head_weight, longest_sequence, one_line
 from avatarl.objective import (
     OBJECTIVES,
     AvataRLConfig,
@@ -29,6 +30,7 @@ from avatarl.objective import (
     make_objective,
 )
 from avatarl.objective.config import require_choice
+from avatarl.outside import refusing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,9 +79,9 @@ class AvataRLTrainer(Trainer):
     """Trainer with the loss of any objective but ``ppo``, computed from hidden states; all else is Trainer's own.
 
     A batch holds ``input_ids`` and ``labels`` (B, T), the same tokens, shifted here, with −100 for what is not to be
-    predicted; the last token is predicted and not read. What else there is (``attention_mask``, …; (B, T) each) is
-    given to player and critics. The loss is divided by the positions that count in the whole optimiser step, over all
-    micro-batches and processes.
+    predicted; the last token is predicted and not read. What else there is (``attention_mask``, …) is given to player
+    and critics, without the last token where it has an entry for each. The loss is divided by the positions that count
+    in the whole optimiser step, over all micro-batches and processes.
 
     Logs have the objective's metrics (docs/metrics.md) as means over the steps since the last line, ``evaluate()`` has
     them as ``eval_…`` and means over positions. Draws of sampled objectives depend on seed, step and process.
@@ -212,8 +214,24 @@ class AvataRLTrainer(Trainer):
     def evaluation_loop(
         self, dataloader: DataLoader, *args, metric_key_prefix: str = "eval", **kwargs
     ) -> EvalLoopOutput:
-        """Trainer's loop; the loss and all metrics become means over the positions of the whole set."""
-        self._evaluation = _Means()
+        """Trainer's loop; the loss and all metrics become means over the positions of the whole set.
+
+        Raises:
+            UserError: Processes would be given examples twice.
+        """
+        if isinstance(dataloader.dataset, IterableDatasetShard):
+            raise UserError(
+                "accelerator_config: dispatch_batches is False, with which processes repeat examples of an "
+                "IterableDataset; expected True, or a dataset with a length"
+            )
+        if isinstance(dataloader.batch_sampler, BatchSamplerShard):
+            # A collator may make any rows of examples, so what was given twice could not be told afterwards.
+            dataloader.batch_sampler.even_batches = False
+        self._evaluation, nothing = _Means(), torch.zeros((), device=self.args.device)
+        # A process may get no batch at all, and still takes part in the sums.
+        num_stored = sum(isinstance(critic, CriticCache) for critic in self.critics)
+        names = self.objective.metric_names(len(self.critics), num_stored)
+        self._evaluation.add(dict.fromkeys(names, nothing), nothing)
         self._seed_draws(1)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._evaluation.over(self.accelerator)
@@ -221,18 +239,18 @@ class AvataRLTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
-        """The mean loss of a batch (); there are no logits."""
+        """Adds a batch to the evaluation; there are no logits, and no loss of a batch that processes would gather."""
         inputs = self._prepare_inputs(inputs)
         inputs = {**inputs, "labels": self._without_repeats(_labels(inputs))}
         with torch.no_grad():
             judged = self._judge(model, inputs, num_valid=1)
         self._evaluation.add(judged.metrics, judged.counted)
-        return judged.loss / judged.counted, None, None
+        return None, None, None
 
     def _without_repeats(self, labels: Tensor) -> Tensor:
-        """Labels (B, T) without those that repeat others in the last batch, where processes are given equal numbers."""
+        """Labels (B, T) without those of rows that repeat others, in the last batch that a process deals to all."""
         state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
+        if state.end_of_dataloader and isinstance(state.active_dataloader, DataLoaderDispatcher):
             before = self.accelerator.process_index * len(labels)
             labels = labels.clone()
             labels[max(0, state.remainder - before) :] = IGNORED
@@ -315,9 +333,15 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:
-    if batch.get("labels") is None:
-        raise UserError(f"a batch has {', '.join(batch)}; expected labels too, the same tokens as input_ids")
-    return batch["labels"]
+    tokens, labels = batch.get("input_ids"), batch.get("labels")
+    if tokens is None or labels is None:
+        missing = "input_ids" if tokens is None else "labels"
+        raise UserError(
+            f"a batch has {', '.join(batch)}; expected {missing} too, the same tokens as labels and input_ids"
+        )
+    if tokens.dim() != 2 or tokens.shape != labels.shape:
+        raise UserError(f"a batch has {_shapes(batch)}; expected input_ids and labels of one shape (B, T)")
+    return labels
 
 
 def _targets(batch: dict[str, Tensor]) -> Tensor:
@@ -332,7 +356,26 @@ def _count(targets: Tensor) -> Tensor:
 
 def _reads(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the models read, without the last token (B, T − 1)."""
-    return {name: values[:, :-1] for name, values in batch.items() if name not in ("labels", "window")}
+    length = batch["input_ids"].shape[1]
+
+    def read(name: str, values: Any) -> Any:
+        if not isinstance(values, Tensor):
+            return values
+        if name.startswith("cu_seq_lens"):  # where each of the packed texts ends
+            return values.clamp(max=length - 1)
+        # (B, T), and the last two of (B, 1, T, T); the first may be T by chance.
+        for dim in range(max(1, values.dim() - 2), values.dim()):
+            if values.shape[dim] == length:
+                values = values.narrow(dim, 0, length - 1)
+        return values
+
+    return {name: read(name, values) for name, values in batch.items() if name not in ("labels", "window")}
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    """The entries of a batch, and their shapes."""
+    shapes = ((name, tuple(values.shape) if isinstance(values, Tensor) else values) for name, values in batch.items())
+    return ", ".join(f"{name} {shape}" for name, shape in shapes)
 
 
 @torch.no_grad()
@@ -361,22 +404,34 @@ def _last_hidden(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
     """Hidden states (B, T − 1, d).
 
     Raises:
-        UserError: The model was made for shorter sequences.
+        UserError: The model was made for shorter sequences, or cannot read what is beside the tokens.
     """
     length, longest = reads["input_ids"].shape[1], longest_sequence(model)
     if longest is not None and length > longest:
         raise UserError(
             f"a batch has {length} tokens to read and one to predict; {_name(model)} was made to read {longest}"
         )
-    return model.base_model(**reads, use_cache=False).last_hidden_state
+    try:
+        return model.base_model(**reads, use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{_name(model)} cannot read a batch of {_shapes(reads)}: {one_line(error)}; expected what its forward "
+            "takes, with an entry for each of the tokens (B, T), or for each pair of them (B, 1, T, T)"
+        ) from error
 
 
 def _check(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model whose loss would not be that of its logits, or that lacks tokens."""
+    """Refuse a model whose loss would not be that of its logits, or that lacks tokens; a critic needs no loss."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"{role} is a {_name(model)}; expected a causal language model of transformers")
-    check_rows(model, tokenizer, f"{role} {_name(model)}")
-    check_model(model, f"{role} {_name(model)}")
+    name = f"{role} {_name(model)}"
+    with refusing(f"{name} cannot be run on tokens: "):
+        check_rows(model, tokenizer, name)
+        check_model(model, name)
+        if role == "model":
+            check_loss(model, name)
 
 
 def _name(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avatarl.errors import UserError
 
 from .loading import head_weight, load_model, load_tokenizer
-from .players import PRESETS, PlayerConfig, build_player
+from .players import PRESETS, PlayerConfig, random_player
 
 EMA_CRITIC = re.compile(r"ema:(0|0?\.\d+):(\d+)")
 RANDOM_CRITIC = re.compile(r"random:([^:]*):(\d+)")
@@ -69,7 +69,7 @@ def _random_critic(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
             f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {', '.join(PRESETS)}"
         )
     preset, seed = match[1], int(match[2])
-    model = build_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
+    model = random_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
     return model.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.modules import module as torch_module
@@ -238,6 +239,46 @@ def check_model(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
+def check_window(model: PreTrainedModel, block: int, name: str) -> None:
+    """Refuse a model that cannot read a window of ``block`` tokens.
+
+    Not every architecture says how many it reads, so it is tried.
+
+    Raises:
+        UserError: naming what it says of such a window.
+    """
+    window = (torch.arange(block, device=model.device) % len(model.get_input_embeddings().weight)).unsqueeze(0)
+    with evaluating(model), refusing(f"{name} cannot read a window of {block} tokens: "):
+        last_hidden(model, window)
+
+
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that adds to the cross-entropy of its logits, as mixtures of experts do for their routers.
+
+    The objectives start from hidden states, so what its own forward pass adds would be silently lost.
+
+    Raises:
+        UserError: naming the settings that ask for it.
+    """
+    if longest_sequence(model) == 1:  # where its own loss has no token to predict
+        return
+    ids = torch.tensor([[min(1, len(head_weight(model)) - 1), 0]], device=model.device)
+    with evaluating(model):
+        answer = model(input_ids=ids, labels=ids, use_cache=False)
+    # Decoders of encoder-decoders take labels that are shifted already.
+    plain = [F.cross_entropy(answer.logits.float()[0, : len(labels)], labels) for labels in (ids[0, 1:], ids[0])]
+    if any(answer.loss <= loss * (1 + torch.finfo(answer.loss.dtype).eps) for loss in plain):
+        return
+    settings = model.config.get_text_config().to_dict().items()
+    asked = [f"{key}: {value}" for key, value in settings if value and ("loss" in key or key == "output_router_logits")]
+    raise UserError(
+        f"{name}: {', '.join(asked) or model.config.model_type} adds {answer.loss - plain[0]:.3g} to its loss, which "
+        "the objectives do not compute; expected output_router_logits: false, or a coefficient of 0"
+    )
+
+
+@torch.no_grad()
 def _check_causal(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that reads ahead: a masked model under a causal name would be shown the answer."""
     if longest_sequence(model) == 1:  # where there is no later token
@@ -245,7 +286,7 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     first = min(1, rows - 1)  # token 0 may be padding, whose embedding is zero
     pair = torch.tensor([[first, 0], [first, rows - 1]], device=model.device)
-    with _evaluating(model):
+    with evaluating(model):
         one, other = last_hidden(model, pair)[:, 0].float()
     if (one - other).abs().max() > 0.01 * one.abs().max():
         raise UserError(
@@ -278,7 +319,7 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     # Sequences of one token, since a model may be made for no longer ones.
     ids = torch.arange(min(4, len(weight)), device=model.device).unsqueeze(1)
     both = []
-    with _evaluating(model):
+    with evaluating(model):
         for factor in (1.0, 1024.0):  # powers of two, so that scaling back restores every bit
             weight.mul_(factor)
             logits = model(input_ids=ids, use_cache=False).logits.float()
@@ -308,7 +349,7 @@ def _difference(small: tuple[Tensor, Tensor], large: tuple[Tensor, Tensor]) -> s
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model in eval mode, and afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from avatarl.errors import UserError, nearest_name
 from avatarl.objective.config import require_kinds
 
-from .loading import check_model, head_weight, longest_sequence, one_line
+from .loading import check_loss, check_model, check_window, head_weight, longest_sequence, one_line
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,25 @@ def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block
         block: The longest sequence it must read, tokens.
 
     Raises:
-        UserError: The architecture does not know a setting or cannot be built with it, or its logits are not
-            ``hidden @ head.T``.
+        UserError: The architecture does not know a setting, cannot be built with it or cannot read ``block`` tokens
+            then, adds to its own loss, or its logits are not ``hidden @ head.T``.
     """
-    with _explaining(config), torch.random.fork_rng(devices=[]):
+    name = f"player.architecture {config.architecture!r}"
+    with explaining(config):
+        player = random_player(config, tokenizer, block, seed)
+        check_model(player, name)
+        check_size(player, len(tokenizer), block)
+        check_loss(player, f"{name}: player.settings")
+        check_window(player, block, f"{name} with player.settings {config.settings}")
+    return player
+
+
+def random_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int, seed: int) -> PreTrainedModel:
+    """What :func:`build_player` builds, before anything is asked of it."""
+    with torch.random.fork_rng(devices=[]):
         model_config = _model_config(config, tokenizer, block)
         torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
-        player = model_from_config(model_config)
-    check_model(player, f"player.architecture {config.architecture!r}")
-    check_size(player, len(tokenizer), block)
-    return player
+        return model_from_config(model_config)
 
 
 def player_shape(config: PlayerConfig, vocab_size: int, block: int) -> PreTrainedConfig:
@@ -91,7 +100,7 @@ def player_shape(config: PlayerConfig, vocab_size: int, block: int) -> PreTraine
     Raises:
         UserError: The architecture does not know a setting or refuses its value.
     """
-    with _explaining(config):
+    with explaining(config):
         return _model_config(config, _Vocabulary(vocab_size), block)
 
 
@@ -113,8 +122,8 @@ class _Vocabulary:
 
 
 @contextmanager
-def _explaining(config: PlayerConfig) -> Iterator[None]:
-    """Whatever an architecture says of settings that it does not take becomes a :class:`UserError`."""
+def explaining(config: PlayerConfig) -> Iterator[None]:
+    """Whatever an architecture says of settings that it cannot be built or run with becomes a :class:`UserError`."""
     try:
         yield
     except UserError:
@@ -140,6 +149,11 @@ def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, bloc
     """The preset's shape in the words of the architecture."""
     shape = PRESETS[config.preset]
     template = AutoConfig.for_model(config.architecture)
+    if template.is_encoder_decoder or template.get_text_config() is not template:
+        raise UserError(
+            f"player.architecture is {config.architecture!r}, an encoder-decoder or multimodal, whose text decoder "
+            "would not get the preset's sizes; expected a decoder of text alone, such as llama, gpt2 or qwen3"
+        )
     wanted = {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from avatarl.errors import UserError
-from avatarl.models import ParameterCount, count_parameters, forward_flops_per_token, training_flops_per_token
+from avatarl.models import ParameterCount, count_parameters, forward_flops_per_token
 from avatarl.models.critic_cache import RecordFormat
-from avatarl.models.loading import one_line
-from avatarl.models.players import check_size, model_from_config
+from avatarl.models.players import check_size, explaining, model_from_config
 from avatarl.objective import StoredCritic, kernels, make_objective
 from avatarl.objective.fused import chunked
+from avatarl.outside import refusing
 from avatarl.training.config import TrainConfig
 from avatarl.training.optim import Optimisers, build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
@@ -113,17 +112,24 @@ def dry_run(
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     with FakeTensorMode(), live, _chunks_of(device_type), _silenced("torch._subclasses.fake_tensor"):
         live.part = "weights"
-        player = model_from_config(player_config)
-        check_size(player, vocab_size, config.block)
+        with explaining(config.player):
+            player = model_from_config(player_config)
+            check_size(player, vocab_size, config.block)
         live.part = "critics"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        asked = [
-            None
-            if isinstance(shape, RecordFormat)
-            else FrozenModel(model_from_config(shape, torch.float32 if is_average else dtype))
-            for shape, is_average in zip(critic_configs, averaged, strict=True)
-        ]
+        asked = []
+        for name, shape, is_average in zip(config.critics, critic_configs, averaged, strict=False):  # or none is asked
+            with refusing(f"critic {name} cannot be built: "):
+                is_cached = isinstance(shape, RecordFormat)
+                of_dtype = torch.float32 if is_average else dtype
+                asked.append(None if is_cached else FrozenModel(model_from_config(shape, of_dtype)))
         critics = [critic for critic in asked if critic]
+        with _planning(f"player.architecture {config.player.architecture!r}"):
+            player_flops = forward_flops_per_token(player, config.block)
+        critic_flops = []
+        for name, critic in zip(config.critics, asked, strict=False):
+            with _planning(f"critic {name}"):
+                critic_flops.append(forward_flops_per_token(critic.model, config.block) if critic else 0)
         objective = make_objective(config.objective, config.avatarl, config.baseline)
         live.part = "snapshot"
         snapshot = FrozenModel(model_from_config(player_config)) if objective.needs_snapshot else None
@@ -145,7 +151,7 @@ def dry_run(
         live.forget_peaks()
 
         player.train()
-        try:
+        with _planning(f"player.architecture {config.player.architecture!r}"):
             # The second one finds gradients; a third would find nothing new.
             for _ in range(min(2, micro_batches)):
                 with autocast:
@@ -153,11 +159,6 @@ def dry_run(
                 live.phase = live.part = "backward"
                 loss.backward()
                 del loss, metrics
-        except (RuntimeError, NotImplementedError) as error:
-            raise UserError(
-                f"player.architecture {config.player.architecture!r} cannot be planned without computing: "
-                f"{one_line(error)}"
-            ) from error
         live.phase = live.part = "optimiser"
         clip_gradients(player.parameters(), config.optim.clip_norm, Processes())
         optimisers.step(2, refused)
@@ -173,9 +174,9 @@ def dry_run(
         gathered=gathered_bytes(player),
         gathered_critics=sum(gathered_bytes(critic.model) for critic in critics),
         parameters=count_parameters(player),
-        player_flops=training_flops_per_token(player, config.block),
-        critic_flops=tuple(forward_flops_per_token(c.model, config.block) if c else 0 for c in asked),
-        snapshot_flops=forward_flops_per_token(player, config.block) if snapshot else 0,
+        player_flops=3 * player_flops,  # backward costs twice as much
+        critic_flops=tuple(critic_flops),
+        snapshot_flops=player_flops if snapshot else 0,
     )
 
 
@@ -282,6 +283,11 @@ def _chunks_of(device_type: str) -> Iterator[None]:
         yield
     finally:
         chunked.CHUNK_ROWS["cpu"], chunked.CHUNK_ELEMENTS["cpu"], kernels.CACHED_ELEMENTS = rows, elements, cached
+
+
+def _planning(name: str) -> AbstractContextManager[None]:
+    """Within it, what a model does that cannot be followed without contents becomes a :class:`UserError`."""
+    return refusing(f"{name} cannot be planned without computing: ")
 
 
 @contextmanager

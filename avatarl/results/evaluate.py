@@ -17,7 +17,7 @@ from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.models import CriticCache, check_same_vocabulary, load_critic, load_model, load_tokenizer
 from avatarl.models.critic_cache import is_cache
-from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
+from avatarl.models.loading import check_rows, check_window, head_weight, last_hidden, longest_sequence
 from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
 
@@ -96,6 +96,8 @@ def evaluate(
         longest = None if isinstance(opened, CriticCache) else longest_sequence(opened)
         if longest is not None and longest < block:
             raise UserError(f"block is {block}; expected at most {longest}, what {name} was made to read")
+        if not isinstance(opened, CriticCache):
+            check_window(opened, block, name)
     windows = Windows(prepared.train if split == "train" else prepared.valid, block)
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     require_whole("max_windows", count, minimum=1)

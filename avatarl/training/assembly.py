@@ -19,7 +19,7 @@ from avatarl.models import CriticCache, build_player, count_parameters, load_cri
 from avatarl.models.counting import ParameterCount, forward_flops_per_token
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.critics import parse_ema_critic
-from avatarl.models.loading import longest_sequence
+from avatarl.models.loading import check_window, longest_sequence
 from avatarl.objective import Objective, make_objective
 from avatarl.objective.fused.implementations import check_implementation
 
@@ -275,5 +275,6 @@ def open_critics(
                 raise UserError(
                     f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}"
                 )
+            check_window(critic, config.block, f"critic {name}")
             critics.append(FrozenModel(critic))
     return critics

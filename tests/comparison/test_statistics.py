@@ -71,6 +71,13 @@ def test_an_interval_holds_the_truth_19_times_of_20():
     assert significant == draws  # interval and p say the same
 
 
+def test_seeds_without_a_finite_number_are_left_out():
+    """As results.csv leaves them out, of a run that diverged."""
+    numbers = [4.0, math.nan, None, math.inf, 5.0]
+    rows = [{"arm": "a", "seed": seed, "loss": number} for seed, number in enumerate(numbers)]
+    assert by_seed(rows, "a", "loss") == {0: 4.0, 4: 5.0}
+
+
 def test_a_spread_is_that_of_a_sample():
     assert spread({1: 1.0, 2: 2.0, 3: 3.0}) == (2.0, 1.0, 3)
     one = spread({1: 4.0})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from avatarl import UserError
 from avatarl.models import (
@@ -139,12 +139,61 @@ def test_an_unknown_name_is_refused_with_the_nearest(settings: dict, message: st
         ("llama", {**TINY, "vocab_size": 10}, "vocab_size is 10; expected at least the tokenizer's 3"),
         ("llama", {**TINY, "max_position_embeddings": 8}, "max_position_embeddings is 8; expected at least block, 16"),
         ("bert", {name: TINY[name] for name in ("hidden_size", "num_hidden_layers")}, "'bert'"),
+        # Built, and not to be run: with the preset's sizes, without other inputs, or on as many tokens.
+        ("codegen", SETTINGS["gpt2"], "'codegen' cannot be built with player.settings {'hidden_size': 16.*shape"),
+        (
+            "deepseek_v3",
+            {"hidden_size": 32, "num_hidden_layers": 1},
+            "'deepseek_v3' cannot be built with player.settings",
+        ),
+        ("xmod", SETTINGS["gpt2"], "'xmod' cannot be built with player.settings.*language"),
+        (
+            "mpt",
+            {**SETTINGS["gpt2"], "max_seq_len": 8},
+            "'mpt' with player.settings .* cannot read a window of 16 tokens",
+        ),
+        ("gemma3", {}, "player.architecture is 'gemma3', an encoder-decoder or multimodal"),
+        ("bart", {}, "player.architecture is 'bart', an encoder-decoder or multimodal"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_in_one_line(tokenizer, architecture, settings, message):
     with pytest.raises(UserError, match=message) as refusal:
         build_player(PlayerConfig(architecture=architecture, settings=settings), tokenizer, BLOCK, seed=1)
     assert "\n" not in str(refusal.value)
+
+
+EXPERTS = {**SETTINGS["gpt2"], "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"intermediate_size": 32, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "architecture, settings, asked",
+    [
+        ("mixtral", {"output_router_logits": True}, "output_router_logits: True, router_aux_loss_coef: 0.001"),
+        ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 1e-6}, "router_aux_loss_coef: 1e-06"),
+        ("jetmoe", {"output_router_logits": True}, "aux_loss_coef: 0.01"),
+        ("bamba", {"z_loss_coefficient": 1e-4, "mamba_n_heads": 2, "mamba_d_head": 16}, "z_loss_coefficient: 0.0001"),
+    ],
+)
+def test_a_loss_that_the_model_would_add_itself_is_refused_where_it_is_asked_for(
+    tokenizer, architecture: str, settings: dict, asked: str
+):
+    known = AutoConfig.for_model(architecture)
+    sizes = {name: value for name, value in EXPERTS.items() if hasattr(known, name)} | settings
+    off = sizes | {name: value * 0 for name, value in settings.items() if "loss" in name}
+    off |= {name: False for name in settings if name == "output_router_logits"}
+    build_player(PlayerConfig(architecture=architecture, settings=off), tokenizer, BLOCK, seed=1)
+    with pytest.raises(
+        UserError, match=f"'{architecture}': player.settings: .*{asked}.* adds .* to its loss"
+    ) as refusal:
+        build_player(PlayerConfig(architecture=architecture, settings=sizes), tokenizer, BLOCK, seed=1)
+    assert "expected output_router_logits: false, or a coefficient of 0" in str(refusal.value)
+
+
+def test_a_router_loss_with_a_coefficient_of_zero_is_none(tokenizer):
+    settings = {name: value for name, value in EXPERTS.items() if name != "num_experts"}
+    settings |= {"output_router_logits": True, "router_aux_loss_coef": 0.0}
+    build_player(PlayerConfig(architecture="mixtral", settings=settings), tokenizer, BLOCK, seed=1)
 
 
 def test_a_setting_in_the_words_of_its_architecture_is_not_overruled_by_the_preset(tokenizer):

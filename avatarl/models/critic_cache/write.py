@@ -31,7 +31,7 @@ from avatarl.objective.kernels import PLAIN
 from ..counting import count_parameters, forward_flops_per_token
 from ..critics import load_critic
 from ..digest import digest_of_model, digest_of_tokenizer, weight_files
-from ..loading import head_weight, last_hidden, longest_sequence
+from ..loading import check_window, head_weight, last_hidden, longest_sequence
 from .parts import (
     FORMAT_VERSION,
     SPLITS,
@@ -126,6 +126,7 @@ def cache_critic(
     longest = longest_sequence(model)
     if longest is not None and longest < block:
         raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
+    check_window(model, block, f"critic {critic}")
     identity = identity_of_cache(prepared, splits, record, precision, critic, model)
     identity |= {"kind": kind, "seed": seed if record.num_draws else None}
     parts, log_frequencies = list(parts_of(identity)), log_frequencies_of(prepared)
