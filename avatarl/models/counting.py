@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .loading import evaluating, last_hidden, longest_sequence
+from .loading import evaluating, last_hidden
 
 TRIED_TOKENS = 13  # a number that is no width of a layer, so that products over pairs of tokens can be told from others
 
@@ -46,7 +46,7 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
     which lie stacked in one weight, a token meets ``num_experts_per_tok``.
     """
     met = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    rows, per_pair = _tried(model)
+    rows, per_pair = _tried(model, block)
     products = 0
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -61,12 +61,12 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
 
 
 @torch.no_grad()
-def _tried(model: PreTrainedModel) -> tuple[dict[nn.Module, int], int]:
+def _tried(model: PreTrainedModel, block: int) -> tuple[dict[nn.Module, int], int]:
     """How often each matrix multiplies a token, and what a pair of tokens costs in attention: of a short forward pass.
 
     Configurations name neither: hybrids attend in some layers only, and some models go through their layers again.
     """
-    length = min(TRIED_TOKENS, longest_sequence(model) or TRIED_TOKENS)
+    length = min(TRIED_TOKENS, block)
     rows: Counter[nn.Module] = Counter()
 
     def count(matrix: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:

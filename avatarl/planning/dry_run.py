@@ -103,8 +103,8 @@ def dry_run(
         device_type: ``cpu`` or ``cuda``: whose chunks of logits are held.
 
     Raises:
-        UserError: The player is too small for the vocabulary or ``block``, or what it does depends on its data in a way
-            that cannot be known without computing.
+        UserError: The player is too small for the vocabulary or ``block``, a model cannot be built or run with its
+            sizes, or what it does depends on its data in a way that cannot be known without computing.
     """
     live = LiveBytes()
     # There is no fake CUDA device without a real one, so the tensors lie on a CPU and autocast follows its rules; on a
@@ -124,7 +124,9 @@ def dry_run(
                 of_dtype = torch.float32 if is_average else dtype
                 asked.append(None if is_cached else FrozenModel(model_from_config(shape, of_dtype)))
         critics = [critic for critic in asked if critic]
-        with _planning(f"player.architecture {config.player.architecture!r}"):
+        player_name = f"player.architecture {config.player.architecture!r}"
+        player_settings = f" (player.settings {config.player.settings})"
+        with _planning(player_name, player_settings):
             player_flops = forward_flops_per_token(player, config.block)
         critic_flops = []
         for name, critic in zip(config.critics, asked, strict=False):
@@ -151,7 +153,7 @@ def dry_run(
         live.forget_peaks()
 
         player.train()
-        with _planning(f"player.architecture {config.player.architecture!r}"):
+        with _planning(player_name, player_settings):
             # The second one finds gradients; a third would find nothing new.
             for _ in range(min(2, micro_batches)):
                 with autocast:
@@ -285,9 +287,9 @@ def _chunks_of(device_type: str) -> Iterator[None]:
         chunked.CHUNK_ROWS["cpu"], chunked.CHUNK_ELEMENTS["cpu"], kernels.CACHED_ELEMENTS = rows, elements, cached
 
 
-def _planning(name: str) -> AbstractContextManager[None]:
+def _planning(name: str, after: str = "") -> AbstractContextManager[None]:
     """Within it, what a model does that cannot be followed without contents becomes a :class:`UserError`."""
-    return refusing(f"{name} cannot be planned without computing: ")
+    return refusing(f"{name} cannot be planned without computing: ", after)
 
 
 @contextmanager

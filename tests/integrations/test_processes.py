@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from transformers import default_data_collator
 
 from avatarl import UserError
 from avatarl.data import PreparedData, Windows
@@ -22,16 +23,27 @@ from ..training.runs import weights_of
 from .conftest import Rows, trainer_of
 
 
-def trained(config: TrainConfig, out: Path, rows: Tensor, processes: int) -> AvataRLTrainer:
-    """A Trainer after three steps of four rows in micro-batches, on so many processes, and an evaluation.
+def halved(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Two rows of each example."""
+    batch = default_data_collator(examples)
+    half = batch["labels"].shape[1] // 2
+    return {name: torch.cat([values[:, :half], values[:, -half:]]) for name, values in batch.items()}
 
-    Of seven rows two processes get four each.
+
+def trained(config: TrainConfig, out: Path, rows: Tensor, processes: int) -> AvataRLTrainer:
+    """A Trainer after three steps of four rows in micro-batches, on so many processes, and three evaluations.
+
+    They are of seven rows, which two processes cannot share evenly, of one, so that a process has none, and of seven
+    that become fourteen.
     """
     settings = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0, max_steps=3, gradient_accumulation_steps=2)
     settings |= dict(per_device_train_batch_size=2 // processes, per_device_eval_batch_size=4 // processes)
     parts = dict(train_dataset=Rows(rows), eval_dataset=Rows(rows[:7]), optimizers=(None, None))
     trainer = trainer_of(config, out, settings, **parts)
     trainer.train()
+    trainer.evaluate()
+    trainer.evaluate(Rows(rows[:1]))
+    trainer.data_collator = halved
     trainer.evaluate()
     trainer.save_model()
     return trainer
@@ -60,7 +72,7 @@ def test_two_processes_train_as_one(tiny_config, tmp_path: Path, data_folder: Pa
 
     for rank in (0, 1):
         log = json.loads((tmp_path / "two" / f"log-{rank}.json").read_text())
-        assert len(log) == 5  # three steps, the end of training, the evaluation
+        assert len(log) == 7  # three steps, the end of training, the evaluations
         for left, right in zip(log, one.state.log_history, strict=True):
             assert without_speed(left) == pytest.approx(without_speed(right), rel=1e-5)
     ours, theirs = weights_of(tmp_path / "two"), weights_of(tmp_path / "one")

@@ -42,6 +42,11 @@ def test_attention_costs_where_a_model_has_it(architecture: str, settings: dict,
     ]
 
 
+def test_a_model_is_not_tried_on_more_tokens_than_it_is_to_read():
+    model = tiny_model("mpt", {**SMALL, "max_seq_len": 7})  # whose limit has a name of its own
+    assert forward_flops_per_token(model, 7) - forward_flops_per_token(model, 1) == 3 * 4 * 16
+
+
 def test_layers_that_are_gone_through_again_cost_again():
     block, model = 32, tiny_model("hrm_text", SMALL)
     model.set_attn_implementation("eager")

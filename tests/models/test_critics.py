@@ -12,13 +12,31 @@ import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    Mamba2Config,
+    MambaConfig,
+    MptConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+)
 
 from avatarl import UserError
 from avatarl.data.prepare import prepare
-from avatarl.models import PlayerConfig, build_player, check_same_vocabulary, load_critic
+from avatarl.models import (
+    PlayerConfig,
+    build_player,
+    cache_critic,
+    check_same_vocabulary,
+    forward_flops_per_token,
+    load_critic,
+)
 from avatarl.models.loading import head_weight
+from avatarl.models.players import model_from_config
 from avatarl.objective import AvataRLConfig, make_objective
+from avatarl.planning import plan
+from avatarl.results import evaluate
 from avatarl.training import train
 from avatarl.training.rewarded_player import RewardedPlayer
 
@@ -184,3 +202,48 @@ def test_a_critic_that_reads_less_than_a_block_is_refused(tmp_path: Path, tiny_c
     with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block, 16"):
         train(tiny_config(tmp_path, critic=str(tmp_path / "short")), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+WITHOUT_ATTENTION = {
+    "mamba": MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4),
+    "mamba2": Mamba2Config(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4, num_heads=4, head_dim=8, n_groups=1
+    ),
+    "rwkv": RwkvConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16),
+}
+
+
+def saved(folder: Path, tokenizer, config: PreTrainedConfig) -> str:
+    model_from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_ATTENTION)
+def test_a_critic_without_attention_judges(tmp_path: Path, tiny_config, tokenizer, architecture: str):
+    critic = saved(tmp_path / "critic", tokenizer, WITHOUT_ATTENTION[architecture])
+    config = tiny_config(tmp_path, critic=critic, steps=2)
+    train(config, quiet=True)
+    per_token = forward_flops_per_token(load_critic(critic, tokenizer), BLOCK)
+    assert plan(config).flops["critic"] == 2 * 4 * BLOCK * per_token
+    cache_critic(critic, config.data, tmp_path / "cache", block=BLOCK, bytes_per_token=54, precision="fp32", quiet=True)
+    manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert manifest["critic"]["flops_per_token"] == per_token
+
+
+def test_a_critic_that_cannot_read_a_block_is_refused_in_one_line(tmp_path: Path, tiny_config, tokenizer):
+    """MPT has a table of positions, and no limit that other models name."""
+    critic = saved(
+        tmp_path / "mpt", tokenizer, MptConfig(vocab_size=300, d_model=16, n_heads=2, n_layers=1, max_seq_len=8)
+    )
+    config = tiny_config(tmp_path, critic=critic)
+    for judge in (
+        lambda: train(config, quiet=True),
+        lambda: plan(config),
+        lambda: cache_critic(critic, config.data, tmp_path / "cache", block=BLOCK, bytes_per_token=54, quiet=True),
+        lambda: evaluate(critic, config.data, block=BLOCK),
+    ):
+        with pytest.raises(UserError, match="cannot (read a window of 16 tokens|be planned.*)") as refusal:
+            judge()
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()

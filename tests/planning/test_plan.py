@@ -176,6 +176,12 @@ def test_a_critic_that_is_let_go_costs_less(tiny_config, tmp_path: Path):
         ({"critic": None}, {}, "needs a critic"),
         ({"player": PlayerConfig(settings={"hiden_size": 8})}, {}, "did you mean 'hidden_size'"),
         ({"player": PlayerConfig("1m", architecture="mixtral")}, {}, "'mixtral' cannot be planned"),
+        ({"player": PlayerConfig("1m", architecture="codegen")}, {}, "'codegen' cannot be .*player.settings"),
+        (
+            {"player": PlayerConfig(architecture="gpt2", settings={"n_embd": 15})},
+            {},
+            "'gpt2' cannot be .*player.settings",
+        ),
     ],
 )
 def test_mistakes_are_said_in_one_line(tiny_config, tmp_path: Path, overrides: dict, options: dict, message: str):
