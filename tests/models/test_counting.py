@@ -74,3 +74,11 @@ def test_of_experts_a_token_meets_a_few(architecture: str, count: str):
     masked_pairs = block * block - block * (block + 1) // 2
     expected = block * forward_flops_per_token(model, block)
     assert counter.get_total_flops() - 4 * 16 * masked_pairs == expected
+
+
+def test_a_convolution_is_no_stack_of_experts():
+    settings = {**SMALL, "intermediate_size": 32, "num_experts": 4, "expert_layer_offset": 0}
+    few, many = (
+        forward_flops_per_token(tiny_model("jamba", {**settings, "num_experts_per_tok": met}), 8) for met in (1, 3)
+    )
+    assert many - few == 2 * 2 * 3 * 16 * 32  # two more of gate, up and down
