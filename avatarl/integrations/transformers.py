@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,24 +19,22 @@ from avatarl.data import PreparedData, Windows
 from avatarl.errors import UserError
 from avatarl.models import CriticCache, load_critic
 from avatarl.models.critic_cache import is_cache
-from avatarl.models.loading import check_loss, check_model, check_rows, head_weight, longest_sequence, one_line
+from avatarl.models.loading import check_loss, check_model, check_rows, head_weight
 from avatarl.objective import (
     OBJECTIVES,
     AvataRLConfig,
     BaselineConfig,
     Objective,
-    StoredCritic,
     linear_objective_loss,
     make_objective,
 )
 from avatarl.objective.config import require_choice
 from avatarl.outside import refusing
 
+from .batch import IGNORED, SPLITS, ask, count_valid, labels_of, last_hidden_of, name_of, reads_of, targets_of
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-IGNORED = -100
-SPLITS = ("train", "valid")
 
 Critic = PreTrainedModel | CriticCache | str | Path
 
@@ -187,12 +185,12 @@ class AvataRLTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            counted += _count(_targets(batch)).to(device)
+            counted += count_valid(targets_of(batch)).to(device)
         return batches, self.accelerator.reduce(counted, "sum")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch: Tensor | None = None):
         """This batch's part of the step's loss, times the number of processes: DDP takes the mean over them."""
-        num_valid = _count(_targets(inputs)) if num_items_in_batch is None else num_items_in_batch
+        num_valid = count_valid(targets_of(inputs)) if num_items_in_batch is None else num_items_in_batch
         judged = self._judge(model, inputs, num_valid)
         self._since_log.add(judged.metrics, judged.counted / num_valid.clamp(min=1))
         loss = judged.loss if num_items_in_batch is None else judged.loss * self.accelerator.num_processes
@@ -241,7 +239,7 @@ class AvataRLTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
         """Adds a batch to the evaluation; there are no logits, and no loss of a batch that processes would gather."""
         inputs = self._prepare_inputs(inputs)
-        inputs = {**inputs, "labels": self._without_repeats(_labels(inputs))}
+        inputs = {**inputs, "labels": self._without_repeats(labels_of(inputs))}
         with torch.no_grad():
             judged = self._judge(model, inputs, num_valid=1)
         self._evaluation.add(judged.metrics, judged.counted)
@@ -260,7 +258,7 @@ class AvataRLTrainer(Trainer):
 
     def _judge(self, model: nn.Module, inputs: dict[str, Tensor], num_valid: Tensor | int) -> Judged:
         """Loss and metrics, sums over the batch's positions divided by ``num_valid``."""
-        targets = _targets(inputs)
+        targets = targets_of(inputs)
         player = self.accelerator.unwrap_model(model)
         uniforms = None
         if self.objective.num_draws:
@@ -270,7 +268,7 @@ class AvataRLTrainer(Trainer):
         def forward(**reads: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_objective_loss(
                 self.objective,
-                _last_hidden(player, reads),
+                last_hidden_of(player, reads),
                 head_weight(player),
                 answers,
                 [None if isinstance(critic, CriticCache) else head_weight(critic) for critic in self.critics],
@@ -283,9 +281,9 @@ class AvataRLTrainer(Trainer):
 
         # Trainer's own autocast is inside the forward that is replaced.
         with _forward_replaced(player, forward), self.accelerator.autocast():
-            answers = [_ask(critic, inputs) for critic in self.critics]
-            loss, metrics = model(**_reads(inputs))
-        return Judged(loss, metrics, _count(targets))
+            answers = [ask(critic, inputs) for critic in self.critics]
+            loss, metrics = model(**reads_of(inputs))
+        return Judged(loss, metrics, count_valid(targets))
 
     def _seed_draws(self, *place: int) -> None:
         """Let the draws of sampled objectives depend on the place in the run, and on nothing drawn before it."""
@@ -332,107 +330,13 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = replaced
 
 
-def _labels(batch: dict[str, Tensor]) -> Tensor:
-    tokens, labels = batch.get("input_ids"), batch.get("labels")
-    if tokens is None or labels is None:
-        missing = "input_ids" if tokens is None else "labels"
-        raise UserError(
-            f"a batch has {', '.join(batch)}; expected {missing} too, the same tokens as labels and input_ids"
-        )
-    if tokens.dim() != 2 or tokens.shape != labels.shape:
-        raise UserError(f"a batch has {_shapes(batch)}; expected input_ids and labels of one shape (B, T)")
-    return labels
-
-
-def _targets(batch: dict[str, Tensor]) -> Tensor:
-    """What follows each token that is read (B, T − 1)."""
-    return _labels(batch)[:, 1:]
-
-
-def _count(targets: Tensor) -> Tensor:
-    """How many positions are not ignored ()."""
-    return (targets != IGNORED).sum()
-
-
-def _reads(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the models read, without the last token (B, T − 1)."""
-    length = batch["input_ids"].shape[1]
-
-    def read(name: str, values: Any) -> Any:
-        if not isinstance(values, Tensor):
-            return values
-        if name.startswith("cu_seq_lens"):  # where each of the packed texts ends
-            return values.clamp(max=length - 1)
-        # (B, T), and the last two of (B, 1, T, T); the first may be T by chance.
-        for dim in range(max(1, values.dim() - 2), values.dim()):
-            if values.shape[dim] == length:
-                values = values.narrow(dim, 0, length - 1)
-        return values
-
-    return {name: read(name, values) for name, values in batch.items() if name not in ("labels", "window")}
-
-
-def _shapes(batch: dict[str, Any]) -> str:
-    """The entries of a batch, and their shapes."""
-    shapes = ((name, tuple(values.shape) if isinstance(values, Tensor) else values) for name, values in batch.items())
-    return ", ".join(f"{name} {shape}" for name, shape in shapes)
-
-
-@torch.no_grad()
-def _ask(critic: PreTrainedModel | CriticCache, batch: dict[str, Tensor]) -> Tensor | StoredCritic:
-    """A critic's hidden states (B, T − 1, d), or what is stored of it.
-
-    Raises:
-        UserError: A cache does not know the batch.
-    """
-    if not isinstance(critic, CriticCache):
-        return _last_hidden(critic, _reads(batch))
-    if "window" not in batch:
-        raise UserError(f"a batch has {', '.join(batch)}; a cached critic needs window too, as PreparedWindows has it")
-    targets, (splits, indices) = _targets(batch), batch["window"].t().tolist()
-    try:
-        stored = critic.rows(SPLITS[splits[0]], indices).map(lambda tensor: tensor.to(targets.device))
-        is_known = targets.shape == stored.log_rest.shape
-    except IndexError:
-        is_known = False
-    if not is_known or not ((targets == stored.tokens[..., 0]) | (targets == IGNORED)).all():
-        raise UserError(f"labels are not those of their windows in {critic.path}; expected PreparedWindows of its data")
-    return stored
-
-
-def _last_hidden(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
-    """Hidden states (B, T − 1, d).
-
-    Raises:
-        UserError: The model was made for shorter sequences, or cannot read what is beside the tokens.
-    """
-    length, longest = reads["input_ids"].shape[1], longest_sequence(model)
-    if longest is not None and length > longest:
-        raise UserError(
-            f"a batch has {length} tokens to read and one to predict; {_name(model)} was made to read {longest}"
-        )
-    try:
-        return model.base_model(**reads, use_cache=False).last_hidden_state
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{_name(model)} cannot read a batch of {_shapes(reads)}: {one_line(error)}; expected what its forward "
-            "takes, with an entry for each of the tokens (B, T), or for each pair of them (B, 1, T, T)"
-        ) from error
-
-
 def _check(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model whose loss would not be that of its logits, or that lacks tokens; a critic needs no loss."""
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"{role} is a {_name(model)}; expected a causal language model of transformers")
-    name = f"{role} {_name(model)}"
+        raise UserError(f"{role} is a {name_of(model)}; expected a causal language model of transformers")
+    name = f"{role} {name_of(model)}"
     with refusing(f"{name} cannot be run on tokens: "):
         check_rows(model, tokenizer, name)
         check_model(model, name)
         if role == "model":
             check_loss(model, name)
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model, "name_or_path", "") or type(model).__name__

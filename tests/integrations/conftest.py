@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import TrainingArguments
 
-from avatarl.data import PreparedData, WindowOrder
+from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.integrations.transformers import AvataRLTrainer, PreparedWindows
 from avatarl.models import CriticCache, build_player
 from avatarl.training import TrainConfig
@@ -124,3 +124,10 @@ def make_trainer(tiny_config, tmp_path: Path) -> Callable[..., AvataRLTrainer]:
 def cache(data_folder: Path, critic_cache: Path) -> CriticCache:
     """The critic's whole distribution at every position."""
     return CriticCache.open(critic_cache, PreparedData.open(data_folder), BLOCK)
+
+
+@pytest.fixture
+def rows(data_folder: Path) -> Rows:
+    """Twelve windows of training."""
+    inputs, targets = Windows(PreparedData.open(data_folder).train, BLOCK).batch(range(12))
+    return Rows(torch.cat([inputs, targets[:, -1:]], dim=1))

@@ -1,0 +1,117 @@
+"""What a batch of Trainer's holds: what is predicted, what player and critics read of it, what they say of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from avatarl.errors import UserError
+from avatarl.models import CriticCache
+from avatarl.models.loading import longest_sequence, one_line
+from avatarl.objective import StoredCritic
+
+IGNORED = -100
+SPLITS = ("train", "valid")
+
+
+def labels_of(batch: dict[str, Tensor]) -> Tensor:
+    """What is to be predicted (B, T).
+
+    Raises:
+        UserError: There are no labels, or they are not of the shape of the tokens.
+    """
+    tokens, labels = batch.get("input_ids"), batch.get("labels")
+    if tokens is None or labels is None:
+        missing = "input_ids" if tokens is None else "labels"
+        raise UserError(
+            f"a batch has {', '.join(batch)}; expected {missing} too, the same tokens as labels and input_ids"
+        )
+    if tokens.dim() != 2 or tokens.shape != labels.shape:
+        raise UserError(f"a batch has {_shapes(batch)}; expected input_ids and labels of one shape (B, T)")
+    return labels
+
+
+def targets_of(batch: dict[str, Tensor]) -> Tensor:
+    """What follows each token that is read (B, T − 1)."""
+    return labels_of(batch)[:, 1:]
+
+
+def count_valid(targets: Tensor) -> Tensor:
+    """How many positions are not ignored ()."""
+    return (targets != IGNORED).sum()
+
+
+def reads_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the models read, without the last token (B, T − 1)."""
+    length = batch["input_ids"].shape[1]
+
+    def read(name: str, values: Any) -> Any:
+        if not isinstance(values, Tensor):
+            return values
+        if name.startswith("cu_seq_lens"):  # where each of the packed texts ends
+            return values.clamp(max=length - 1)
+        # (B, T), and the last two of (B, 1, T, T); the first may be T by chance.
+        for dim in range(max(1, values.dim() - 2), values.dim()):
+            if values.shape[dim] == length:
+                values = values.narrow(dim, 0, length - 1)
+        return values
+
+    return {name: read(name, values) for name, values in batch.items() if name not in ("labels", "window")}
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    """The entries of a batch, and their shapes."""
+    shapes = ((name, tuple(values.shape) if isinstance(values, Tensor) else values) for name, values in batch.items())
+    return ", ".join(f"{name} {shape}" for name, shape in shapes)
+
+
+@torch.no_grad()
+def ask(critic: PreTrainedModel | CriticCache, batch: dict[str, Tensor]) -> Tensor | StoredCritic:
+    """A critic's hidden states (B, T − 1, d), or what is stored of it.
+
+    Raises:
+        UserError: A cache does not know the batch.
+    """
+    if not isinstance(critic, CriticCache):
+        return last_hidden_of(critic, reads_of(batch))
+    if "window" not in batch:
+        raise UserError(f"a batch has {', '.join(batch)}; a cached critic needs window too, as PreparedWindows has it")
+    targets, (splits, indices) = targets_of(batch), batch["window"].t().tolist()
+    try:
+        stored = critic.rows(SPLITS[splits[0]], indices).map(lambda tensor: tensor.to(targets.device))
+        is_known = targets.shape == stored.log_rest.shape
+    except IndexError:
+        is_known = False
+    if not is_known or not ((targets == stored.tokens[..., 0]) | (targets == IGNORED)).all():
+        raise UserError(f"labels are not those of their windows in {critic.path}; expected PreparedWindows of its data")
+    return stored
+
+
+def last_hidden_of(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
+    """Hidden states (B, T − 1, d).
+
+    Raises:
+        UserError: The model was made for shorter sequences, or cannot read what is beside the tokens.
+    """
+    length, longest = reads["input_ids"].shape[1], longest_sequence(model)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"a batch has {length} tokens to read and one to predict; {name_of(model)} was made to read {longest}"
+        )
+    try:
+        return model.base_model(**reads, use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{name_of(model)} cannot read a batch of {_shapes(reads)}: {one_line(error)}; expected what its forward "
+            "takes, with an entry for each of the tokens (B, T), or for each pair of them (B, 1, T, T)"
+        ) from error
+
+
+def name_of(model: nn.Module) -> str:
+    """Where a model came from, or its class."""
+    return getattr(model, "name_or_path", "") or type(model).__name__
