@@ -7,6 +7,7 @@ the traceback. Every import of weight waits until its command is known, so that 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -22,10 +23,27 @@ from .process import set_up_process
 from .version import __version__
 
 USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
+NOBODY_READS = 128 + 13  # as the shell has it of what SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # as `avatarl … | head -1` leaves it; what is still to be written goes nowhere
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return NOBODY_READS
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -54,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         return _end(one_line_of(error), RUN_FAILURE, debug)
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            print(end="", flush=True)  # fails again where that pipe is stdout
         return _end(f"{type(error).__name__}: {one_line_of(error)}", RUN_FAILURE, debug)
 
 
@@ -94,6 +114,8 @@ def prepare_command(arguments: Sequence[str]) -> None:
 
 def train_command(arguments: Sequence[str]) -> None:
     """train a player by a recipe"""
+    from .objective import make_objective
+    from .places import owner, require_found
     from .training import TrainConfig, train
 
     parser = _parser("train")
@@ -102,9 +124,13 @@ def train_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--allow_changes", action="store_true", help="resume under other settings, data or critics")
     parser.add_class_arguments(TrainConfig)
     settings = parse(parser, arguments)
-    settings.pop("config")
+    recipes = settings.pop("config") or []
     resume, allow_changes = settings.pop("resume"), settings.pop("allow_changes")
-    summary = train(TrainConfig(**settings), resume=resume, allow_changes=allow_changes)
+    config = TrainConfig(**settings)
+    asks = make_objective(config.objective, config.avatarl, config.baseline).needs_critic
+    for recipe in filter(owner, map(str, recipes)):
+        require_found(recipe, {"data": config.data, "critic": config.critics if asks else None})
+    summary = train(config, resume=resume, allow_changes=allow_changes)
     if not _process():
         print(f"best validation cross-entropy {summary['best_cross_entropy']:.4f} nats at step {summary['best_step']}")
 
@@ -281,15 +307,17 @@ def report_command(arguments: Sequence[str]) -> None:
 def compare_command(arguments: Sequence[str]) -> None:
     """arms by seeds: train what is missing, then say how they differ, with intervals"""
     from .comparison import ComparisonConfig, compare
+    from .places import owner, require_found
 
     parser = _parser("compare")
     add_recipe(parser)
     parser.add_class_arguments(ComparisonConfig)
     parser.add_argument("--device", default="auto", help="of the evaluation of finished players: cpu, cuda or auto")
     settings = parse(parser, arguments)
-    settings.pop("config")
-    device = settings.pop("device")
+    recipes, device = settings.pop("config") or [], settings.pop("device")
     comparison = ComparisonConfig(**settings)
+    for recipe in filter(owner, map(str, recipes)):
+        require_found(recipe, settings)
     compare(comparison, device=device)
     print(visible((Path(comparison.out) / "report.md").read_text(encoding="utf-8")))
 
@@ -366,8 +394,8 @@ def _end(message: str, status: int, debug: bool) -> int:
 
 def _process() -> str:
     """Which of several processes this is; empty for the first, which speaks for all, and for one alone."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" or os.environ.get("WORLD_SIZE", "1") == "1" else f"process {rank}: "
+    rank, count = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    return "" if rank == "0" or count == "1" else f"process {rank}: "
 
 
 def _quiet_libraries() -> None:

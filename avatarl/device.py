@@ -1,10 +1,32 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, as which of how many processes, and in which precision."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from avatarl.errors import UserError
+
+
+def launched_as() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine as ``torchrun`` says them; 0, 1 and 0 where it says nothing.
+
+    Raises:
+        UserError: What stands in the environment in their place is none.
+    """
+    found = []
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        value = os.environ.get(name, "").strip() or alone
+        if not value.isdecimal():
+            raise UserError(f"{name} is {value!r} in the environment; expected a whole number, or that it is not set")
+        found.append(int(value))
+    rank, count, local_rank = found
+    if count <= 1:
+        return 0, 1, 0
+    if rank >= count:
+        raise UserError(f"RANK is {rank} in the environment, and WORLD_SIZE is {count}; expected a rank below it")
+    return rank, count, local_rank
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -22,11 +22,16 @@ def add_recipe(parser) -> None:
     from jsonargparse import ActionConfigFile
 
     from .outside import check_recipe
+    from .places import owner, read_recipe, read_settings
 
     class Recipe(ActionConfigFile):
         def __call__(self, parser, settings, value, option_string=None):
             check_recipe(value)
             super().__call__(parser, settings, value, option_string)
+            if owner(value):
+                written, found = read_settings(value), read_recipe(value)
+                for name in (name for name in found if found[name] != written.get(name)):  # lies elsewhere now
+                    settings[name] = found[name]
 
     parser.add_argument("--config", action=Recipe, help="a recipe (YAML); later options replace its settings")
 

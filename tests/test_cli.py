@@ -156,7 +156,8 @@ def test_from_text_to_text(here: Path, tmp_path: Path, capsys):
     assert "best validation cross-entropy" in capsys.readouterr().out
     assert sorted(path.name for path in here.iterdir()) == ["critic", "data", "run"]
     saved = yaml.safe_load((here / "run" / "config.yaml").read_text())
-    assert (saved["steps"], saved["out"], saved["critic"], saved["objective"]) == (4, "run", "critic", "avatarl")
+    assert (saved["steps"], saved["objective"]) == (4, "avatarl")
+    assert (saved["out"], saved["critic"]) == (str(here / "run"), str(here / "critic"))  # wherever it is read from
     assert saved["avatarl"]["smoothing"] == 0.3  # from the command line
     assert saved["avatarl"]["top_k"] == 4  # from the recipe
 

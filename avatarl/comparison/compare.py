@@ -10,6 +10,7 @@ import yaml
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
+from avatarl.places import COMPARISON, kept
 from avatarl.results.minimal_pairs import read_pairs
 from avatarl.training.folder.durable import replace_file
 from avatarl.training.folder.lock import RunLock
@@ -19,8 +20,6 @@ from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_
 from .progress import Job, Progress
 from .report import write_reports
 from .workers import Workers
-
-CONFIG = "comparison.yaml"
 
 
 def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool = False) -> None:
@@ -41,7 +40,8 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         RunStopped: SIGTERM, SIGINT or SIGHUP; the same call goes on.
     """
     out = Path(comparison.out)
-    data_folder = comparison.base_settings().get("data")
+    base = comparison.base_settings()
+    data_folder = base.pop("data", None)
     if data_folder is None:
         raise UserError("data is not given; expected a prepared data folder, here or in the base recipe")
     if comparison.pairs is not None:
@@ -60,7 +60,9 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
 
     out.mkdir(parents=True, exist_ok=True)
     with RunLock(out):
-        replace_file(out / CONFIG, yaml.safe_dump(asdict(comparison), sort_keys=False))
+        # Whole, with the settings of a base that may lie elsewhere or change.
+        settings = {**asdict(comparison), "base": base, "data": data_folder}
+        replace_file(out / COMPARISON, yaml.safe_dump(kept(settings, comparison.critics), sort_keys=False))
         with Workers(out, comparison.workers, say) as workers:
             if progress.missing:
                 say(f"{len(progress.members)} runs are there; {workers.count} at once for what is missing")

@@ -12,8 +12,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from avatarl.errors import UserError, nearest_name
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
@@ -21,7 +19,8 @@ from avatarl.models.loading import resolve_model
 from avatarl.objective import AvataRLConfig, Objective, make_objective
 from avatarl.objective.config import require_whole
 from avatarl.options import make_parser, parse_settings
-from avatarl.outside import check_recipe, require_unicode
+from avatarl.outside import require_unicode
+from avatarl.places import read_recipe
 from avatarl.training import TrainConfig
 
 from .search import middle
@@ -181,10 +180,7 @@ class ComparisonConfig:
         """
         nested = self.base
         if isinstance(nested, str):
-            check_recipe(nested)
-            nested = yaml.safe_load(Path(nested).read_text(encoding="utf-8"))
-            if not isinstance(nested, dict):
-                raise UserError(f"base {self.base} holds no settings by name; expected a recipe")
+            nested = read_recipe(nested)
         settings = by_dotted_names(nested)
         for name in ("out", "seed"):
             settings.pop(name, None)

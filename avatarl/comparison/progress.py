@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,9 +271,11 @@ class Progress:
         for identity in identities_of_run(folder):
             if identity.get("data") != self.data.digest:
                 raise UserError(f"{folder} was trained on other data than {self.data.path}; give another out")
-            for critic in made_here:
-                recorded = identity.get(f"critic {critic}")  # None of one that its objective did not ask
-                if recorded is not None and recorded != self._digest_of_critic(critic, identity["precision"]):
+            # By their order: their folders may have been elsewhere. None where its objective did not ask them.
+            recorded = [digest for name, digest in identity.items() if name.startswith("critic ")]
+            for critic, digest in zip(config.critics, recorded, strict=False):
+                is_known = critic in made_here or f"critic {critic}" not in identity and os.path.exists(critic)
+                if is_known and digest != self._digest_of_critic(critic, identity["precision"]):
                     raise UserError(f"{folder} was trained under another critic than {critic}; give another out")
 
     def _digest_of_critic(self, critic: str, precision: str) -> str:

@@ -11,8 +11,8 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig, build_player, load_tokenizer
 from avatarl.outside import refusing
+from avatarl.places import CONFIG, require_found
 from avatarl.training.folder.checkpoint import CHECKPOINTS, damage_of, read_manifest, step_folder, steps_found
-from avatarl.training.folder.identity import CONFIG
 from avatarl.training.folder.model_card import write_model_folder
 from avatarl.training.folder.tensors import load_player, tensors_of_model
 
@@ -94,4 +94,5 @@ def _tokenizer_of(run: Path, settings: dict) -> PreTrainedTokenizerBase:
         if os.path.isdir(run / folder):
             return load_tokenizer(run / folder)
     with refusing(f"{run} has no player yet, and its data cannot be read for the tokenizer (", ")"):
+        require_found(run / CONFIG, {"data": settings["data"]})
         return PreparedData.open(settings["data"]).load_tokenizer()

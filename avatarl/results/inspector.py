@@ -33,6 +33,7 @@ from avatarl.objective import AvataRL, AvataRLConfig, RewardLandscape, reward_la
 from avatarl.objective.critics import proposals
 from avatarl.objective.protocol import Rows
 from avatarl.outside import read_regular_file, refusing
+from avatarl.places import CONFIG, require_found
 
 from .evaluate import context_length
 from .runs import read_settings
@@ -297,6 +298,8 @@ def settings_and_critics(
         UserError: There is no critic, or one that cannot be asked about other text than it was trained beside.
     """
     own_config, own_critics = trained_with(player)
+    if critics is None and own_critics:
+        require_found(Path(player) / CONFIG, {"critic": own_critics})
     config, critics = config or own_config, list(own_critics if critics is None else critics)
     if config.needs_critic and not critics:
         raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
@@ -312,7 +315,7 @@ def trained_with(player: str | Path) -> tuple[AvataRLConfig, list[str]]:
     Raises:
         UserError: Its config.yaml is not what a run writes.
     """
-    if not os.path.isfile(Path(player) / "config.yaml"):
+    if not os.path.isfile(Path(player) / CONFIG):
         return AvataRLConfig.article(), []
     settings = read_settings(player)
     with refusing(f"{player}: config.yaml is not what a run writes (", ")"):

@@ -23,6 +23,7 @@ from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective.config import require_whole
 from avatarl.outside import refusing
+from avatarl.places import CONFIG, require_found
 from avatarl.training.folder.durable import replace_file
 from avatarl.version import __version__
 
@@ -151,6 +152,7 @@ def _find_data(run: Run, given: str | Path | None) -> Findings:
     try:
         if not isinstance(own, str):
             raise UserError("its settings name no data")
+        require_found(run.folder / CONFIG, {"data": own})
         content, manifest = read_manifest(Path(own))
         found.data, found.data_digest = Path(own), hashlib.sha256(content).hexdigest()
         if found.data_digest != run.record.get("data_digest", found.data_digest):

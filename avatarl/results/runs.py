@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from avatarl.errors import UserError
 from avatarl.inert import one_line
-from avatarl.outside import LARGEST_CONFIG_BYTES, check_recipe, parse_json, read_regular_file, refusing
+from avatarl.outside import LARGEST_CONFIG_BYTES, parse_json, read_regular_file, refusing
+from avatarl.places import CONFIG, ENVIRONMENT, located
+from avatarl.places import read_settings as settings_in
 from avatarl.training.config import idle_settings
-from avatarl.training.folder.identity import CONFIG, ENVIRONMENT, flatten
+from avatarl.training.folder.identity import flatten
 from avatarl.training.folder.log import METRICS
 
 LONGEST_LINE = 1 << 20
@@ -106,17 +107,12 @@ def distinct_names(folders: Sequence[str | Path]) -> list[str]:
 
 
 def read_settings(run: str | Path) -> dict:
-    """What a run's config.yaml holds, nested as it is there.
+    """What a run's config.yaml holds, nested as it is there, with paths where they are now.
 
     Raises:
         UserError: There is no such file, or it holds no settings by name.
     """
-    path = Path(run) / CONFIG
-    check_recipe(path)
-    with refusing(f"{path} cannot be read (", ")"):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings by name; expected a run's config.yaml")
+    settings = located(settings_in(Path(run) / CONFIG), run)
     if "critic" in idle_settings(flatten(settings)):
         settings["critic"] = None  # runs of earlier versions name one that was not asked
     return settings

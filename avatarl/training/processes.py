@@ -7,7 +7,6 @@ step's windows, and the wrappers of PyTorch average their gradients.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from avatarl.device import launched_as
 from avatarl.errors import RunFailed, UserError
 
 
@@ -39,14 +39,16 @@ class Processes:
     @classmethod
     def of_this_run(cls) -> Processes:
         """As ``torchrun`` says in the environment; one process alone where it says nothing."""
-        rank, count, local_rank = (int(os.environ.get(n, d)) for n, d in zip(_NAMES, (0, 1, 0), strict=True))
-        return cls(rank, count, local_rank) if count > 1 else cls()
+        return cls(*launched_as())
 
     def __enter__(self) -> Processes:
         if self.count > 1 and not dist.is_initialized():
             # Tensors talk where they are; what is decided on the host needs no device, and does not wait for it.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            store, rank, count = next(dist.rendezvous("env://"))
+            try:
+                store, rank, count = next(dist.rendezvous("env://"))
+            except ValueError as error:  # what torchrun sets besides
+                raise UserError(f"WORLD_SIZE is {self.count} in the environment; {error}; start by torchrun") from error
             dist.init_process_group(backend, store=meet(store, rank, count), rank=rank, world_size=count)
             self.has_started = True
         return self
@@ -151,9 +153,6 @@ class Processes:
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh)
         fully_shard(root, mesh=mesh, reshard_after_forward=False if keep_root else None)
-
-
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def meet(store: dist.Store, rank: int, count: int, patience_seconds: float = 600) -> dist.Store:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from avatarl.comparison import ComparisonConfig, TuningConfig
-from avatarl.comparison.measures import result_row
+from avatarl.cli import main
+from avatarl.comparison import ComparisonConfig, TuningConfig, compare
+from avatarl.comparison.measures import read_rows, result_row
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
 from avatarl.training.rewarded_player import RewardedPlayer
@@ -144,3 +146,29 @@ def test_a_row_holds_what_the_cache_cost_and_whose_settings_these_are(finished: 
     assert row["critic_flops"] == cache["critic"]["flops_per_token"] * 24 * BLOCK
     chosen = yaml.safe_load((member.folder / "config.yaml").read_text())["optim"]["learning_rate"]
     assert (row["tuned_as"], row["tuned_settings"]) == ("cross_entropy", f"optim.learning_rate={chosen}")
+
+
+@pytest.mark.parametrize("again", ["recipe", "comparison.yaml"])
+def test_a_comparison_is_its_folder_wherever_it_lies(
+    finished: Finished, data: PreparedData, tmp_path: Path, monkeypatch, again: str
+):
+    """A recipe that names the new folder goes on with it, and so does the file in it from any directory."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.comparison.out, tmp_path / "made")
+    made = replace(finished.comparison, out=str(tmp_path / "made"))
+    compare(made, device="cpu", quiet=True)
+    first = read_rows(tmp_path / "made" / "results.csv")
+    (tmp_path / "made" / "recipes").mkdir()
+    (tmp_path / "made" / "recipes" / "runs-pupil-seed-1.yaml").write_text("")  # as a worker leaves it
+    (tmp_path / "made").rename(out)
+    runs = contents_of(out / "runs")
+    monkeypatch.chdir(tmp_path)
+    if again == "recipe":
+        moved = replace(made, out="out")
+        assert Progress.of(moved, data).missing == []
+        compare(moved, device="cpu", quiet=True)
+    else:
+        assert main(["compare", "--config", str(out / "comparison.yaml"), "--device", "cpu"]) == 0
+    assert read_rows(out / "results.csv") == first and first[-1]["critic_training_flops"] > 0
+    assert contents_of(out / "runs") == runs
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -108,10 +108,17 @@ def check_same_cache(path: Path, identity: dict) -> None:
             content = read_regular_file(path.with_name(MANIFEST), LARGEST_MANIFEST_BYTES)
         found = parse_json(content)
         found.pop("files", None)
-    except (OSError, ValueError, AttributeError) as error:
+        found, wanted = wherever_it_lies(found), wherever_it_lies(identity)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what `avatarl critic cache` writes; give another folder") from error
-    if found != identity:
-        raise UserError(f"out is {path.parent}, a cache of {difference(found, identity)}; give another folder")
+    if found != wanted:
+        raise UserError(f"out is {path.parent}, a cache of {difference(found, wanted)}; give another folder")
+
+
+def wherever_it_lies(identity: dict) -> dict:
+    """What a cache is of, without where its critic lies."""
+    critic = {name: value for name, value in identity["critic"].items() if name not in ("name", "place")}
+    return {**identity, "critic": critic}
 
 
 def finish(out: Path, identity: dict, parts: list[Part]) -> dict:

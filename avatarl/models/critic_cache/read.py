@@ -86,7 +86,7 @@ class CriticCache:
                 f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected "
                 f"{windows['train']} and {windows['valid']}; {AGAIN}, --train_windows"
             )
-        name, files = manifest["critic"]["name"], manifest["critic"]["files"]
+        name, files = place_of_critic(path, manifest), manifest["critic"]["files"]
         now = weight_files(name) if files else None
         if now is not None and now != files:
             raise UserError(f"{path}: critic {name} has changed since the cache was made of it; {AGAIN}")
@@ -111,6 +111,13 @@ class CriticCache:
         parts = self._parts[split]
         number, start = divmod(index * windows.block, len(parts[0]))  # all but the last are of one size
         return parts[number][start : start + windows.block]
+
+
+def place_of_critic(path: Path, manifest: dict) -> str:
+    """Where the critic of a cache lies: from the cache as when that was made, else where it lay then."""
+    name, beside = manifest["critic"]["name"], manifest["critic"].get("place")
+    moved = os.path.normpath(os.path.join(path, beside)) if isinstance(beside, str) else name
+    return moved if os.path.exists(moved) else name
 
 
 def record_format(manifest: dict) -> RecordFormat:

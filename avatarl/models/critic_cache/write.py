@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from avatarl.data import PreparedData, Windows
-from avatarl.device import pick_device, pick_precision
+from avatarl.device import launched_as, pick_device, pick_precision
 from avatarl.errors import RunFailed, UserError
 from avatarl.inert import one_line
 from avatarl.objective import StoredCritic
@@ -113,9 +113,7 @@ def cache_critic(
     if seed >= 1 << 63:
         raise UserError(f"seed is {seed}; expected a whole number below 2^63")
     require_choice("precision", precision, ("auto", "bf16", "fp32"))
-    rank, count, local_rank = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, count, local_rank = launched_as()
     out, prepared = Path(out), PreparedData.open(data)
     splits = windows_of(prepared, block, train_windows)
     record = RecordFormat.within(kind, bytes_per_token, keep_top, prepared.vocab_size)
@@ -128,6 +126,8 @@ def cache_critic(
         raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
     check_window(model, block, f"critic {critic}")
     identity = identity_of_cache(prepared, splits, record, precision, critic, model)
+    if os.path.exists(critic):  # wherever both are found later; its SHA-256 says whether it is the same
+        identity["critic"] |= {"name": os.path.abspath(critic), "place": os.path.relpath(critic, out)}
     identity |= {"kind": kind, "seed": seed if record.num_draws else None}
     parts, log_frequencies = list(parts_of(identity)), log_frequencies_of(prepared)
     with _failures_in_one_line(out):

@@ -18,6 +18,7 @@ from avatarl.errors import UserError
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 from avatarl.outside import require_unicode
+from avatarl.places import CONFIG, ENVIRONMENT, kept, located, may_be_same
 
 from ..config import TrainConfig, idle_settings
 from ..rewarded_player import FrozenModel
@@ -26,7 +27,6 @@ from .durable import replace_file
 from .lock import LOCK
 
 MUON = "muon precision"  # in a run's identity where it has Muon
-CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 # What a start that was stopped before it wrote its configuration may have left.
 LEFT_BY_A_START = {LOCK, f".{CONFIG}.partial"}
 
@@ -38,6 +38,8 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
         UserError: naming the folder or the settings that differ.
     """
     require_unicode("out", run)
+    if run.is_symlink() and not run.exists():
+        raise UserError(f"out is {run}, a link to what does not exist; expected a folder, or a name that is free")
     if run.exists() and not run.is_dir():
         raise UserError(f"out is {run}, which is a file; expected a folder that does not exist yet")
     if not run.exists() or not {path.name for path in run.iterdir()} - LEFT_BY_A_START:
@@ -58,7 +60,9 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
         )
     # A setting that a run of an earlier version does not name had the value that is the default now.
     defaults = flatten(TrainConfig(data="", out="", steps=1).as_dict())
-    before, now = {**defaults, **saved, "out": config.out}, flatten(config.as_dict())
+    before, now = {**defaults, **located(saved, run), "out": config.out}, flatten(config.as_dict())
+    # Whether what lies elsewhere now is the same, digests tell.
+    before |= {name: now[name] for name in ("data", "critic") if may_be_same(before[name], now[name])}
     idle = idle_settings(before) & idle_settings(now)
     changes = differences(*({name: each[name] for name in each if name not in idle} for each in (before, now)))
     if changes and not allow_changes:
@@ -97,6 +101,11 @@ def has_changed_since(run: Path, checkpoint: Path) -> bool:
 
 def changed_identity(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """How precision, data, tokenizer and critics differ; settings have :func:`differences`."""
+    # The place of a critic may have changed, and with it its name.
+    before, now = dict(before), dict(now)
+    critics = [[name for name in each if name.startswith("critic ")] for each in (before, now)]
+    renamed = dict(zip(*critics, strict=False))
+    before = {renamed.get(name, name): digest for name, digest in before.items()}
     names = [name for name in {**before, **now} if name != "settings" and now.get(name) != before.get(name)]
     # Settings say where a run has Muon, and a run of an earlier version does not say in which precision.
     names = [name for name in names if name != MUON or None not in (before.get(name), now.get(name))]
@@ -110,7 +119,7 @@ def identity_of_run(
 ) -> dict[str, str]:
     """All that decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
     return {
-        "settings": settings_digest(config.as_dict()),
+        "settings": settings_digest(kept(config.as_dict())),
         "precision": precision,
         "data": data.digest,
         "tokenizer": digest_of_tokenizer(data),
@@ -130,7 +139,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 def write_start(run: Path, config: TrainConfig, environment: dict) -> None:
     """Describe a run that starts at step 0."""
-    replace_file(run / CONFIG, config.as_yaml())
+    replace_file(run / CONFIG, yaml.safe_dump(kept(config.as_dict()), sort_keys=False))
     replace_file(run / ENVIRONMENT, json.dumps({**environment, "resumed": []}, indent=1))
 
 
@@ -139,7 +148,7 @@ def write_resumption(run: Path, config: TrainConfig, environment: dict, step: in
     record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
     record["resumed"].append({"step": step, "changes": list(changes), **environment})
     replace_file(run / ENVIRONMENT, json.dumps(record, indent=1))
-    replace_file(run / CONFIG, config.as_yaml())
+    replace_file(run / CONFIG, yaml.safe_dump(kept(config.as_dict()), sort_keys=False))
 
 
 def flatten(settings: dict, prefix: str = "") -> dict:

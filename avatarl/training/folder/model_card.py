@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,6 +125,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         evaluation: ``step``, what was spent until then, and the means of its metrics.
     """
     config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
+    name = Path(os.path.abspath(config.out)).name  # also of "."
     sources, spent = sources_of(manifest), parts.spent_until(step)
     of_split, read = manifest["tokens"]["train"], parts.sizes["unique_tokens"]
     settings = {name: value for name, value in config.as_dict().items() if name != "out"}
@@ -131,8 +133,8 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
     fence = backticks_around(recipe, fewest=3)
     more = f" and {len(sources) - MOST_SOURCES} more" if len(sources) > MOST_SOURCES else ""
     return CARD.format(
-        metadata=metadata(Path(config.out).name, config.objective, sources, evaluation["cross_entropy"]),
-        name=markdown_code(Path(config.out).name),
+        metadata=metadata(name, config.objective, sources, evaluation["cross_entropy"]),
+        name=markdown_code(name),
         objective=config.objective,
         total=parts.parameters.total,
         non_embedding=parts.parameters.non_embedding,
