@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import select
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from .process import set_up_process
 from .version import __version__
 
 USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
+OUTPUTS = (1, 2)  # the descriptors of stdout and stderr
 NOBODY_READS = 128 + 13  # as the shell has it of what SIGPIPE ends
 
 
@@ -38,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", flush=True)
     except BrokenPipeError:  # as `avatarl … | head -1` leaves it; what is still to be written goes nowhere
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        for descriptor in OUTPUTS:
+            os.dup2(nowhere, descriptor)
         return NOBODY_READS
 
 
@@ -72,8 +74,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except RunFailed as error:
         return _end(one_line_of(error), RUN_FAILURE, debug)
     except Exception as error:
-        if isinstance(error, BrokenPipeError):
-            print(end="", flush=True)  # fails again where that pipe is stdout
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         return _end(f"{type(error).__name__}: {one_line_of(error)}", RUN_FAILURE, debug)
 
 
@@ -251,6 +253,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     from rich.console import Console
 
     from .objective import AvataRLConfig
+    from .outside import check_writable
     from .results.inspector import Inspector, read_text, trained_with
     from .results.payouts import kind_of, print_inspection, write_inspection
 
@@ -272,6 +275,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     text = read_text(settings["text"], settings["file"])
     if settings["out"]:
         kind_of(settings["out"])
+        check_writable(settings["out"])
         if settings["position"] is not None:
             raise UserError(f"position is {settings['position']}, and out has every position; expected one of them")
     inspector = Inspector.open(settings["player"], settings["critic"], settings["avatarl"], settings["device"])
@@ -390,6 +394,14 @@ def _end(message: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     print(f"avatarl: {_process()}{one_line(message)}", file=sys.stderr)
     return status
+
+
+def _is_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for descriptor in OUTPUTS:
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _process() -> str:

@@ -22,14 +22,20 @@ from rich.table import Table
 from rich.text import Text
 
 from .data import PreparedData, prepare
-from .errors import UserError
+from .data.dataset import MANIFEST, read_manifest
+from .errors import RunStopped, UserError
 from .inert import backticks_around, markdown_code, one_line, visible
 from .models import PlayerConfig
 from .objective.config import require_whole
+from .outside import check_place, refusing
 from .results import draw_curves, evaluate, generate
 from .results.prompts import held_out_prompts
 from .training import OptimConfig, TrainConfig, train
+from .training.folder.durable import replace_file
+from .training.folder.identity import check_run_folder
+from .training.folder.lock import LOCK, RunLock
 
+RUNS, PAGES = {"critic", "avatarl", "cross_entropy"}, {"results.md", "curves.png", "samples.md"}
 PLAYER = TrainConfig(
     data="runs/demo/data",
     out="runs/demo/avatarl",
@@ -55,6 +61,8 @@ SAMPLE_TOKENS = 120
 def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int = 1, quiet: bool = False) -> dict:
     """Train a critic, an AvataRL player and its cross-entropy twin, and compare them.
 
+    The same call goes on where one was stopped.
+
     Args:
         source: ``python-docs`` or any source of :func:`avatarl.data.prepare`.
         out: The folder to make.
@@ -65,29 +73,77 @@ def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int =
         What results.json holds: the data, the evaluation and training summary of each run, the differences.
 
     Raises:
-        UserError: The source cannot be used or is too short, or ``out`` holds files.
+        UserError: The source cannot be used or is too short, or ``out`` holds something else, or a finished demo.
+        RunStopped: SIGTERM or SIGINT while a run trains; the same call goes on.
     """
-    out, console, started = Path(out), Console(quiet=quiet), time.monotonic()
+    out = Path(out)
     require_whole("seed", seed, minimum=0)
-    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out is {out}, which already holds files; give another folder with --out")
+    check_demo_folder(out, source)
     missing = [folder for folder in (out, *out.parents) if not os.path.exists(folder)]  # innermost first
     try:
-        prepare([source], out / "data", quiet=quiet)
-        data = PreparedData.open(out / "data")
-        configs = demo_configs(out, data, seed)
+        with refusing(f"out is {out}, which cannot be made (", ")"):
+            out.mkdir(parents=True, exist_ok=True)
+        with RunLock(out):
+            return _run_demo(source, out, seed, quiet)
+    except RunStopped as stop:
+        raise RunStopped(stop.signum, f"{out} stopped; the same command goes on") from stop
     except BaseException:
-        # A source that cannot be used leaves nothing behind.
-        shutil.rmtree(out / "data", ignore_errors=True)
-        for folder in missing:
+        for folder in missing:  # a source that cannot be used leaves nothing behind
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
 
+
+def check_demo_folder(out: Path, source: str) -> None:
+    """Refuse a folder that holds anything but what a demo of the same source left when it was stopped.
+
+    Raises:
+        UserError: naming it.
+    """
+    check_place(out)
+    if not os.path.exists(out):
+        return
+    names = {name for name in os.listdir(out) if not _is_left_over(name)} if os.path.isdir(out) else None
+    used = f"out is {out}, which already holds files; give another folder with --out"
+    if names is not None and "results.json" in names:
+        raise UserError(f"{used} (it holds results.json of a finished demo: see results.md and samples.md there)")
+    is_begun = names is not None and names <= {*RUNS, *PAGES, "data"} and (not names & PAGES or RUNS <= names)
+    if not is_begun or names and not (out / "data" / MANIFEST).is_file():
+        raise UserError(used)
+    if names and (sources := read_manifest(out / "data")[1].get("sources")) != [source]:
+        raise UserError(f"{used} (it holds an unfinished demo of {sources}, and {source!r} is asked for)")
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a process that is gone has left what has this name, or it is a lock."""
+    return name == LOCK or name.startswith((".data.unfinished-", ".results."))
+
+
+def _run_demo(source: str, out: Path, seed: int, quiet: bool) -> dict:
+    """What is still to be done of it, in a folder that no other process writes."""
+    console, started = Console(quiet=quiet), time.monotonic()
+    for path in out.glob(".data.unfinished-*"):
+        shutil.rmtree(path)
+    is_new = not (out / "data").exists()
+    try:
+        if is_new:
+            prepare([source], out / "data", quiet=quiet)
+        data = PreparedData.open(out / "data")
+        configs = demo_configs(out, data, seed)
+    except UserError:
+        if is_new:
+            shutil.rmtree(out / "data", ignore_errors=True)
+        raise
+    for config in configs.values():
+        if changes := check_run_folder(Path(config.out), config, resume=True, allow_changes=True):
+            raise UserError(
+                f"{config.out} was started under other settings: {'; '.join(changes)}; give another folder with --out"
+            )
+
     runs = {}
     for name, config in configs.items():
         console.rule(f"{name}: {config.objective}")
-        summary = train(config, quiet=quiet)
+        summary = train(config, resume=True, quiet=quiet)
         critic = configs["critic"].out if name != "critic" else None
         scores = evaluate(config.out, config.data, critic=critic, avatarl=config.avatarl)
         runs[name] = {"evaluation": scores, "training": summary}
@@ -111,8 +167,8 @@ def demo(source: str = "python-docs", out: str | Path = "runs/demo", seed: int =
         {"unigram entropy": results["unigram_entropy"]},
     )
     results["seconds"] = time.monotonic() - started
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (out / "results.md").write_text(results_table(results), encoding="utf-8")
+    replace_file(out / "results.md", results_table(results))
+    replace_file(out / "results.json", json.dumps(results, indent=1))  # last: it says that all is there
     print_results(console, results, out)
     return results
 

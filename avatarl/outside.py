@@ -49,6 +49,31 @@ def require_unicode(setting: str, path: str | Path) -> None:
         raise UserError(f"{setting} is {path}, which is not UTF-8; a path in UTF-8 is expected") from error
 
 
+def check_place(out: Path) -> None:
+    """Refuse a folder that cannot be made, before there is anything to put into it: a link to nothing, or in a file."""
+    require_unicode("out", out)
+    if os.path.islink(out) and not os.path.exists(out):
+        raise UserError(f"out is {out}, a link to what does not exist; expected a folder, or a name that is free")
+    above = next((folder for folder in out.parents if os.path.lexists(folder)), out)
+    if above != out and not os.path.isdir(above):
+        raise UserError(f"out is {out}, and {above} is no folder; expected a folder, or a name in one that is free")
+
+
+def check_writable(out: str | Path) -> None:
+    """Refuse a file that cannot be written, before there is anything to write.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise UserError(f"out is {out}, which is {'a folder' if os.path.isdir(out) else 'no file'}; expected a file")
+    folder = os.path.dirname(os.path.realpath(out))  # of a link, where it leads
+    if not os.path.isdir(folder):
+        raise UserError(f"out is {out}, whose folder does not exist; expected a file in one that does")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"out is {out}, whose folder cannot be written in; expected a file in one that can")
+
+
 @contextmanager
 def refusing(before: str, after: str = "") -> Iterator[None]:
     """Whatever a library makes of a file that is not what it should be, as a UserError: before, the reason, after."""

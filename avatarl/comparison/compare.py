@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
+from avatarl.outside import check_place, refusing
 from avatarl.places import COMPARISON, kept
 from avatarl.results.minimal_pairs import read_pairs
 from avatarl.training.folder.durable import replace_file
@@ -40,6 +42,9 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         RunStopped: SIGTERM, SIGINT or SIGHUP; the same call goes on.
     """
     out = Path(comparison.out)
+    check_place(out)
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"out is {out}, which is a file; expected a folder to make")
     base = comparison.base_settings()
     data_folder = base.pop("data", None)
     if data_folder is None:
@@ -58,7 +63,8 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         progress = Progress.of(comparison, data)
         return progress.missing
 
-    out.mkdir(parents=True, exist_ok=True)
+    with refusing(f"out is {out}, which cannot be made (", ")"):
+        out.mkdir(parents=True, exist_ok=True)
     with RunLock(out):
         # Whole, with the settings of a base that may lie elsewhere or change.
         settings = {**asdict(comparison), "base": base, "data": data_folder}

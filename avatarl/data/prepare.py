@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -30,8 +31,8 @@ from avatarl.data.tokenizer import (
     resolve_tokenizer,
     token_byte_lengths,
 )
-from avatarl.errors import UserError
-from avatarl.outside import require_unicode
+from avatarl.errors import RunFailed, UserError
+from avatarl.outside import check_place
 
 DEFAULT_TOKENIZER = "bpe:4096"
 
@@ -102,7 +103,7 @@ def prepare(
         raise UserError(f"shard_tokens: found {shard_tokens}; a whole number of at least 1 is expected")
     if processes < 1:
         raise UserError(f"processes: found {processes}; a whole number of at least 1 is expected")
-    require_unicode("out", out)
+    check_place(Path(out))
     nanogpt_folder = find_token_files(sources)
     with _all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
         if nanogpt_folder:
@@ -284,11 +285,16 @@ def _counts(counts: dict[str, SplitCounts], characters: int | None) -> dict:
 
 @contextlib.contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its name at the end, or goes without a trace."""
-    if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
+    """A new folder beside ``out`` that takes its name at the end, or goes without a trace.
+
+    Where ``out`` is there and empty, the folder lies in it, and its files are moved up at the end.
+    """
+    if os.path.exists(out) and not (out.is_dir() and _is_empty(out)):
         raise UserError(f"out: {out} exists and is not empty; a new or empty folder is expected")
     missing_parents = [parent for parent in out.parents if not os.path.exists(parent)]  # innermost first
-    folder = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    # What is there stays: a link, the mount point of a volume, or where somebody works cannot be replaced.
+    is_there = os.path.exists(out)
+    folder = out / f".unfinished-{os.getpid()}" if is_there else out.parent / f".{out.name}.unfinished-{os.getpid()}"
     try:
         folder.mkdir(parents=True)
     except (OSError, ValueError) as error:  # the latter where the name holds a NUL
@@ -296,15 +302,27 @@ def _all_or_nothing(out: Path) -> Iterator[Path]:
         raise UserError(f"out: {folder} cannot be made ({reason}); a writable place is expected") from error
     try:
         yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        made = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST) if is_there else [folder]
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in missing_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+    try:
+        if is_there and not _is_empty(out):
+            raise OSError(errno.ENOTEMPTY, "somebody else has written into it")
+        for path in made:  # the manifest last, without which it is no prepared folder
+            path.rename(out / path.name if is_there else out)
+        if is_there:
+            folder.rmdir()
+    except OSError as error:
+        raise RunFailed(f"out: {out} is no longer as it was ({error.strerror}); what was made is {folder}") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing lies in a folder but what others are making, or were when they were killed."""
+    return all(path.name.startswith(".unfinished-") for path in folder.iterdir())
 
 
 @contextlib.contextmanager

@@ -81,7 +81,9 @@ def evaluate(
     require_whole("block", block, minimum=1)
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
     critics = [
-        CriticCache.open(name, prepared, block) if is_cache(name) else load_critic(name, tokenizer, device=chosen)
+        CriticCache.open(name, prepared, block, splits=[split])
+        if is_cache(name)
+        else load_critic(name, tokenizer, device=chosen)
         for name in critic_names
     ]
     config = avatarl or AvataRLConfig.article()

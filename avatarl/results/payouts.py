@@ -16,6 +16,8 @@ from rich.text import Text
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective import AvataRLConfig
+from avatarl.outside import refusing
+from avatarl.training.folder.durable import replace_file
 
 from .inspector import Action, Answers, Inspection
 from .pages import read_source, render_page
@@ -51,10 +53,8 @@ def write_inspection(inspection: Inspection, out: str | Path) -> None:
     """
     write = {".html": inspection_page, ".json": lambda numbers: json.dumps(numbers.as_dict(), indent=1) + "\n"}
     content = write[kind_of(out)](inspection)
-    try:
-        Path(out).write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"out is {str(out)!r}, which cannot be written ({error.strerror})") from error
+    with refusing(f"out is {str(out)!r}, which cannot be written (", ")"):
+        replace_file(Path(out).resolve(), content)
 
 
 def kind_of(out: str | Path) -> str:

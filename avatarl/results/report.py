@@ -22,7 +22,7 @@ from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective.config import require_whole
-from avatarl.outside import refusing
+from avatarl.outside import check_writable, refusing
 from avatarl.places import CONFIG, require_found
 from avatarl.training.folder.durable import replace_file
 from avatarl.version import __version__
@@ -90,7 +90,9 @@ def report(
         UserError: A setting is wrong, one of ``runs`` is no run folder, or its files are not what a run writes.
     """
     out = Path(out)
-    _check_out(out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"out is {out}; expected a name that ends in {' or '.join(SUFFIXES)}")
+    check_writable(out)
     require_whole("max_windows", max_windows, minimum=1)
     require_whole("sample_tokens", sample_tokens, minimum=1)
     if not runs:
@@ -112,16 +114,7 @@ def report(
     values = _values(opened, findings, chosen, prompts if evaluate else [], evaluate)
     content = _page(values) if out.suffix == ".html" else render_markdown("report.md", **values)
     with refusing(f"out is {out}, which cannot be written (", ")"):
-        replace_file(out, content)
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"out is {out}; expected a name that ends in {' or '.join(SUFFIXES)}")
-    if not os.path.isdir(out.parent):
-        raise UserError(f"out is {out}, whose folder does not exist; expected a file in one that does")
-    if os.path.isdir(out):
-        raise UserError(f"out is {out}, which is a folder; expected a file")
+        replace_file(out.resolve(), content)
 
 
 def _baseline(runs: Sequence[Run], wanted: str | Path | None) -> int:

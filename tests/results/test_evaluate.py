@@ -18,7 +18,7 @@ from avatarl import AvataRLConfig, UserError, avatarl_loss
 from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
-from avatarl.models import build_player
+from avatarl.models import build_player, cache_critic
 from avatarl.results import evaluate, read_pairs, score_pairs
 from avatarl.training import train
 
@@ -175,6 +175,26 @@ def test_a_cached_critic_answers_too(data_folder, player_folder, critic_folder, 
     assert cached["rewards"] == pytest.approx(live["rewards"], rel=2e-3)
     with pytest.raises(UserError, match="a cache of windows of 16 tokens; expected block, 8"):
         evaluate(player_folder, data_folder, critic=str(critic_cache), block=8)
+
+
+def test_the_cache_of_a_part_of_the_text_answers_for_its_validation(
+    data_folder, player_folder, critic_folder, critic_cache, tmp_path: Path
+):
+    """Which is whole in it, whatever part of the training split it is of."""
+    options = dict(block=16, bytes_per_token=6 + 4 * 300, train_windows=24, precision="fp32", quiet=True)
+    cache_critic(str(critic_folder), data_folder, tmp_path / "part", **options)
+    part, whole = (
+        evaluate(player_folder, data_folder, critic=str(cache), avatarl=REWARDS)
+        for cache in (tmp_path / "part", critic_cache)
+    )
+    assert part == whole
+    with pytest.raises(UserError, match="covers 24 train and .* valid windows; expected"):
+        evaluate(player_folder, data_folder, critic=str(tmp_path / "part"), split="train")
+    manifest = json.loads((tmp_path / "part" / "cache.json").read_text())
+    manifest["windows"]["valid"] -= 1
+    (tmp_path / "part" / "cache.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="valid windows; expected"):
+        evaluate(player_folder, data_folder, critic=str(tmp_path / "part"))
 
 
 def test_a_sampled_tail_is_the_same_each_time(data_folder, player_folder, critic_folder):

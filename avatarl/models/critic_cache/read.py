@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +56,14 @@ class CriticCache:
             self._parts[part.split].append(np.memmap(path / part.name, self.record.dtype, mode="r"))
 
     @classmethod
-    def open(cls, path: str | Path, data: PreparedData, block: int, train_windows: int | None = None) -> CriticCache:
+    def open(
+        cls,
+        path: str | Path,
+        data: PreparedData,
+        block: int,
+        train_windows: int | None = None,
+        splits: Collection[str] = SPLITS,
+    ) -> CriticCache:
         """Open a cache after comparing it with the data, and every file of it with its size and SHA-256.
 
         Args:
@@ -64,6 +71,7 @@ class CriticCache:
             data: What it has to be of.
             block: Tokens in the windows that will be asked for.
             train_windows: How many of the training split these are, spread evenly (None: all).
+            splits: Those that will be asked for. Validation is whole in the cache of any part of the training split.
 
         Raises:
             UserError: It is not finished, damaged, of another version, of other data, another tokenizer or other
@@ -79,7 +87,8 @@ class CriticCache:
                 f"{path}: a cache of windows of {manifest['block']} tokens; expected block, {block}; {AGAIN}, --block "
                 f"{block}"
             )
-        windows = {split: len(of_split) for split, of_split in windows_of(data, block, train_windows).items()}
+        count = train_windows if "train" in splits else manifest["windows"]["train"]
+        windows = {split: len(of_split) for split, of_split in windows_of(data, block, count).items()}
         if manifest["windows"] != windows:
             found = manifest["windows"]
             raise UserError(

@@ -27,6 +27,7 @@ from avatarl.objective.config import require_choice, require_whole
 from avatarl.objective.critics import LiveCritic
 from avatarl.objective.fused.chunked import chunk_rows
 from avatarl.objective.kernels import PLAIN
+from avatarl.outside import check_place
 
 from ..counting import count_parameters, forward_flops_per_token
 from ..critics import load_critic
@@ -96,6 +97,8 @@ def cache_critic(
         UserError: The critic, the data, a setting or ``out`` cannot be used.
         RunFailed: ``out`` cannot be written, or has no room.
     """
+    out = Path(out)
+    check_place(out)
     require_choice("kind", kind, KINDS)
     for name, value, minimum in (
         ("block", block, 1),
@@ -114,7 +117,7 @@ def cache_critic(
         raise UserError(f"seed is {seed}; expected a whole number below 2^63")
     require_choice("precision", precision, ("auto", "bf16", "fp32"))
     rank, count, local_rank = launched_as()
-    out, prepared = Path(out), PreparedData.open(data)
+    prepared = PreparedData.open(data)
     splits = windows_of(prepared, block, train_windows)
     record = RecordFormat.within(kind, bytes_per_token, keep_top, prepared.vocab_size)
     chosen = pick_device(device, local_rank)

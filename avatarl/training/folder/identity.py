@@ -17,7 +17,7 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
-from avatarl.outside import require_unicode
+from avatarl.outside import check_place
 from avatarl.places import CONFIG, ENVIRONMENT, kept, located, may_be_same
 
 from ..config import TrainConfig, idle_settings
@@ -37,9 +37,7 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     Raises:
         UserError: naming the folder or the settings that differ.
     """
-    require_unicode("out", run)
-    if run.is_symlink() and not run.exists():
-        raise UserError(f"out is {run}, a link to what does not exist; expected a folder, or a name that is free")
+    check_place(run)
     if run.exists() and not run.is_dir():
         raise UserError(f"out is {run}, which is a file; expected a folder that does not exist yet")
     if not run.exists() or not {path.name for path in run.iterdir()} - LEFT_BY_A_START:
