@@ -16,9 +16,11 @@ import avatarl.demo
 from avatarl import UserError
 from avatarl.data import PreparedData
 from avatarl.demo import demo
+from avatarl.errors import RunStopped
 from avatarl.models import PlayerConfig
 from avatarl.results import evaluate, read_metrics
 from avatarl.training import OptimConfig
+from avatarl.training.optim import Optimisers
 
 from .conftest import BLOCK, TINY
 
@@ -181,6 +183,110 @@ def test_prompts_end_with_their_document(tmp_path: Path, monkeypatch, finished):
     avatarl.demo.write_samples(tmp_path / "samples.md", PreparedData.open(tmp_path / "data"), {"run": "run"})
     assert len(prompts) == 4
     assert all(prompt.strip().startswith("w") and "<|" not in prompt for prompt in prompts[1:])
+
+
+# --- a demo that was stopped ------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """Stands for whatever stops a demo; no error that somebody might expect."""
+
+
+def stop_at(monkeypatch, place: str, calls: int) -> None:
+    """Let a call of something that the demo does fail; ``step`` is an optimiser step of its runs."""
+    owner, name = (Optimisers, "step") if place == "step" else (avatarl.demo, place)
+    real, left = getattr(owner, name), iter(range(calls - 1))
+
+    def stop(*arguments, **options):
+        if next(left, None) is None:
+            raise Stopped
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, stop)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_demo) -> tuple[Path, dict, Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    source = write_source(folder / "source.txt")
+    return source, demo(str(source), folder / "out", quiet=True), folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("place", "calls"),
+    [("prepare", 1), ("step", 5), ("step", 11), ("evaluate", 2), ("write_samples", 1), ("results_table", 1)],
+)
+def test_the_same_command_goes_on_where_a_demo_was_stopped(
+    uninterrupted, tmp_path: Path, monkeypatch, place: str, calls: int
+):
+    source, expected, whole = uninterrupted
+    out = tmp_path / "new" / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, calls)
+        with pytest.raises(Stopped):
+            demo(str(source), out, quiet=True)
+    if place == "prepare":  # and what is left where a process is killed
+        (out / ".data.unfinished-1").mkdir(parents=True)
+        (out / ".lock").touch()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*/final/model.safetensors")}
+    result = demo(str(source), out, quiet=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    for found in (result, expected):
+        found["seconds"] = 0
+        for run in found["runs"].values():
+            run["training"]["seconds"] = 0
+    assert result == expected
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (out / "samples.md").read_text() == (whole / "samples.md").read_text()
+
+
+def test_a_signal_says_that_the_same_command_goes_on(uninterrupted, tmp_path: Path, monkeypatch):
+    def stopped(*_, **__) -> None:
+        raise RunStopped(15, "critic stopped after step 3 of 6")
+
+    monkeypatch.setattr(avatarl.demo, "train", stopped)
+    with pytest.raises(RunStopped, match="out stopped; the same command goes on") as stop:
+        demo(str(uninterrupted[0]), tmp_path / "out", quiet=True)
+    assert stop.value.signum == 15
+
+
+def test_a_finished_demo_is_named_as_one(uninterrupted):
+    source, _, out = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(
+        UserError, match="files; give another folder with --out .it holds results.json of a finished"
+    ):
+        demo(str(source), out, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_an_unfinished_demo_goes_on_with_its_own_source_and_seed_alone(uninterrupted, tmp_path: Path, monkeypatch):
+    source, out = uninterrupted[0], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, "step", 5)
+        with pytest.raises(Stopped):
+            demo(str(source), out, quiet=True)
+    other = write_source(tmp_path / "other.txt", seed=9)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=r"with --out .it holds an unfinished demo of \['.*source.txt"
+    ):
+        demo(str(other), out, quiet=True)
+    with pytest.raises(UserError, match="critic was started under other settings: seed was 2 and is 8; give another"):
+        demo(str(source), out, seed=7, quiet=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("names", [["samples.md"], ["critic/mine"], ["data/mine"], ["avatarl/x", "data/manifest.json"]])
+def test_folders_that_look_like_a_demo_s_are_not_written_into(uninterrupted, tmp_path: Path, names: list[str]):
+    out = tmp_path / "out"
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
+    with pytest.raises(UserError):
+        demo(str(uninterrupted[0]), out, quiet=True)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == set(names)
+    assert all((out / name).read_text() == "{}" for name in names)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
