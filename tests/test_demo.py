@@ -253,9 +253,7 @@ def test_a_signal_says_that_the_same_command_goes_on(uninterrupted, tmp_path: Pa
 def test_a_finished_demo_is_named_as_one(uninterrupted):
     source, _, out = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with pytest.raises(
-        UserError, match="files; give another folder with --out .it holds results.json of a finished"
-    ):
+    with pytest.raises(UserError, match="files; give another folder with --out .it holds results.json of a finished"):
         demo(str(source), out, quiet=True)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -268,9 +266,7 @@ def test_an_unfinished_demo_goes_on_with_its_own_source_and_seed_alone(uninterru
             demo(str(source), out, quiet=True)
     other = write_source(tmp_path / "other.txt", seed=9)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(
-        UserError, match=r"with --out .it holds an unfinished demo of \['.*source.txt"
-    ):
+    with pytest.raises(UserError, match=r"with --out .it holds an unfinished demo of \['.*source.txt"):
         demo(str(other), out, quiet=True)
     with pytest.raises(UserError, match="critic was started under other settings: seed was 2 and is 8; give another"):
         demo(str(source), out, seed=7, quiet=True)
