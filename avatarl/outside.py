@@ -56,7 +56,7 @@ def check_place(out: Path) -> None:
         raise UserError(f"out is {out}, a link to what does not exist; expected a folder, or a name that is free")
     above = next((folder for folder in out.parents if os.path.lexists(folder)), out)
     if above != out and not os.path.isdir(above):
-        raise UserError(f"out is {out}, and {above} is no folder; expected a folder, or a name in one that is free")
+        raise UserError(f"out is {out}, which cannot be made: {above} is no folder; expected a name in one")
 
 
 def check_writable(out: str | Path) -> None:

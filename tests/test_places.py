@@ -248,6 +248,23 @@ def test_the_same_command_is_the_same_cache_from_elsewhere(tree: Path, cached, m
     assert (tree / "caches" / "small" / "cache.json").read_bytes() == before
 
 
+def test_the_same_command_is_the_same_cache_where_the_tree_was_moved_to(tree: Path, cached, monkeypatch):
+    monkeypatch.chdir(move_tree(tree).parents[1])
+    before = Path("caches", "small", "cache.json").read_bytes()
+    assert cached() == 0
+    assert Path("caches", "small", "cache.json").read_bytes() == before
+
+
+def test_a_cache_that_was_moved_alone_knows_its_critic(tree: Path, cached, tmp_path: Path, monkeypatch):
+    (tree / "caches" / "small").rename(tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    data = PreparedData.open(tree / "data")
+    CriticCache.open("alone", data, BLOCK)
+    shutil.copytree(tree / "runs" / "whole" / "final", tree / "critics" / "small", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"{tree}/critics/small has changed since the cache was made of it"):
+        CriticCache.open("alone", data, BLOCK)
+
+
 @pytest.mark.parametrize("move", [None, move_tree, copy_tree])
 def test_a_cache_knows_its_critic_wherever_both_are(tree: Path, cached, tmp_path: Path, monkeypatch, move):
     """That which another directory has under the critic's name is none of it."""
