@@ -169,6 +169,23 @@ def critic_command(arguments: Sequence[str]) -> None:
         )
 
 
+def verify_command(arguments: Sequence[str]) -> None:
+    """read prepared data and caches in full, though they seem untouched since they last were"""
+    from .data import PreparedData
+    from .models.critic_cache import is_cache
+    from .models.critic_cache.read import open_files, read_manifest, verify
+
+    parser = _parser("verify")
+    parser.add_argument("folders", nargs="+", help="prepared data folders and caches of critics")
+    for folder in map(Path, parse(parser, arguments)["folders"]):
+        if is_cache(folder):
+            _, manifest = read_manifest(folder)
+            verify(folder, manifest, open_files(folder, manifest), anew=True)
+        else:
+            PreparedData.open(folder, anew=True)
+        print(visible(f"{folder} is as it was written"))
+
+
 def plan_command(arguments: Sequence[str]) -> None:
     """what a recipe takes on a device: FLOPs, memory, time and disk"""
     from .planning import UTILISATION, plan, plan_table
@@ -356,6 +373,7 @@ COMMANDS = {
     "prepare": prepare_command,
     "train": train_command,
     "critic": critic_command,
+    "verify": verify_command,
     "plan": plan_command,
     "evaluate": evaluate_command,
     "generate": generate_command,

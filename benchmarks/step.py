@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from avatarl.data.dataset import DTYPES, TokenStream, WindowOrder, Windows
 from avatarl.device import pick_precision
+from avatarl.files import File
 from avatarl.models import (
     PRESETS,
     CriticCache,
@@ -281,9 +282,8 @@ def random_windows(case: Case) -> Windows:
     tokens = np.random.default_rng(0).integers(case.vocabulary, size=NUM_WINDOWS * case.block + 1)
     with tempfile.NamedTemporaryFile(delete=False) as file:
         file.write(tokens.astype(DTYPES["uint32"]).tobytes())
-    stream = TokenStream([Path(file.name)], DTYPES["uint32"])
-    Path(file.name).unlink()  # the mapping keeps it
-    return Windows(stream, case.block)
+    atexit.register(Path(file.name).unlink)
+    return Windows(TokenStream([Path(file.name)], DTYPES["uint32"]), case.block)
 
 
 def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Windows) -> CriticCache:
@@ -299,9 +299,11 @@ def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Window
     }
     precision = "bf16" if case.dtype == "bfloat16" else "fp32"
     np.full(case.vocabulary, -np.log(case.vocabulary), "<f4").tofile(folder / FREQUENCIES)
-    for part in parts_of(manifest):
+    parts = list(parts_of(manifest))
+    for part in parts:
         fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None)
-    return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream))
+    files = {name: File(folder / name) for name in (FREQUENCIES, *(part.name for part in parts))}
+    return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream), files)
 
 
 def operations(name: str, case: Case) -> tuple[float | None, float | None]:

@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 import avatarl.training
-from avatarl import UserError, __version__
+from avatarl import UserError, __version__, files
 from avatarl.cli import COMMANDS, main
+from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
+from avatarl.models import CriticCache
 from avatarl.results import evaluate, generate
 
 from .conftest import BLOCK, TINY, write_documents
@@ -302,6 +304,25 @@ def test_a_tampered_prepared_folder_is_refused(refused, recipe, tmp_path: Path, 
         refused("evaluate", critic_folder, "--data", data),
     ):
         assert "train-00000.bin: changed since it was prepared" in line
+
+
+def test_verify_reads_what_seems_untouched(
+    refused, tmp_path: Path, data_folder: Path, critic_folder: Path, critic_cache: Path, capsys, monkeypatch
+):
+    """Bits that rot change no times."""
+    monkeypatch.setattr(files.Stamp, "of", lambda found: files.Stamp(found.st_size, 0, 0, 0))
+    data, cache = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (data_folder, critic_cache))
+    assert main(["verify", str(data), str(cache)]) == 0
+    assert capsys.readouterr().out == f"{data} is as it was written\n{cache} is as it was written\n"
+    damaged = {data: data / "valid-00000.bin", cache: cache / "train-00000.bin"}
+    for path in damaged.values():
+        content = bytearray(path.read_bytes())
+        content[8] ^= 1
+        path.write_bytes(content)
+    CriticCache.open(cache, PreparedData.open(data), BLOCK)
+    for folder, path in damaged.items():
+        assert f"{path}: changed since it was " in refused("verify", folder)
+    assert "a folder made by `avatarl prepare` is expected" in refused("verify", critic_folder)
 
 
 def test_an_occupied_out_folder_is_refused(refused, here: Path, recipe, tmp_path: Path):

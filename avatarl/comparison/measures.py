@@ -15,6 +15,7 @@ from typing import Any
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
+from avatarl.files import File, ask
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.critic_cache.read import read_manifest, training_flops
 from avatarl.outside import refusing
@@ -223,7 +224,8 @@ def seconds_until(lines: Iterable[Mapping[str, float]], tokens: float) -> float:
 def _evaluation(
     member: Member, comparison: ComparisonConfig, data: PreparedData, out: Path, device: str
 ) -> dict[str, Any]:
-    weights = hashlib.sha256((member.folder / "player" / "model.safetensors").read_bytes()).hexdigest()
+    player = member.folder / "player"
+    (weights,) = ask(player, [(File(player / "model.safetensors"), "sha256", File.digest)])
     pairs = None if comparison.pairs is None else read_pairs(comparison.pairs)
     of = {"player": weights, "data": data.digest, "pairs": pairs and _digest_of(pairs)}
     path = out / "evaluations" / f"{member.arm}-seed-{member.seed}.json"

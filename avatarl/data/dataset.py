@@ -1,4 +1,4 @@
-"""The prepared folder as training reads it: verified, memory-mapped, in an order that one integer resumes."""
+"""The prepared folder as training reads it: verified, never held in memory, in an order that one integer resumes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from avatarl.errors import UserError
+from avatarl.files import File, ask
 from avatarl.outside import parse_json, read_regular_file, refusing
 
 if TYPE_CHECKING:
@@ -41,30 +43,32 @@ def file_record(path: Path) -> dict[str, int | str]:
 
 
 class TokenStream:
-    """The shards of one split as one long sequence of token ids, memory-mapped and never held in memory."""
+    """The shards of one split as one long sequence of token ids, never held in memory."""
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype, split: str = "data") -> None:
-        self.split = split
-        self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
-        self._starts = np.cumsum([0, *map(len, self._shards)])  # (shards + 1,), the last is the length of the stream
+    def __init__(self, shards: Sequence[Path | File], dtype: np.dtype, split: str = "data") -> None:
+        self.split, self.dtype = split, dtype
+        self.files = [shard if isinstance(shard, File) else File(shard) for shard in shards]
+        sizes = [file.stamp.size // dtype.itemsize for file in self.files]
+        self._starts = np.cumsum([0, *sizes])  # (shards + 1,), the last is the length of the stream
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def largest_id(self) -> int:
-        """The largest token id; -1 of an empty stream."""
-        return max((int(shard.max()) for shard in self._shards), default=-1)
-
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Token ids [start, stop), int64 (stop - start,); IndexError where the stream does not have them."""
+        """Token ids [start, stop), int64 (stop - start,).
+
+        Raises:
+            IndexError: The stream does not have them.
+            RunFailed: A shard can no longer be read, or somebody has changed it.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
         ids = np.empty(stop - start, dtype=np.int64)
-        filled = 0
+        filled, size = 0, self.dtype.itemsize
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while filled < len(ids):
             first = start + filled - int(self._starts[shard])
-            part = self._shards[shard][first : first + len(ids) - filled]
+            part = np.frombuffer(self.files[shard].read(first * size, (len(ids) - filled) * size), self.dtype)
             ids[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -85,24 +89,31 @@ class PreparedData:
     byte_lengths: dict[str, TokenStream]  # of each split's tokens; empty where their ids say them, or nothing does
 
     @classmethod
-    def open(cls, path: str | Path) -> PreparedData:
+    def open(cls, path: str | Path, *, verified: str | None = None, anew: bool = False) -> PreparedData:
         """Open the folder that ``prepare`` wrote, after comparing every file with the manifest's size and SHA-256.
 
         Whoever writes a manifest can write matching sums as well; so nothing in it is believed unchecked, and neither
-        are the token ids.
+        are the token ids. Files that were compared before, and have not been touched since, are not read again.
+
+        Args:
+            path: The folder.
+            verified: The ``digest`` of the folder that another process of this run has just opened. Of the same one
+                only sizes are compared.
+            anew: Read every file, whatever is remembered of it.
 
         Raises:
             UserError: the folder was not written by ``prepare``, or a file is missing or not as it was written.
+            RunFailed: a file cannot be read, or is being changed.
         """
         path = Path(path)
         content, manifest = read_manifest(path)
-        for name, record in manifest["files"].items():
-            _verify(path, name, record)
+        digest = hashlib.sha256(content).hexdigest()
+        files = {name: _open_file(path, name, record) for name, record in manifest["files"].items()}
         dtype = DTYPES[manifest["dtype"]]
         streams, byte_lengths = {}, {}
         for split in ("train", "valid"):
-            streams[split] = _stream(path, manifest["files"], split, dtype)
-            byte_lengths[split] = _stream(path, manifest["files"], BYTES + split, BYTES_DTYPE)
+            streams[split] = _stream(files, split, dtype)
+            byte_lengths[split] = _stream(files, BYTES + split, BYTES_DTYPE)
             if len(byte_lengths[split]) not in (0, len(streams[split])):
                 raise UserError(
                     f"{path}: {split} has {len(streams[split])} tokens, but the bytes of {len(byte_lengths[split])}; "
@@ -113,20 +124,23 @@ class PreparedData:
                     f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
                     f"{manifest['tokens'][split]}; prepare the data anew"
                 )
-            if streams[split].largest_id() >= manifest["vocab_size"]:
-                raise UserError(
-                    f"{path}: the {split} split holds token id {streams[split].largest_id()}, but the manifest says "
-                    f"ids are below {manifest['vocab_size']}; prepare the data anew"
-                )
+        if verified != digest:
+            _verify(path, manifest, files, streams, anew)
         return cls(
             path=path,
             manifest=manifest,
             vocab_size=manifest["vocab_size"],
             end_of_text_id=manifest["end_of_text_id"],
-            digest=hashlib.sha256(content).hexdigest(),
+            digest=digest,
             byte_lengths={split: lengths for split, lengths in byte_lengths.items() if len(lengths)},
             **streams,
         )
+
+    def check(self) -> None:
+        """Look whether the tokens are still those that were opened; RunFailed where they are not."""
+        for stream in (self.train, self.valid, *self.byte_lengths.values()):
+            for file in stream.files:
+                file.check()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the data was made with, from the folder's own copy."""
@@ -165,14 +179,14 @@ class PreparedData:
         return decoded_bytes(tokenizer, ids) if came_as_tokens else None
 
 
-def _stream(folder: Path, files: Mapping[str, dict], name: str, dtype: np.dtype) -> TokenStream:
+def _stream(files: Mapping[str, File], name: str, dtype: np.dtype) -> TokenStream:
     """The shards of that name, in order."""
-    shards = sorted(file for file in files if PurePosixPath(file).match(f"{name}-*.bin"))
+    shards = [files[file] for file in sorted(files) if PurePosixPath(file).match(f"{name}-*.bin")]
     for shard in shards:
-        size = files[shard]["bytes"]
+        size = shard.stamp.size
         if size == 0 or size % dtype.itemsize:
-            raise UserError(f"{folder / shard}: has {size} bytes; whole numbers of {dtype.itemsize} bytes are expected")
-    return TokenStream([folder / shard for shard in shards], dtype, name)
+            raise UserError(f"{shard.path}: has {size} bytes; whole numbers of {dtype.itemsize} bytes are expected")
+    return TokenStream(shards, dtype, name)
 
 
 def read_manifest(folder: Path) -> tuple[bytes, dict]:
@@ -228,19 +242,42 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _verify(folder: Path, name: str, expected: dict) -> None:
+def _open_file(folder: Path, name: str, expected: dict) -> File:
     path = folder / name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside of its folder; prepare the data anew")
     if not os.path.isfile(path):  # unlike `Path.is_file`, it takes any name; a pipe is none, and is not waited for
         raise UserError(f"{path}: missing, though the manifest names it; prepare the data anew")
-    found_bytes = path.stat().st_size
-    if found_bytes != expected["bytes"]:
+    file = File(path, expected["sha256"])
+    if file.stamp.size != expected["bytes"]:
         raise UserError(
-            f"{path}: has {found_bytes} bytes, but the manifest says {expected['bytes']}; prepare the data anew"
+            f"{path}: has {file.stamp.size} bytes, but the manifest says {expected['bytes']}; prepare the data anew"
         )
-    if file_record(path) != expected:
-        raise UserError(f"{path}: changed since it was prepared (its SHA-256 is another); prepare the data anew")
+    return file
+
+
+def _verify(
+    folder: Path, manifest: dict, files: Mapping[str, File], streams: Mapping[str, TokenStream], anew: bool
+) -> None:
+    """Compare what files hold with the manifest."""
+    dtype = DTYPES[manifest["dtype"]]
+    ids = partial(File.look_through, unit=dtype.itemsize, largest=lambda block: int(np.frombuffer(block, dtype).max()))
+    shards = {file: split for split, stream in streams.items() for file in stream.files}
+    questions = [
+        (file, f"sha256 and largest {dtype}", ids) if file in shards else (file, "sha256", File.digest)
+        for file in files.values()
+    ]
+    for file, found in zip(files.values(), ask(folder, questions, anew), strict=True):
+        digest, largest = found if file in shards else (found, -1)
+        if digest != file.sha256:
+            raise UserError(
+                f"{file.path}: changed since it was prepared (its SHA-256 is another); prepare the data anew"
+            )
+        if largest >= manifest["vocab_size"]:
+            raise UserError(
+                f"{folder}: the {shards[file]} split holds token id {largest}, but the manifest says ids are below "
+                f"{manifest['vocab_size']}; prepare the data anew"
+            )
 
 
 def spread(total: int, count: int | None) -> np.ndarray:

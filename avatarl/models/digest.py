@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from avatarl.data import PreparedData
-from avatarl.data.dataset import file_record
 from avatarl.errors import UserError
+from avatarl.files import File, ask
 
 from .loading import resolve_model
 from .quantisation import plain_tensors
@@ -42,7 +42,7 @@ def digest_of_tokenizer(data: PreparedData) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def weight_files(model: str) -> dict[str, dict] | None:
+def weight_files(model: str, anew: bool = False) -> dict[str, dict] | None:
     """Size and SHA-256 of a model folder's configuration and weights, by name; None where it is not a folder here."""
     try:
         folder = Path(resolve_model(model))
@@ -50,5 +50,9 @@ def weight_files(model: str) -> dict[str, dict] | None:
         return None
     if not folder.is_dir():
         return None
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return {path.name: file_record(path) for path in paths}
+    files = [File(path) for path in (folder / "config.json", *sorted(folder.glob("*.safetensors")))]
+    digests = ask(folder, [(file, "sha256", File.digest) for file in files], anew)
+    return {
+        file.path.name: {"bytes": file.stamp.size, "sha256": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }

@@ -7,6 +7,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def load_model(
                 output_loading_info=True,
                 **quantised,
             )
+        _copy_from_files(opened)
         _check_causal(opened, name)
         _check_weights(opened, report)
         _check_head(opened, name)
@@ -107,6 +109,14 @@ def load_model(
                 f"critic_quantization: {method} quantises none of the layers of {name}; expected {' or '.join(others)}"
             )
         return opened.to(device).eval()
+
+
+def _copy_from_files(model: PreTrainedModel) -> None:
+    """Hold weights in memory that the library has left mapped to their files, which others may write into."""
+    for plain in chain.from_iterable(map(plain_tensors, chain(model.parameters(), model.buffers()))):
+        # bitsandbytes' own kinds know their data by other names too, and are left as they are.
+        if plain.device.type == "cpu" and type(plain) in (Tensor, torch.nn.Parameter):
+            plain.data = plain.data.clone()
 
 
 def _check_kind(config: PreTrainedConfig, name: str) -> None:

@@ -131,6 +131,15 @@ class Assembly:
             stored = [cache.rows("train", indices) for cache in caches]
             yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
 
+    def check_files(self) -> None:
+        """Look whether data and caches are still what they were when the run started.
+
+        Raises:
+            RunFailed: One is not; it is named.
+        """
+        for opened in (self.data, *self.caches.values()):
+            opened.check()
+
     def spent_until(self, step: int) -> dict[str, int]:
         """What the first ``step`` steps take, evaluations aside.
 
@@ -174,7 +183,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     Raises:
         UserError: A setting, the data or a critic cannot be used.
     """
-    data = PreparedData.open(config.data)
+    data = processes.after_main(lambda verified: PreparedData.open(config.data, verified=verified))
     tokenizer = data.load_tokenizer()
     windows = Windows(data.train, config.block, config.train_windows)
     valid_windows = Windows(data.valid, config.block)
@@ -189,7 +198,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     critic_names = config.critics if objective.needs_critic else []
     if objective.needs_critic and not critic_names:
         raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
-    critics = open_critics(critic_names, config, data, tokenizer, precision, device)
+    critics = open_critics(critic_names, config, processes, data, tokenizer, precision, device)
     loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
     try:
         stored = [(cache.record.num_top, cache.record.num_draws) for cache in critics if isinstance(cache, CriticCache)]
@@ -203,7 +212,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
     # Counted before anything is divided among processes.
     parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block)
-    identity = identity_of_run(config, precision, data, dict(zip(critic_names, critics, strict=True)))
+    named = dict(zip(critic_names, critics, strict=True))
+    identity = processes.ask_main(lambda: identity_of_run(config, precision, data, named))
     if config.optim.name == "muon":
         identity[MUON] = muon_precision(device)
 
@@ -250,6 +260,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
 def open_critics(
     names: Sequence[str],
     config: TrainConfig,
+    processes: Processes,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
     precision: str,
@@ -264,7 +275,13 @@ def open_critics(
     critics: list[FrozenModel | CriticCache] = []
     for name in names:
         if is_cache(name):
-            critics.append(CriticCache.open(name, data, config.block, config.train_windows))
+            critics.append(
+                processes.after_main(
+                    lambda verified, name=name: CriticCache.open(
+                        name, data, config.block, config.train_windows, verified=verified
+                    )
+                )
+            )
         elif name.startswith("ema:"):
             average = build_player(config.player, tokenizer, config.block, config.seed).to(device)
             critics.append(AveragedPlayer(average, *parse_ema_critic(name)))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from transformers import PreTrainedModel
 
 from avatarl.device import launched_as
 from avatarl.errors import RunFailed, UserError
+
+STILL_HERE_SECONDS = 60  # of the 30 minutes that Gloo waits for an answer
 
 
 @dataclass
@@ -104,17 +107,49 @@ class Processes:
         return values[0]
 
     def ask_main(self, question: Callable[[], Any]) -> Any:
-        """What ``question`` answers in the main process, or the error it raises there, in every process."""
+        """What ``question`` answers in the main process, or the error it raises there, in every process.
+
+        However long it takes: the others hear from the main process meanwhile, or they would take it for lost.
+        """
         answer = error = None
         if self.is_main:
-            try:
-                answer = question()
-            except Exception as raised:
-                error = raised
-        answer, error = self.from_main((answer, error))
+            with self._saying_still_here():
+                try:
+                    answer = question()
+                except Exception as raised:
+                    error = raised
+        while (said := self.from_main((answer, error))) is None:
+            pass
+        answer, error = said
         if error is not None:
             raise error
         return answer
+
+    @contextmanager
+    def _saying_still_here(self) -> Iterator[None]:
+        """In the main process, tell the others None now and then."""
+        is_over = threading.Event()
+
+        def say() -> None:
+            with suppress(RuntimeError):  # that another is gone, the answer will find too
+                while not is_over.wait(STILL_HERE_SECONDS):
+                    self.from_main(None)
+
+        thread = threading.Thread(target=say, daemon=True)
+        if self.count > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            if self.count > 1:
+                thread.join()
+
+    def after_main(self, open_: Callable[[str | None], Any]) -> Any:
+        """What ``open_`` opens, in the main process first; in the others it is told the ``digest`` of what that is."""
+        opened = []
+        verified = self.ask_main(lambda: opened.append(open_(None)) or opened[0].digest)
+        return opened[0] if opened else open_(verified)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, in every process."""

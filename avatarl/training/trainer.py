@@ -271,6 +271,7 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
             signum = processes.largest(stop.signum)
             is_end = bool(signum) or step == total_steps
             if is_due or is_end:
+                processes.ask_main(parts.check_files)  # before it is a checkpoint
                 sums = since_log.over(processes)
                 since_log = MetricSums(sums)
                 progress["unlogged"] = {

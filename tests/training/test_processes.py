@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from avatarl import UserError
 from avatarl.errors import RunFailed
+from avatarl.files import File
 from avatarl.objective import OBJECTIVES
 from avatarl.planning.plan import share_of_step
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
@@ -72,6 +73,9 @@ def process(rank: int, count: int, rendezvous: str, jobs: list[tuple[TrainConfig
     """Train by each configuration, perhaps resuming, perhaps only for some steps."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ["XDG_CACHE_HOME"] = os.devnull  # nothing is remembered
+    read, look_through = set(), File.look_through
+    File.look_through = lambda file, *how, **more: read.add(file.path.name) or look_through(file, *how, **more)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
     for config, resume, steps in jobs:
         if steps is None:
@@ -82,6 +86,7 @@ def process(rank: int, count: int, rendezvous: str, jobs: list[tuple[TrainConfig
             train(config, resume=resume, quiet=True)
         except Interrupted:
             repair()
+    Path(f"{rendezvous}-{rank}-read").write_text(" ".join(read))
     dist.destroy_process_group()
 
 
@@ -133,6 +138,12 @@ def test_two_processes_train_as_one(runs: Path, tiny_config, cases, tmp_path: Pa
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)  # twenty steps of 1e-2
+
+
+def test_one_process_reads_data_and_caches_for_all(runs: Path):
+    first, second = (set((runs / f"rendezvous-{rank}-read").read_text().split()) for rank in (0, 1))
+    assert {"train-00000.bin", "valid-00000.bin", "tokenizer.json", "log_frequencies.bin"} <= first
+    assert not second
 
 
 def test_refusing_spikes_is_refusing_the_same_ones(runs: Path):

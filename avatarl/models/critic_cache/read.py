@@ -1,19 +1,19 @@
-"""A finished cache as training asks it: verified, memory-mapped, and of these very data."""
+"""A finished cache as training asks it: verified, never held in memory, and of these very data."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from avatarl.data import PreparedData
-from avatarl.data.dataset import file_record
 from avatarl.errors import UserError
+from avatarl.files import File, ask
 from avatarl.objective import StoredCritic
 from avatarl.outside import parse_json, read_regular_file
 
@@ -31,8 +31,6 @@ from .parts import (
 )
 from .record import RecordFormat
 
-# Enough to keep a disk busy; hashing leaves the interpreter free.
-HASHING_THREADS = 4
 # What reading a manifest that somebody else wrote may end in.
 NOT_OURS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 AGAIN = "make it anew with `avatarl critic cache`"
@@ -46,14 +44,14 @@ def is_cache(path: str | Path) -> bool:
 class CriticCache:
     """What a critic said of every window of the data; make one with :meth:`open`."""
 
-    def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData):
-        self.path, self.manifest, self.digest = path, manifest, digest
+    def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData, files: Mapping[str, File]):
+        self.path, self.manifest, self.digest, self._files = path, manifest, digest, files
         self.record = record_format(manifest)
-        self._log_frequencies = torch.from_numpy(np.fromfile(path / FREQUENCIES, "<f4"))
+        self._log_frequencies = torch.from_numpy(np.frombuffer(_whole(files[FREQUENCIES]), "<f4").copy())
         self._windows = windows_of(data, manifest["block"], manifest["windows"]["train"])
-        self._parts: dict[str, list[np.memmap]] = {split: [] for split in SPLITS}
+        self._parts: dict[str, list[File]] = {split: [] for split in SPLITS}
         for part in parts_of(manifest):
-            self._parts[part.split].append(np.memmap(path / part.name, self.record.dtype, mode="r"))
+            self._parts[part.split].append(files[part.name])
 
     @classmethod
     def open(
@@ -63,8 +61,12 @@ class CriticCache:
         block: int,
         train_windows: int | None = None,
         splits: Collection[str] = SPLITS,
+        *,
+        verified: str | None = None,
     ) -> CriticCache:
         """Open a cache after comparing it with the data, and every file of it with its size and SHA-256.
+
+        Files that were compared before, and have not been touched since, are not read again.
 
         Args:
             path: The folder that ``avatarl critic cache`` made.
@@ -72,10 +74,13 @@ class CriticCache:
             block: Tokens in the windows that will be asked for.
             train_windows: How many of the training split these are, spread evenly (None: all).
             splits: Those that will be asked for. Validation is whole in the cache of any part of the training split.
+            verified: The ``digest`` of the cache that another process of this run has just opened. Of the same one
+                only sizes are compared.
 
         Raises:
             UserError: It is not finished, damaged, of another version, of other data, another tokenizer or other
                 windows, or of a critic that has changed since.
+            RunFailed: A file cannot be read, or is being changed.
         """
         path = Path(path)
         content, manifest = read_manifest(path)
@@ -95,12 +100,10 @@ class CriticCache:
                 f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected "
                 f"{windows['train']} and {windows['valid']}; {AGAIN}, --train_windows"
             )
-        name, files = place_of_critic(path, manifest), manifest["critic"]["files"]
-        now = weight_files(name) if files else None
-        if now is not None and now != files:
-            raise UserError(f"{path}: critic {name} has changed since the cache was made of it; {AGAIN}")
-        verify(path, manifest)
-        return cls(path, manifest, hashlib.sha256(content).hexdigest(), data)
+        digest, files = hashlib.sha256(content).hexdigest(), open_files(path, manifest)
+        if verified != digest:
+            verify(path, manifest, files)
+        return cls(path, manifest, digest, data, files)
 
     @property
     def flops(self) -> int:
@@ -108,7 +111,12 @@ class CriticCache:
         return training_flops(self.manifest)
 
     def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> StoredCritic:
-        """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory."""
+        """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory.
+
+        Raises:
+            IndexError: There is no such window.
+            RunFailed: A part can no longer be read, or somebody has changed it.
+        """
         records = np.stack([self._window(split, int(index)) for index in indices])  # (B, T)
         _, targets = self._windows[split].batch(indices)
         return self.record.unpack(records, targets, self._log_frequencies)
@@ -117,9 +125,14 @@ class CriticCache:
         windows = self._windows[split]
         if not 0 <= index < len(windows):
             raise IndexError(f"window {index} of {len(windows)}")
-        parts = self._parts[split]
-        number, start = divmod(index * windows.block, len(parts[0]))  # all but the last are of one size
-        return parts[number][start : start + windows.block]
+        parts, size = self._parts[split], windows.block * self.record.dtype.itemsize
+        number, start = divmod(index * size, parts[0].stamp.size)  # all but the last are of one size
+        return np.frombuffer(parts[number].read(start, size), self.record.dtype)
+
+    def check(self) -> None:
+        """Look whether the answers are still those that were opened; RunFailed where they are not."""
+        for file in self._files.values():
+            file.check()
 
 
 def place_of_critic(path: Path, manifest: dict) -> str:
@@ -203,31 +216,49 @@ def check_kinds(manifest: dict) -> None:
             raise ValueError("files")
 
 
-def verify(path: Path, manifest: dict) -> None:
-    """Refuse a cache with a file that is not as it was written.
+def open_files(path: Path, manifest: dict) -> dict[str, File]:
+    """The files of a cache by name; UserError names one that is missing or of another size."""
+    per_window, files = manifest["block"] * manifest["bytes_per_token"], {}
+    sizes = {part.name: len(part.windows) * per_window for part in parts_of(manifest)}
+    for name, size in {**sizes, FREQUENCIES: 4 * manifest["vocab_size"]}.items():
+        if not os.path.isfile(path / name):
+            raise UserError(f"{path / name}: missing; {AGAIN}")
+        file = files[name] = File(path / name, manifest["files"][name]["sha256"])
+        if file.stamp.size != size or manifest["files"][name]["bytes"] != size:
+            raise UserError(f"{file.path}: has {file.stamp.size} bytes; {size} are expected; {AGAIN}")
+    return files
+
+
+def verify(path: Path, manifest: dict, files: Mapping[str, File], anew: bool = False) -> None:
+    """Refuse a cache with a file that is not as it was written, or of a critic that is not as it was.
 
     Raises:
-        UserError: naming the file.
+        UserError: naming the file or the critic.
     """
+    critic, made_of = place_of_critic(path, manifest), manifest["critic"]["files"]
+    now = weight_files(critic, anew) if made_of else None
+    if now is not None and now != made_of:
+        raise UserError(f"{path}: critic {critic} has changed since the cache was made of it; {AGAIN}")
     record = record_format(manifest)
-    per_window = manifest["block"] * record.dtype.itemsize
-    sizes = {part.name: len(part.windows) * per_window for part in parts_of(manifest)}
-    sizes[FREQUENCIES] = 4 * manifest["vocab_size"]
-
-    def check(name: str) -> None:
-        file, expected, size = path / name, manifest["files"][name], sizes[name]
-        if not os.path.isfile(file):
-            raise UserError(f"{file}: missing; {AGAIN}")
-        if file.stat().st_size != size or expected["bytes"] != size:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes; {size} are expected; {AGAIN}")
-        if file_record(file) != expected:
-            raise UserError(f"{file}: changed since it was written (its SHA-256 is another); {AGAIN}")
+    ids = partial(
+        File.look_through,
+        unit=record.dtype.itemsize,
+        largest=lambda block: largest_id(np.frombuffer(block, record.dtype)),
+    )
+    of_parts = f"sha256 and largest of {record}"
+    questions = [
+        (file, "sha256", File.digest) if name == FREQUENCIES else (file, of_parts, ids) for name, file in files.items()
+    ]
+    for (name, file), found in zip(files.items(), ask(path, questions, anew), strict=True):
+        digest, largest = (found, -1) if name == FREQUENCIES else found
+        if digest != file.sha256:
+            raise UserError(f"{file.path}: changed since it was written (its SHA-256 is another); {AGAIN}")
         # Whoever writes a manifest can write matching sums as well.
-        if name == FREQUENCIES:
-            if not (np.fromfile(file, "<f4") <= 0).all():
-                raise UserError(f"{file}: holds what is no logarithm of a frequency; {AGAIN}")
-        elif largest_id(np.memmap(file, record.dtype, mode="r")) >= record.vocab_size:
-            raise UserError(f"{file}: holds a token id that is none of {record.vocab_size}; {AGAIN}")
+        if largest >= record.vocab_size:
+            raise UserError(f"{file.path}: holds a token id that is none of {record.vocab_size}; {AGAIN}")
+    if not (np.frombuffer(_whole(files[FREQUENCIES]), "<f4") <= 0).all():
+        raise UserError(f"{path / FREQUENCIES}: holds what is no logarithm of a frequency; {AGAIN}")
 
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        list(pool.map(check, sizes))
+
+def _whole(file: File) -> bytes:
+    return file.read(0, file.stamp.size)

@@ -123,12 +123,14 @@ def cache_critic(
     chosen = pick_device(device, local_rank)
     precision = pick_precision(precision, chosen)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # Before they are loaded: should they change meanwhile, this will not be their cache.
+    files = weight_files(critic)
     model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen, critic_quantization)
     longest = longest_sequence(model)
     if longest is not None and longest < block:
         raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
     check_window(model, block, f"critic {critic}")
-    identity = identity_of_cache(prepared, splits, record, precision, critic, model)
+    identity = identity_of_cache(prepared, splits, record, precision, critic, model, files)
     if os.path.exists(critic):  # wherever both are found later; its SHA-256 says whether it is the same
         identity["critic"] |= {"name": os.path.abspath(critic), "place": os.path.relpath(critic, out)}
     identity |= {"kind": kind, "seed": seed if record.num_draws else None}
@@ -149,6 +151,7 @@ def identity_of_cache(
     precision: str,
     critic: str,
     model: PreTrainedModel,
+    files: dict[str, dict] | None,
 ) -> dict:
     """All that decides what is stored, and what it is tied to."""
     block = splits["train"].block
@@ -166,7 +169,7 @@ def identity_of_cache(
         "critic": {
             "name": critic,
             "sha256": digest_of_model(model),
-            "files": weight_files(critic),
+            "files": files,
             "parameters": count_parameters(model).total,
             "flops_per_token": forward_flops_per_token(model, block),
         },
