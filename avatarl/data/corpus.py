@@ -183,19 +183,23 @@ def _pieces_of_all(documents: Iterable[str]) -> Iterator[Piece]:
 def _pieces(fragments: Iterable[str]) -> Iterator[Piece]:
     """Join one document's fragments, cut anywhere, into pieces that are cut where it does no harm."""
     held: list[str] = []
-    held_characters = 0
+    held_characters, searched = 0, None
     for fragment in fragments:
         held.append(fragment)
         held_characters += len(fragment)
         if held_characters <= PIECE_CHARACTERS:
             continue
-        text = "".join(held)
-        seam = LAST_SEAM.match(text)
+        # A seam takes three characters, so that only the last two of what was searched before are looked at again.
+        recent = "".join(held) if searched is None else searched[-2:] + fragment
+        seam = LAST_SEAM.match(recent)
+        if seam is None and held_characters <= LONGEST_PIECE_CHARACTERS:
+            searched = recent
+            continue
         # Something is always kept back, so that the last piece of a document, known only at its end, is not empty.
-        cut = seam.end() if seam else len(text) - 1 if len(text) > LONGEST_PIECE_CHARACTERS else 0
-        if cut:
-            yield Piece(text[:cut], ends_document=False)
-        held, held_characters = [text[cut:]], len(text) - cut
+        cut = held_characters - 1 if seam is None else held_characters - len(recent) + seam.end()
+        text = "".join(held)
+        yield Piece(text[:cut], ends_document=False)
+        held, held_characters, searched = [text[cut:]], len(text) - cut, None
     if held:
         yield Piece("".join(held), ends_document=True)
 

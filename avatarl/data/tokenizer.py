@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,12 @@ MOST_UNUSED_IDS = 1 << 20
 
 # Training keeps every distinct word in memory; this much text is plenty for merges and keeps that bounded.
 BPE_TRAINING_CHARACTERS = 200_000_000
+
+# The trainer's time grows with the square of a word's length, so words of thousands of characters are cut for it, as
+# SentencePiece does. No ordinary text has so many letters, digits, other marks or spaces in a row.
+LONGEST_WORD = 2000
+KINDS = r"[^\W\d_]", r"\d", r"[^\w\s]|_", r"\s"
+LONG_WORD = re.compile("|".join(f"(?:{kind}){{{LONGEST_WORD}}}" for kind in KINDS))
 
 # Letters, digits, punctuation, white space, and characters of two to four bytes.
 PROBE = "The quick brown fox, 1234!\n\tÄ漢🙂"
@@ -193,12 +201,30 @@ def _train_bpe(size: int, text_pieces: Iterable[str]) -> ResolvedTokenizer:
         show_progress=False,
     )
     backend = _byte_level(BPE())
-    backend.train_from_iterator(_first_characters(text_pieces, BPE_TRAINING_CHARACTERS), trainer)
+    cuts = Counter()
+    texts = _first_characters(text_pieces, BPE_TRAINING_CHARACTERS)
+    backend.train_from_iterator((part for text in texts for part in _without_long_words(text, cuts)), trainer)
     trained = backend.get_vocab_size()
-    note = None
+    notes = []
     if trained < size:
-        note = f"the text supports {trained} tokenizer entries, fewer than the {size} asked for"
-    return ResolvedTokenizer(_wrapped(backend), note)
+        notes.append(f"the text supports {trained} tokenizer entries, fewer than the {size} asked for")
+    if cuts:
+        notes.append(
+            f"words of more than {LONGEST_WORD:,} characters were cut in {cuts.total():,} places to train on; the data "
+            "has them whole"
+        )
+    return ResolvedTokenizer(_wrapped(backend), "; ".join(notes) or None)
+
+
+def _without_long_words(text: str, cuts: Counter) -> Iterator[str]:
+    """``text``, cut wherever a word would become longer than twice ``LONGEST_WORD`` characters; cuts are counted."""
+    start = 0
+    for place in range(LONGEST_WORD, len(text), LONGEST_WORD):
+        if LONG_WORD.match(text, place):
+            yield text[start:place]
+            start = place
+            cuts["places"] += 1
+    yield text[start:]
 
 
 def _first_characters(text_pieces: Iterable[str], limit: int) -> Iterator[str]:

@@ -259,3 +259,21 @@ def test_pieces_are_bounded_even_where_there_is_no_place_to_cut(tmp_path, monkey
     assert "".join(piece.text for piece in pieces) == path.read_text()
     assert max(len(piece.text) for piece in pieces) <= 600
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("line", ["  ACGT\n", "漢字。\n\n", "x" * 70 + "\n\n"])
+def test_a_place_to_cut_is_looked_for_once(monkeypatch, line: str):
+    """Lines that end in none were joined and searched anew with every line: hundreds of seconds for a megabyte."""
+    searched, seams = [], corpus.LAST_SEAM
+
+    class Counting:
+        def match(self, text: str):
+            searched.append(len(text))
+            assert sum(searched) < 2 * 200_000
+            return seams.match(text)
+
+    monkeypatch.setattr(corpus, "LAST_SEAM", Counting())
+    lines = [line] * (200_000 // len(line))
+    lines[-50] = "a b\n"
+    (first, last) = corpus._pieces(iter(lines))
+    assert first.text.endswith("a") and first.text + last.text == "".join(lines)
