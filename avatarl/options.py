@@ -5,23 +5,43 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from .errors import UserError, nearest_name
+from .outside import check_recipe, check_yaml
 
 
 def make_parser(prog: str, description: str | None):
     """A parser of one command."""
     from jsonargparse import ArgumentParser
 
+    _look_at_yaml()
     # Options are not abbreviated: a launcher before ours would take prefixes for its own.
     return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+
+
+@cache
+def _look_at_yaml() -> None:
+    """Have whatever jsonargparse takes for YAML looked at: recipes, strings in them, and files that these name."""
+    from jsonargparse import get_loader, set_loader
+    from yaml import YAMLError
+
+    load = get_loader("yaml")
+
+    def checked(text: str):
+        try:
+            check_yaml(text, "config")
+        except UserError as error:
+            raise YAMLError(str(error)) from error  # so that it stays text where a text is expected
+        return load(text)
+
+    set_loader("yaml", checked, exceptions=(YAMLError,))
 
 
 def add_recipe(parser) -> None:
     """The option ``--config``, whose file is looked at before the parser reads it."""
     from jsonargparse import ActionConfigFile
 
-    from .outside import check_recipe
     from .places import owner, read_recipe, read_settings
 
     class Recipe(ActionConfigFile):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -16,7 +17,10 @@ LARGEST_CONFIG_BYTES = 1 << 24
 MOST_PARTS = 1 << 20
 LARGEST_RECIPE_BYTES = 1 << 16
 DEEPEST_RECIPE = 20
-MOST_ALIASES = 20  # so few stand for at most some thousand times as many entries, however they are nested
+# Packed text is a third to a tenth of its size; gzip makes zeros a thousand times smaller, others without limit.
+LEAST_UNPACKED_BYTES = 1 << 24
+MOST_EXPANSION = 100
+MOST_ALIASES = 20
 
 
 def read_regular_file(path: Path, most_bytes: int) -> bytes:
@@ -31,6 +35,47 @@ def read_regular_file(path: Path, most_bytes: int) -> bytes:
     if path.stat().st_size > most_bytes:
         raise ValueError(f"has {path.stat().st_size} bytes; at most {most_bytes} are expected")
     return path.read_bytes()
+
+
+class Allowance:
+    """How much a packed file may hold: many times more than any text that packs to its size."""
+
+    def __init__(self, path: Path):
+        self._path, self._most = path, LEAST_UNPACKED_BYTES + MOST_EXPANSION * os.path.getsize(path)
+        self._left = self._most
+
+    def spend(self, bytes_unpacked: int) -> None:
+        """Refuse the file, by a UserError, once it has held more."""
+        self._left -= bytes_unpacked
+        if self._left < 0:
+            raise UserError(
+                f"{self._path}: holds more than {self._most:,} bytes once unpacked, which no text of its size does"
+            )
+
+
+class Unpacking(io.RawIOBase):
+    """What a packed file holds, read from ``stream`` as far as its :class:`Allowance` goes."""
+
+    def __init__(self, stream: IO[bytes], path: Path):
+        self._stream, self._allowance = stream, Allowance(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._stream.readinto(buffer)
+        self._allowance.spend(count)
+        return count
+
+
+def read_json(path: Path, most_bytes: int = LARGEST_CONFIG_BYTES) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: It is no regular file or cannot be read.
+        ValueError: It is too large or not JSON.
+    """
+    return parse_json(read_regular_file(path, most_bytes))
 
 
 def parse_json(content: bytes) -> Any:
@@ -113,7 +158,7 @@ def check_library_folder(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        config = parse_json(read_regular_file(path, LARGEST_CONFIG_BYTES))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a model's configuration ({error})") from error
     if not isinstance(config, dict):
@@ -144,8 +189,21 @@ def _settings(config: dict) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file of settings holds.
+
+    Raises:
+        UserError: :func:`check_recipe` refuses it, or it cannot be read.
+    """
+    import yaml
+
+    check_recipe(path)
+    with refusing(f"{path} cannot be read (", ")"):
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
 def check_recipe(path: str | Path) -> None:
-    """Refuse a YAML file that a parser would choke on: too long, too deep, or a few aliases that stand for millions.
+    """Refuse a YAML file that a parser would choke on: too long as it is or written out, or too deep.
 
     What is no text is left to the parser to refuse.
 
@@ -159,18 +217,48 @@ def check_recipe(path: str | Path) -> None:
     size = os.path.getsize(path)
     if size > LARGEST_RECIPE_BYTES:
         raise UserError(f"config {path}: has {size:,} bytes; a recipe of at most {LARGEST_RECIPE_BYTES:,} is expected")
-    depth = aliases = 0
-    try:
-        for event in yaml.parse(Path(path).read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            aliases += isinstance(event, yaml.AliasEvent)
-            if depth > DEEPEST_RECIPE:
-                raise UserError(f"config {path}: nested more than {DEEPEST_RECIPE} deep; settings by name are expected")
-            if aliases > MOST_ALIASES:
-                raise UserError(f"config {path}: has more than {MOST_ALIASES} aliases; write the settings out")
-    except UserError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        raise UserError(f"config {path}: parsing it as YAML failed ({_reason(error)})") from error
-    except (yaml.YAMLError, ValueError):
-        return
+    with suppress(yaml.YAMLError, UnicodeError):
+        try:
+            check_yaml(Path(path).read_bytes(), f"config {path}")
+        except yaml.MarkedYAMLError as error:
+            raise UserError(f"config {path}: parsing it as YAML failed ({_reason(error)})") from error
+
+
+def check_yaml(content: str | bytes, name: str) -> None:
+    """Refuse YAML that is nested too deeply, or whose aliases stand for more than a recipe could hold without them.
+
+    Raises:
+        UserError: naming it by ``name``.
+        yaml.YAMLError: It is no YAML.
+    """
+    import yaml
+
+    aliases = written = 0  # characters of what is read so far, each alias replaced by what it stands for
+    anchored: dict[str, int] = {}
+    within: list[tuple[str | None, int]] = []  # the collections around: their anchors, and what was written before
+    for event in yaml.parse(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        before = written
+        if isinstance(event, yaml.AliasEvent):
+            aliases += 1
+            written += anchored.get(event.anchor, 1)  # one of itself is left to the parser
+        elif isinstance(event, yaml.NodeEvent):
+            written += 1 + len(getattr(event, "value", ""))
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append((event.anchor, before))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = within.pop()
+            anchored[anchor] = written - before
+        elif isinstance(event, yaml.ScalarEvent):
+            anchored[event.anchor] = written - before
+            if "&" in event.value and len(event.value) < len(content):  # jsonargparse reads YAML in a text
+                with suppress(yaml.YAMLError, UnicodeError):
+                    check_yaml(event.value, name)
+        if len(within) > DEEPEST_RECIPE:
+            raise UserError(f"{name}: nested more than {DEEPEST_RECIPE} deep; settings by name are expected")
+        if aliases > MOST_ALIASES:
+            raise UserError(f"{name}: has more than {MOST_ALIASES} aliases; write the settings out")
+        if written > LARGEST_RECIPE_BYTES:
+            raise UserError(
+                f"{name}: holds more than {LARGEST_RECIPE_BYTES:,} characters, with its aliases written out; "
+                "a smaller recipe is expected"
+            )

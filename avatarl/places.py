@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import UserError
-from .outside import LARGEST_CONFIG_BYTES, check_recipe, parse_json, read_regular_file, refusing
+from .outside import read_json, read_yaml
 
 CONFIG, ENVIRONMENT, COMPARISON = "config.yaml", "environment.json", "comparison.yaml"
 PATHS = ("data", "critic", "pairs")  # settings, also of groups, that name files, or may
@@ -68,7 +66,7 @@ def owner(recipe: str | Path) -> Path | None:
         kinds = ("runs", "critics", "tuning")
         return folder if any(any((folder / "recipes").glob(f"{kind}-*.yaml")) for kind in kinds) else None
     try:
-        record = parse_json(read_regular_file(folder / ENVIRONMENT, LARGEST_CONFIG_BYTES))
+        record = read_json(folder / ENVIRONMENT)
     except (OSError, ValueError):
         return None
     return folder if isinstance(record, dict) and "identity" in record else None
@@ -90,9 +88,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: There is no such file, or it holds none.
     """
-    check_recipe(path)
-    with refusing(f"{path} cannot be read (", ")"):
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings by name; expected those of a recipe or a run")
     return settings

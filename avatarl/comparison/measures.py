@@ -18,7 +18,7 @@ from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.critic_cache.read import read_manifest, training_flops
-from avatarl.outside import refusing
+from avatarl.outside import read_json, refusing
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
@@ -231,7 +231,7 @@ def _evaluation(
     path = out / "evaluations" / f"{member.arm}-seed-{member.seed}.json"
     if path.is_file():
         with refusing(f"{path} cannot be read (", "); remove it"):
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path)
         if kept.get("of") == of:
             return kept["found"]
     found = evaluate(member.folder, data.path, device=device)

@@ -19,9 +19,11 @@ import torch
 from avatarl.data.dataset import PreparedData
 from avatarl.errors import RunFailed, UserError
 from avatarl.models.critic_cache import RecordFormat, is_cache
+from avatarl.models.critic_cache.parts import LARGEST_MANIFEST_BYTES
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
+from avatarl.outside import read_json, refusing
 from avatarl.training import TrainConfig
 from avatarl.training.config import idle_settings
 from avatarl.training.folder.identity import check_run_folder, identities_of_run
@@ -222,7 +224,8 @@ class Progress:
 
     def _check_cache(self, cache: Path, options: Settings, critic: Path) -> None:
         """Refuse a cache that was made with other options or of another critic; of which data, its runs look at."""
-        found = json.loads((cache / CACHE_MANIFEST).read_text(encoding="utf-8"))
+        with refusing(f"{cache / CACHE_MANIFEST} cannot be read (", "); give another out"):
+            found = read_json(cache / CACHE_MANIFEST, LARGEST_MANIFEST_BYTES)
         record = self._record_format(options)
         wanted = {"kind": options["kind"], "bytes_per_token": record.dtype.itemsize, "num_top": record.num_top}
         wanted["seed"] = options["seed"] if record.num_draws else None

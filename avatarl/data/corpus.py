@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from avatarl.data.python_docs import python_documents
 from avatarl.data.readers import Part, Piece, read_parts
 from avatarl.errors import UserError, nearest_name
 from avatarl.hub import require_on_hub
-from avatarl.outside import refusing
+from avatarl.outside import Allowance, Unpacking, refusing
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -39,6 +40,7 @@ ACCEPTED = f"{', '.join(SUFFIXES)}, each also with .gz"
 
 PIECE_CHARACTERS = 1 << 16
 LONGEST_PIECE_CHARACTERS = 1 << 20
+ROW_BYTES = 64  # that a row takes besides its text: a file can hold any number of empty ones
 LONGEST_JSON_LINE = 1 << 28  # a record is held in memory, and a small gzip file can hold an endless one
 
 # Places where a document can be cut without changing its tokens: before a single space and after a single line
@@ -158,12 +160,15 @@ def _file_pieces(path: Path, text_field: str) -> Iterator[Piece]:
                 yield from _text_pieces(stream, path)
 
 
+def _is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    compressed = path.name.lower().endswith(".gz")
     try:
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            yield stream
+        with gzip.open(path) if _is_packed(path) else path.open("rb") as stream:
+            yield io.BufferedReader(Unpacking(stream, path)) if _is_packed(path) else stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: corrupt gzip file ({error}); a whole gzip file is expected") from error
     except OSError as error:
@@ -281,16 +286,27 @@ def _parquet_documents(stream: IO[bytes], path: Path, text_field: str) -> Iterat
     import pyarrow.parquet
 
     with tempfile.TemporaryFile() as unpacked:
-        if isinstance(stream, gzip.GzipFile):
+        if _is_packed(path):
             # Parquet is read from its end, which a gzip stream cannot do without being unpacked again and again.
             shutil.copyfileobj(stream, unpacked)
             stream = unpacked
         with refusing(f"{path}: not a readable Parquet file (", ")"):  # it raises many kinds besides its own
             table = pyarrow.parquet.ParquetFile(stream)
             _require_field(table.schema_arrow.names, text_field, str(path))
+            columns = [table.schema.column(number).path for number in range(len(table.schema))]
+            if text_field not in columns:  # it has columns in it
+                kind = table.schema_arrow.field(text_field).type
+                raise UserError(f"{path}: field {text_field!r} holds {kind}; a string is expected")
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            own = sum(group.column(columns.index(text_field)).total_uncompressed_size for group in groups)
+            Allowance(path).spend(own)
+            # As a dictionary, a text is in memory as often as it is in the file, in however many rows it stands.
+            table, rows = pyarrow.parquet.ParquetFile(stream, read_dictionary=[text_field]), Allowance(path)
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for record in batch.to_pylist():
-                    yield from _text_of(record, text_field, str(path))
+                for value in batch.column(0):
+                    text = value.as_py()
+                    rows.spend(ROW_BYTES + (len(text) if isinstance(text, str) else 0))
+                    yield from _text_of({text_field: text}, text_field, str(path))
 
 
 def _hub_shards(source: str) -> IterableDataset:

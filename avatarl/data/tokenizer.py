@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from avatarl.data.growth import PROBE, check_growth
 from avatarl.errors import UserError
 from avatarl.hub import require_on_hub
 from avatarl.outside import check_library_folder, refusing
@@ -32,9 +33,6 @@ BPE_TRAINING_CHARACTERS = 200_000_000
 LONGEST_WORD = 2000
 KINDS = r"[^\W\d_]", r"\d", r"[^\w\s]|_", r"\s"
 LONG_WORD = re.compile("|".join(f"(?:{kind}){{{LONGEST_WORD}}}" for kind in KINDS))
-
-# Letters, digits, punctuation, white space, and characters of two to four bytes.
-PROBE = "The quick brown fox, 1234!\n\tÄ漢🙂"
 
 ACCEPTED = "accepted are bpe:N, gpt2, a tokenizer folder and a tokenizer's id on the Hugging Face Hub"
 
@@ -265,6 +263,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     if os.path.isdir(name):
         check_library_folder(Path(name))
+        check_growth(Path(name))
     else:
         require_on_hub(str(name), "model")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from avatarl.data.tokenizer import open_tokenizer
 from avatarl.errors import UserError
 from avatarl.hub import require_on_hub
-from avatarl.outside import LARGEST_CONFIG_BYTES, check_library_folder, parse_json, read_regular_file, refusing
+from avatarl.outside import check_library_folder, read_json, refusing
 
 from .quantisation import QUANTISERS, is_quantised, plain_tensors, quantisation_options
 
@@ -185,7 +185,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index_path = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file() or not index_path.is_file():
         return [folder / WEIGHTS]
-    names = set(parse_json(read_regular_file(index_path, LARGEST_CONFIG_BYTES))["weight_map"].values())
+    names = set(read_json(index_path)["weight_map"].values())
     for name in names:
         # Another suffix would be unpickled.
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from avatarl.data.dataset import MANIFEST, read_manifest
@@ -16,6 +15,7 @@ from avatarl.models.critic_cache.read import record_format
 from avatarl.models.critics import RANDOM_CRITIC, parse_ema_critic
 from avatarl.models.loading import one_line, resolve_model
 from avatarl.models.players import player_shape
+from avatarl.outside import read_yaml
 from avatarl.training.config import TrainConfig
 
 GPT2_VOCABULARY = 50_257
@@ -112,9 +112,9 @@ def _player_of_recipe_making(run: str, recipe: str | Path | None) -> tuple[Path,
     """The recipe beside ``recipe`` whose output is ``run``, and the player it trains."""
     for path in sorted(Path(recipe).parent.glob("*.yaml")) if recipe else ():
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            settings = read_yaml(path)
             if settings["out"] == run:
                 return path, PlayerConfig(**settings.get("player", {}))
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # not a recipe of ours
+        except (OSError, ValueError, TypeError, KeyError):  # not a recipe of ours
             continue
     return None

@@ -14,7 +14,7 @@ import numpy as np
 
 from avatarl.errors import UserError
 from avatarl.inert import one_line
-from avatarl.outside import LARGEST_CONFIG_BYTES, parse_json, read_regular_file, refusing
+from avatarl.outside import parse_json, read_json, refusing
 from avatarl.places import CONFIG, ENVIRONMENT, located
 from avatarl.places import read_settings as settings_in
 from avatarl.training.config import idle_settings
@@ -121,7 +121,7 @@ def read_settings(run: str | Path) -> dict:
 def read_record(run: str | Path) -> dict:
     """What a run's environment.json says of it; empty where there is none that can be read."""
     try:
-        record = parse_json(read_regular_file(Path(run) / ENVIRONMENT, LARGEST_CONFIG_BYTES))
+        record = read_json(Path(run) / ENVIRONMENT)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections import Counter
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -238,6 +240,65 @@ def test_a_corrupt_gzip_file_is_named(tmp_path, damage):
         read(path)
 
 
+def packed_lines(path: Path) -> None:
+    path.write_bytes(gzip.compress(b'{"text": [' + b"[]," * 9_000_000 + b"[]]}"))
+
+
+def packed_zeros(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"0" * 30_000_000))
+
+
+def one_text_in_many_rows(path: Path) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 8000, pa.int32()), pa.array(["x" * 900_000]))
+    pyarrow.parquet.write_table(pa.table({"text": column}), path, compression="zstd")
+
+
+def many_long_texts(path: Path) -> None:
+    texts = ["x" * 1_000_000] * 30
+    pyarrow.parquet.write_table(pa.table({"text": texts}), path, compression="zstd", use_dictionary=False)
+
+
+def many_empty_rows(path: Path) -> None:
+    pyarrow.parquet.write_table(pa.table({"text": pa.nulls(2_000_000, pa.string())}), path, compression="zstd")
+
+
+def packed_parquet(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"PAR1" * 8_000_000))
+
+
+@pytest.mark.parametrize(
+    ("name", "fill"),
+    [
+        ("a.jsonl.gz", packed_lines),
+        ("a.txt.gz", packed_zeros),
+        ("a.parquet", one_text_in_many_rows),
+        ("a.parquet", many_long_texts),
+        ("a.parquet", many_empty_rows),
+        ("a.parquet.gz", packed_parquet),
+    ],
+)
+def test_a_file_that_unpacks_to_more_than_any_text_is_refused(tmp_path, name: str, fill):
+    fill(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: holds more than [12]\d,\d{{3}},\d{{3}} bytes once unpacked"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz", "a.parquet"])
+def test_what_packs_well_is_read(tmp_path, name: str):
+    text = "all work and no play makes Jack a dull boy\n" * 200_000  # 8.6 MB in 27 kB
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pa.table({"text": pa.array([text], pa.large_string())}), tmp_path / name)
+    else:
+        write(tmp_path / name, (json.dumps({"text": text}) if "json" in name else text).encode())
+    assert read(tmp_path / name) == [text]
+
+
+def test_a_parquet_column_of_lists_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", parquet_bytes(tmp_path, {"text": [["one"]]}))
+    with pytest.raises(UserError, match=r"a\.parquet: field 'text' holds list<.*>; a string is expected"):
+        read(path)
+
+
 def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     path = write(tmp_path / "a.parquet", parquet_bytes(tmp_path, {"texts": ["one"]}))
     with pytest.raises(UserError, match=r"a\.parquet: no field 'text'; found 'texts'; did you mean 'texts'\?"):
@@ -264,12 +325,12 @@ def test_pieces_are_bounded_even_where_there_is_no_place_to_cut(tmp_path, monkey
 @pytest.mark.parametrize("line", ["  ACGT\n", "漢字。\n\n", "x" * 70 + "\n\n"])
 def test_a_place_to_cut_is_looked_for_once(monkeypatch, line: str):
     """Lines that end in none were joined and searched anew with every line: hundreds of seconds for a megabyte."""
-    searched, seams = [], corpus.LAST_SEAM
+    searched, seams = Counter(), corpus.LAST_SEAM
 
     class Counting:
         def match(self, text: str):
-            searched.append(len(text))
-            assert sum(searched) < 2 * 200_000
+            searched["characters"] += len(text)
+            assert searched["characters"] < 2 * 200_000
             return seams.match(text)
 
     monkeypatch.setattr(corpus, "LAST_SEAM", Counting())

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from avatarl import UserError
+from avatarl.cli import main
 from avatarl.data import PreparedData
-from avatarl.data.tokenizer import resolve_tokenizer
+from avatarl.data.tokenizer import encode_texts, resolve_tokenizer
 from avatarl.models import load_model, load_tokenizer
-from avatarl.outside import check_recipe
+from avatarl.outside import check_recipe, read_yaml
 from avatarl.results import generate
 
 from .damages import sign_again
@@ -132,18 +134,143 @@ def test_an_id_that_would_fill_the_memory_is_refused(data_folder: Path, tmp_path
         resolve_tokenizer(str(tmp_path / "tokenizer"), list)
 
 
+def replace(found: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": found}, "content": content}
+
+
+def sequence(of: str, *steps: dict) -> dict:
+    return {"type": "Sequence", of: list(steps)}
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+EACH = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+EMPTY = {"type": "Replace", "pattern": {"Regex": ""}, "content": "▁"}
+BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": True}
+
+
+@pytest.fixture
+def tokenizer_with(data_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """``tokenizer_with(normalizer=…)``: the data's tokenizer with other parts."""
+
+    def write(**parts: object) -> Path:
+        folder = shutil.copytree(data_folder / "tokenizer", tmp_path / "tokenizer")
+        with_settings("tokenizer.json", **parts)(folder)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("normalizer", sequence("normalizers", *[replace("a", "bb"), replace("b", "aa")] * 20)),
+        ("normalizer", sequence("normalizers", *[sequence("normalizers", *[replace("ζ", "ζζ")] * 20)] * 2)),
+        ("normalizer", sequence("normalizers", *[replace("word", "wordword")] * 20)),
+        ("normalizer", sequence("normalizers", *[EMPTY] * 20)),
+        ("normalizer", sequence("normalizers", *[{"type": "ByteLevel"}] * 20)),
+        ("normalizer", sequence("normalizers", *[replace("a", "ﷺ"), {"type": "NFKC"}, replace("ل", "a")] * 9)),
+        ("pre_tokenizer", sequence("pretokenizers", *[BYTE_LEVEL] * 20)),
+        ("pre_tokenizer", sequence("pretokenizers", *[EACH, BYTE_LEVEL] * 20)),
+        ("decoder", sequence("decoders", *[replace("e", "ee")] * 20)),
+        ("decoder", sequence("decoders", *[replace("", "a")] * 20)),
+    ],
+)
+def test_a_tokenizer_that_makes_texts_longer_and_longer_is_refused(tokenizer_with, part: str, settings: dict):
+    folder = tokenizer_with(**{part: settings})
+    with pytest.raises(UserError, match=f"tokenizer.json: its {part} makes .* characters into more than"):
+        resolve_tokenizer(str(folder), list)
+    (folder / "tokenizer.json").rename(folder / "tokenizer.4.0.0.json")  # which a setting can name
+    with pytest.raises(UserError, match=f"tokenizer.4.0.0.json: its {part} makes"):
+        resolve_tokenizer(str(folder), list)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (sequence("normalizers", *[{"type": "NFC"}] * 65), "has 65 steps; at most 64 are expected"),
+        (replace("ζ", "x" * 65), "has a text of 65 characters; at most 64 are expected"),
+        (sequence("normalizers") | {"decoders": [{"type": "NFC"}] * 65}, "has 65 steps"),
+        ({"type": "Prepend", "prepend": "x" * 10**6}, "has a text of 1,000,000 characters"),
+        (sequence("normalizers", {"normalizers": [replace("a", "aa")] * 40}), "has a step of the type None"),
+        (replace("a", "b") | {"normalizers": []}, "has a step of the type 'Replace'"),
+        (replace("a", "b") | {"type": None}, "has a step of the type None"),
+    ],
+)
+def test_steps_that_no_tokenizer_has_are_refused(tokenizer_with, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        resolve_tokenizer(str(tokenizer_with(normalizer=settings)), list)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {
+            "normalizer": sequence(
+                "normalizers", {"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")
+            )
+        },
+        {"normalizer": sequence("normalizers", BERT | {"lowercase": True}, EMPTY, replace("\n", "<|newline|>"))},
+        {"normalizer": sequence("normalizers", *(replace(mark, "...") for mark in "…‥⋯、。，．"))},
+        {"normalizer": {"type": "ByteLevel"}, "pre_tokenizer": None},
+        {"pre_tokenizer": sequence("pretokenizers", {"type": "Digits", "individual_digits": True}, EACH, BYTE_LEVEL)},
+        {"pre_tokenizer": sequence("pretokenizers", {"type": "WhitespaceSplit"}, METASPACE)},
+        {"decoder": sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"})},
+    ],
+)
+def test_steps_that_tokenizers_have_are_accepted(tokenizer_with, parts: dict):
+    folder = tokenizer_with(**parts)
+    (ids,) = encode_texts(resolve_tokenizer(str(folder), list).tokenizer, ["quick fox"])
+    assert ids
+
+
+DOUBLING = "\n".join(["a0: &a0 {k: xxxx}", *(f"a{n}: &a{n} {{l: *a{n - 1}, m: *a{n - 1}}}" for n in range(1, 9))])
+DOUBLING = DOUBLING.replace("xxxx", "x" * 1000)
+TOO_LONG = "more than 65,536 characters, with its aliases written out"
+QUOTED = json.dumps(DOUBLING)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("a: " + "[" * 30 + "]" * 30, "nested more than 20 deep"),
         ("a: &a 1\nb: [" + "*a, " * 30 + "]", "more than 20 aliases"),
         ("a: " + "x" * 70_000, "has 70,003 bytes"),
+        ("a: &a " + "x" * 40_000 + "\nb: *a", TOO_LONG),
+        (DOUBLING, TOO_LONG),
+        ("<<: " + DOUBLING[4:], TOO_LONG),
+        ("critic: " + QUOTED, TOO_LONG),
+        ("critic: " + json.dumps("b: " + QUOTED), TOO_LONG),
     ],
 )
 def test_a_recipe_that_would_choke_a_parser_is_refused(tmp_path: Path, content: str, message: str):
     (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         check_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["avatarl: bomb.yaml", "player: {settings: bomb.yaml}", "config: bomb.yaml", f"critic_quantization: {QUOTED}"],
+)
+def test_what_a_recipe_names_or_quotes_is_looked_at_too(tmp_path: Path, monkeypatch, capsys, recipe: str):
+    """Of jsonargparse, which reads files that a recipe names and texts in it as YAML."""
+    monkeypatch.chdir(tmp_path)
+    loaded = []
+    load = yaml.load
+    monkeypatch.setattr(yaml, "load", lambda text, **options: loaded.append(text) or load(text, **options))
+    (tmp_path / "bomb.yaml").write_text(DOUBLING)
+    (tmp_path / "recipe.yaml").write_text(f"data: d\nout: o\nsteps: 1\n{recipe}\n")
+    assert main(["train", "--config", "recipe.yaml"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert DOUBLING not in loaded
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: *a\nc: {<<: *a, x: 2}\nd: 'salt & pepper'\n")
+    both = {"x": 1, "y": [1, 2]}
+    wanted = {"a": both, "b": both, "c": {"x": 2, "y": [1, 2]}, "d": "salt & pepper"}
+    assert read_yaml(tmp_path / "recipe.yaml") == wanted
 
 
 def test_a_recipe_that_is_none_is_named(tmp_path: Path):

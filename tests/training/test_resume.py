@@ -136,7 +136,11 @@ def test_resuming_on_other_data_is_refused(tiny_config, tmp_path: Path, data_fol
     assert train(config, resume=True, allow_changes=True, quiet=True)["best_cross_entropy"] == 50.0
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words"])
+# Two to the power of 80 entries, which the settings' digest would write out.
+DOUBLED = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 81))])
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "just words", DOUBLED])
 def test_resuming_with_a_broken_configuration_is_refused(tiny_config, tmp_path: Path, content: str):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(content)

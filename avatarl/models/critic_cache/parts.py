@@ -23,7 +23,7 @@ import numpy as np
 from avatarl.data import PreparedData, Windows
 from avatarl.data.dataset import file_record
 from avatarl.errors import RunFailed, UserError
-from avatarl.outside import parse_json, read_regular_file
+from avatarl.outside import read_json
 
 FORMAT_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1 << 28
@@ -103,10 +103,9 @@ def check_same_cache(path: Path, identity: dict) -> None:
     """Refuse to go on with a cache that was begun as another."""
     try:
         try:
-            content = read_regular_file(path, LARGEST_MANIFEST_BYTES)
+            found = read_json(path, LARGEST_MANIFEST_BYTES)
         except FileNotFoundError:  # gone since it was seen: another process has finished the cache
-            content = read_regular_file(path.with_name(MANIFEST), LARGEST_MANIFEST_BYTES)
-        found = parse_json(content)
+            found = read_json(path.with_name(MANIFEST), LARGEST_MANIFEST_BYTES)
         found.pop("files", None)
         found, wanted = wherever_it_lies(found), wherever_it_lies(identity)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -125,7 +124,7 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
     """Write the manifest where every part is done; return what is known by then."""
     try:
         if all(is_done(out, part) for part in parts) and not os.path.isfile(out / MANIFEST):
-            files = {part.name: json.loads(record_path(out, part).read_text(encoding="utf-8")) for part in parts}
+            files = {part.name: read_json(record_path(out, part)) for part in parts}
             files[FREQUENCIES] = file_record(out / FREQUENCIES)
             write_whole(out / MANIFEST, (json.dumps({**identity, "files": files}, indent=1) + "\n").encode())
     except FileNotFoundError:  # another process has written it meanwhile, and tidied up
@@ -133,7 +132,7 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
             raise
     tidy(out)
     is_finished = os.path.isfile(out / MANIFEST)
-    return json.loads((out / MANIFEST).read_text(encoding="utf-8")) if is_finished else identity
+    return read_json(out / MANIFEST, LARGEST_MANIFEST_BYTES) if is_finished else identity
 
 
 def is_done(out: Path, part: Part) -> bool:

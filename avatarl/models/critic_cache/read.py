@@ -15,7 +15,7 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.objective import StoredCritic
-from avatarl.outside import parse_json, read_regular_file
+from avatarl.outside import parse_json, read_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
 from .parts import (
@@ -184,7 +184,7 @@ def training_flops(manifest: dict) -> int:
 def unfinished(path: Path) -> str:
     """What to say of a folder without a manifest."""
     try:
-        identity = parse_json(read_regular_file(path / UNFINISHED, LARGEST_MANIFEST_BYTES))
+        identity = read_json(path / UNFINISHED, LARGEST_MANIFEST_BYTES)
         parts = list(parts_of(identity))
         done = sum(len(part.windows) for part in parts if is_done(path, part))
         total = sum(len(part.windows) for part in parts)

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
-from avatarl.outside import check_place
+from avatarl.outside import check_place, read_json, read_yaml
 from avatarl.places import CONFIG, ENVIRONMENT, kept, located, may_be_same
 
 from ..config import TrainConfig, idle_settings
@@ -47,9 +45,9 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     if not (run / CONFIG).is_file():
         raise UserError(f"out is {run}, which holds files but no {CONFIG}; --resume needs a run folder")
     try:
-        saved_settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        saved_settings = read_yaml(run / CONFIG)
         saved = flatten(saved_settings)
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{run / CONFIG} cannot be read; move the folder away to start again") from error
     accepted = identities_of_run(run)
     if accepted and settings_digest(saved_settings) not in [identity.get("settings") for identity in accepted]:
@@ -75,7 +73,7 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
         UserError: The record cannot be read.
     """
     try:
-        record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+        record = read_json(run / ENVIRONMENT)
         return [dict(start["identity"]) for start in (record, *record["resumed"])]
     except FileNotFoundError as error:
         if steps_found(run / CHECKPOINTS):
@@ -91,7 +89,7 @@ def identities_of_run(run: Path) -> list[dict[str, str]]:
 
 def has_changed_since(run: Path, checkpoint: Path) -> bool:
     """Whether a start of the run after the one that wrote ``checkpoint`` has changed something."""
-    record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    record = read_json(run / ENVIRONMENT)
     starts, identity = [record, *record["resumed"]], read_manifest(checkpoint)["identity"]
     wrote = max(number for number, start in enumerate(starts) if dict(start["identity"]) == identity)
     return any(start.get("changes") for start in starts[wrote + 1 :])
@@ -143,7 +141,7 @@ def write_start(run: Path, config: TrainConfig, environment: dict) -> None:
 
 def write_resumption(run: Path, config: TrainConfig, environment: dict, step: int, changes: Iterable[str]) -> None:
     """Add to the description that the run went on from ``step``, and with what changes."""
-    record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    record = read_json(run / ENVIRONMENT)
     record["resumed"].append({"step": step, "changes": list(changes), **environment})
     replace_file(run / ENVIRONMENT, json.dumps(record, indent=1))
     replace_file(run / CONFIG, yaml.safe_dump(kept(config.as_dict()), sort_keys=False))

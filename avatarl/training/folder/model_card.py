@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.data.corpus import hub_name
 from avatarl.inert import backticks_around, markdown_code, one_line
+from avatarl.outside import read_json
 
 from .durable import replace_folder
 from .identity import ENVIRONMENT
@@ -202,7 +203,7 @@ def hub_dataset(source: str) -> str | None:
 def record_of(run: Path) -> list[tuple[str, str]]:
     """What the run's record says: revision and versions it last started with, and what was changed on the way."""
     try:
-        record = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+        record = read_json(run / ENVIRONMENT)
         last = [record, *record["resumed"]][-1]
         versions = {name: last["versions"][name] for name in ("avatarl", "torch", "transformers")}
         versions["avatarl"] = " ".join(filter(None, [versions["avatarl"], last["revision"]]))

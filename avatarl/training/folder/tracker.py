@@ -19,6 +19,7 @@ from typing import Any
 
 from avatarl.errors import UserError
 from avatarl.inert import one_line
+from avatarl.outside import read_json
 
 from .durable import replace_file
 
@@ -113,7 +114,7 @@ class Tracker:
 def read_record(path: Path) -> dict | None:
     """What tracker.json holds; None where there is none, or not what a run writes."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         logged = {str(event): int(step) for event, step in record["logged"].items()}
         return {"library": record["library"], "name": str(record["name"]), "logged": logged}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
