@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunFailed, RunStopped, UserError, nearest_name
-from .inert import one_line, visible
+from .inert import inert_output, one_line
 from .options import add_recipe, make_parser, one_line_of, option_in, parse
 from .process import set_up_process
 from .version import __version__
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOBODY_READS
 
 
+@inert_output()
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -262,13 +263,12 @@ def generate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--top_p", type=float, help="draw from the shortest list that reaches this probability")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same texts")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    print(visible("\n\n---\n\n".join(generate(**parse(parser, arguments)))))
+    print("\n\n---\n\n".join(generate(**parse(parser, arguments))))
 
 
 def inspect_command(arguments: Sequence[str]) -> None:
     """what each candidate of a text was paid: in the terminal, as a page, as JSON"""
-    from rich.console import Console
-
+    from .console import Console
     from .objective import AvataRLConfig
     from .outside import check_writable
     from .results.inspector import Inspector, read_text, trained_with
@@ -299,7 +299,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     inspection = inspector.inspect(text)
     if settings["out"]:
         write_inspection(inspection, settings["out"])
-        print(visible(settings["out"]))
+        print(settings["out"])
     else:
         print_inspection(Console(), inspection, settings["position"])
 
@@ -322,7 +322,7 @@ def report_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     settings = parse(parser, arguments)
     report(prompts=settings.pop("prompt"), **settings)
-    print(visible(str(settings["out"])))
+    print(settings["out"])
 
 
 def compare_command(arguments: Sequence[str]) -> None:
@@ -340,7 +340,7 @@ def compare_command(arguments: Sequence[str]) -> None:
     for recipe in filter(owner, map(str, recipes)):
         require_found(recipe, settings)
     compare(comparison, device=device)
-    print(visible((Path(comparison.out) / "report.md").read_text(encoding="utf-8")))
+    print((Path(comparison.out) / "report.md").read_text(encoding="utf-8"))
 
 
 def play_command(arguments: Sequence[str]) -> None:
@@ -430,6 +430,7 @@ def _process() -> str:
 
 def _quiet_libraries() -> None:
     """Our progress is enough: no bars of the libraries below, no advice about the hub."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # it draws by returning to the line's beginning
     from logging import getLogger
 
     from transformers.utils import logging

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .console import Console
 from .data import PreparedData, prepare
 from .data.dataset import MANIFEST, read_manifest
 from .errors import RunStopped, UserError

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, Any
 
 LONGEST_LINE = 1000
 
@@ -26,6 +30,31 @@ def one_line(text: str) -> str:
     if len(line) <= LONGEST_LINE:
         return line
     return f"{line[: LONGEST_LINE * 3 // 4]} … {line[-LONGEST_LINE // 4 :]}"
+
+
+class InertStream:
+    """A stream for text that a terminal may show: whatever is written to ``inner`` is made visible before."""
+
+    def __init__(self, inner: IO[str]):
+        self.inner = inner
+
+    def write(self, text: str) -> int:
+        self.inner.write(visible(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@contextmanager
+def inert_output() -> Iterator[None]:
+    """Within it all that Python prints is inert: messages, warnings, tracebacks, whoever wrote them."""
+    with redirect_stdout(InertStream(sys.stdout)), redirect_stderr(InertStream(sys.stderr)):
+        yield
 
 
 def markdown_code(text: str) -> str:

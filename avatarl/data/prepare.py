@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from avatarl.console import Console
 from avatarl.data.corpus import Piece, document_pieces
 from avatarl.data.dataset import DTYPES, FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, file_record
 from avatarl.data.fidelity import Copies, Fidelity, unknown_ids

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from avatarl.console import Console
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective import AvataRLConfig

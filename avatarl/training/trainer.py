@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 
+from avatarl.console import Console
 from avatarl.errors import RunFailed, RunStopped, UserError
 
 from .assembly import Assembly, Reached, assemble

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress, TextColumn
+from rich.table import Table
 
 import avatarl.demo
 from avatarl import UserError
-from avatarl.cli import main
+from avatarl.cli import COMMANDS, main
+from avatarl.console import Console
 from avatarl.data import PreparedData
-from avatarl.inert import LONGEST_LINE, OBEYED, markdown_code, one_line, visible
+from avatarl.errors import RunFailed
+from avatarl.inert import LONGEST_LINE, OBEYED, InertStream, inert_output, markdown_code, one_line, visible
 from avatarl.results import draw_curves
+from avatarl.training.folder.checkpoint import manifest_text, newest_good_checkpoint
 
 from .mutations import HOSTILE_TEXTS
 
@@ -67,6 +76,72 @@ def test_an_error_is_one_inert_line_whatever_it_names():
     assert str(UserError(f"{SCREEN}a\nb")) == "\\x1b[2J\\x1b[31ma b"
     assert len(str(UserError("x" * 1_000_000))) <= LONGEST_LINE + 10
     assert str(UserError("ends with what is " + "x" * 5000 + "expected")).endswith("expected")
+
+
+EVERY_KIND = f"{SCREEN}\x9b2J\x1b]0;title\x07\r\b\u202egnp\u2066\x7f"
+
+
+@pytest.mark.parametrize(
+    "speak",
+    [
+        print,
+        lambda text: print(text, file=sys.stderr),
+        lambda text: sys.stdout.write(text),
+        lambda text: sys.stderr.writelines([text, text]),
+        lambda text: sys.stderr.write(warnings.formatwarning(text, UserWarning, text, 1)),
+        lambda text: logging.StreamHandler().handle(logging.makeLogRecord({"msg": text})),
+        lambda text: Console().print(text, markup=False),
+        lambda text: Console(stderr=True).rule(text),
+        lambda text: Console().print(table_with(text)),
+        lambda text: PreparedData.open(text),
+        lambda text: (_ for _ in ()).throw(RunFailed(text)),
+        lambda text: (_ for _ in ()).throw(KeyError(text)),
+    ],
+)
+def test_all_that_a_command_says_passes_one_door(monkeypatch, capsys, speak):
+    monkeypatch.setitem(COMMANDS, "push", lambda _: speak(EVERY_KIND))
+    main(["push", "--debug"])
+    said = "".join(capsys.readouterr())
+    assert "x1b[2J" in said and not OBEYED.search(said)
+    assert not isinstance(sys.stdout, InertStream)
+
+
+def table_with(text: str) -> Table:
+    table = Table(f"head {text}", title=f"title {text}")
+    table.add_row(text)
+    return table
+
+
+def test_a_terminal_still_has_its_colours_and_a_progress_its_names(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", InertStream(terminal))
+    console = Console(stderr=True, color_system="standard", width=200)
+    console.print("red", style="red")
+    with Progress(TextColumn("{task.description}", markup=False), console=console, auto_refresh=False) as progress:
+        progress.add_task(EVERY_KIND)
+        print(EVERY_KIND, file=sys.stderr)
+    shown = terminal.getvalue()
+    assert "\x1b[31mred\x1b[0m\n" in shown and "\x1b[?25l" in shown  # the cursor is hidden meanwhile
+    assert "\\x1b[2J" in shown and "\x1b[2J" not in shown and "\x9b" not in shown and "\u202e" not in shown
+
+
+def test_nothing_prints_beside_the_door():
+    for path in Path(avatarl.__file__).parent.rglob("*.py"):
+        if path.name != "console.py":
+            assert not re.search(r"rich\.console|__std(out|err)__", path.read_text(encoding="utf-8")), path
+
+
+def test_what_damages_a_checkpoint_is_named_inertly(tmp_path: Path, capsys):
+    """A checkpoint's manifest names its files, and signs itself."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(manifest_text(1, {EVERY_KIND: {}}, {}))
+    with pytest.raises(UserError), inert_output():
+        newest_good_checkpoint(tmp_path, Console(stderr=True, soft_wrap=True, markup=False).print)
+    said = capsys.readouterr().err
+    assert "\\x1b[2J" in said and not OBEYED.search(said)
 
 
 def test_generated_text_is_inert_on_the_terminal(monkeypatch, capsys):

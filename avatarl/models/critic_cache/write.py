@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from avatarl.console import Console
 from avatarl.data import PreparedData, Windows
 from avatarl.device import launched_as, pick_device, pick_precision
 from avatarl.errors import RunFailed, UserError

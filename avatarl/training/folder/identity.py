@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.models import CriticCache

@@ -1,0 +1,25 @@
+"""``rich`` for whatever may hold text from outside: lines, tables and progress show what a terminal would obey."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from .inert import InertStream, visible
+
+
+class Console(RichConsole):
+    """A ``rich`` console on stdout or stderr that obeys only what ``rich`` itself wrote, colours and the cursor."""
+
+    def __init__(self, stderr: bool = False, **options: Any):
+        stream = sys.stderr if stderr else sys.stdout
+        super().__init__(file=stream.inner if isinstance(stream, InertStream) else stream, stderr=stderr, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
