@@ -18,6 +18,8 @@ from avatarl.objective.config import require_number, require_whole
 
 from .evaluate import context_length
 
+LONGEST_PROMPT = 1 << 20  # characters, of which a tokenizer takes some hundred bytes each
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -95,8 +97,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """What a model reads to continue a prompt: its tokens, or the end of the document before.
 
     Raises:
-        UserError: Neither is there.
+        UserError: Neither is there, or it is longer than any model reads.
     """
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are expected")
     (ids,) = encode_texts(tokenizer, [prompt])
     end_id = end_of_text_id(tokenizer)
     if not ids and end_id is None:

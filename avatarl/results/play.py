@@ -35,11 +35,15 @@ from .pages import macros_of, read_source
 
 try:
     import gradio
+    from starlette.middleware import Middleware
+
+    from .door import Door
 except ImportError:
     gradio = None
 
 LARGEST_PORT = 65535
 MOST_NEW_TOKENS = 500
+MOST_SESSIONS = 16  # of pages whose candidates are kept; the oldest are forgotten
 CONTEXT_CHARACTERS = 120  # shown before a chosen token
 PAGE = macros_of("play.html")
 HINT = Markup('<p class="note">Choose a token to see its candidates.</p>')
@@ -333,6 +337,8 @@ def launch(app: gradio.Blocks, host: str, port: int) -> None:
         quiet=True,
         share=False,
         footer_links=[],
+        app_kwargs={"middleware": [Middleware(Door, host=host)]},
+        state_session_capacity=MOST_SESSIONS,
         run_history=False,
         enable_monitoring=False,
         mcp_server=False,

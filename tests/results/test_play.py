@@ -17,13 +17,17 @@ from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import build_player, load_model, load_tokenizer
 from avatarl.results import play
-from avatarl.results.generate import Sampling, continue_ids, prompt_ids
+from avatarl.results.generate import LONGEST_PROMPT, Sampling, continue_ids, prompt_ids
 from avatarl.results.inspector import Inspector, shown_token
 from avatarl.training import OptimConfig, train
 
 from ..conftest import BLOCK, TINY_PLAYER, write_documents
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra app)")
+
+from starlette.testclient import TestClient  # noqa: E402
+
+from avatarl.results.door import LARGEST_BODY_BYTES  # noqa: E402
 
 PROMPT, COUNT, SEED = "quick fox", 6, 3
 HOSTILE = "<img src=x onerror=alert(1)>&{{7*7}}${7*7}</script>\u202e"
@@ -295,6 +299,66 @@ def test_the_page_is_for_this_machine_alone(run, monkeypatch):
     assert not any(settings[name] for name in ("footer_links", "run_history", "enable_monitoring", "pwa", "mcp_server"))
     play.launch(app, "::1", 7860)
     assert settings["server_name"] == "[::1]"
+    assert settings["state_session_capacity"] == play.MOST_SESSIONS <= 32  # of a megabyte each
+
+
+@pytest.fixture(scope="module")
+def visit(run):
+    """``visit(method, path, …)``: what the page answers, served on ``HOST``."""
+    settings, app = {}, play.build_app([run], device="cpu")
+    app.launch = lambda **given: settings.update(given)
+    play.launch(app, HOST, 7860)
+    served = gradio.routes.App.create_app(app, app_kwargs=settings["app_kwargs"])
+    with TestClient(served, base_url=f"http://{HOST}:7860") as client:
+        yield client.request
+
+
+HOST = "127.0.0.1"
+JOIN = "/gradio_api/queue/join"
+
+
+@pytest.mark.parametrize("path", ["/config", "/gradio_api/info", "/gradio_api/startup-events"])
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:9", "[::1]:7860", "192.0.2.7", socket.gethostname()])
+def test_the_page_is_served_under_this_machines_names(visit, path: str, host: str):
+    assert visit("GET", path, headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "localhost.evil", "", "["]
+)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/config"), ("POST", JOIN), ("HEAD", "/")])
+def test_no_other_name_that_points_here_reads_or_runs_it(visit, method: str, path: str, host: str):
+    assert visit(method, path, headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9", "http://localhost:7860", "["])
+@pytest.mark.parametrize(("method", "path"), [("POST", JOIN), ("GET", "/gradio_api/queue/data?session_hash=a")])
+def test_no_other_page_in_the_browser_asks(visit, method: str, path: str, origin: str):
+    assert visit(method, path, headers={"Origin": origin}).status_code == 403
+
+
+def test_the_pages_own_questions_are_taken(visit):
+    answer = visit("POST", JOIN, json={}, headers={"Origin": f"http://{HOST}:7860"})
+    assert answer.status_code == 422 and "data" in answer.text  # what gradio says of a question with nothing in it
+
+
+@pytest.mark.parametrize(
+    "name", ["upload", "upload/", "run/say", "api/say", "call/say", "component_server", "stream/a"]
+)
+def test_what_the_page_never_sends_is_not_taken(visit, name: str):
+    for method in ("POST", "PUT", "DELETE"):
+        assert visit(method, f"/gradio_api/{name}", files={"files": ("a.txt", b"x")}).status_code == 404
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_question_is_no_longer_than_a_prompt(visit, is_announced: bool):
+    content = b'{"data": ["' + b"x" * LARGEST_BODY_BYTES + b'"]}'
+    assert visit("POST", JOIN, content=content if is_announced else iter([content])).status_code == 413
+
+
+def test_a_prompt_is_bounded_before_it_is_read(side, judges):
+    with pytest.raises(gradio.Error, match="prompt has 1,048,577 characters; at most 1,048,576 are expected"):
+        say([side], judges, "best", prompt="x" * (LONGEST_PROMPT + 1))
 
 
 def test_a_port_that_cannot_be_had_is_refused_before_anything_is_opened(capsys):
