@@ -184,7 +184,7 @@ def verify_command(arguments: Sequence[str]) -> None:
             verify(folder, manifest, open_files(folder, manifest), anew=True)
         else:
             PreparedData.open(folder, anew=True)
-        print(visible(f"{folder} is as it was written"))
+        print(f"{folder} is as it was written")
 
 
 def plan_command(arguments: Sequence[str]) -> None:

@@ -93,8 +93,9 @@ class Watch:
                 self.seen.append(f"{event} {arguments}")
 
     def _harmless(self, path: str) -> bool:
-        # Modules that are imported late leave their bytecode behind.
-        return self.may_write or "__pycache__" in path or path == os.devnull
+        # Modules that are imported late leave their bytecode behind, and files that were hashed are remembered.
+        is_kept = "__pycache__" in path or path.startswith(os.environ["XDG_CACHE_HOME"])
+        return self.may_write or is_kept or path == os.devnull
 
 
 def contents_of(folder: Path) -> dict[str, tuple]:
