@@ -226,7 +226,7 @@ def _kinds_of(settings: type) -> list[tuple[str, tuple[type, ...], tuple[str, ..
 def require_number(field: str, value: float, accepts: Callable[[float], bool], what: str) -> None:
     """Raise a UserError naming ``field`` unless ``value`` is a finite number that ``accepts`` says yes to."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accepts(value):
+    if not is_number or not -math.inf < value < math.inf or not accepts(value):
         raise UserError(f"{field} is {value!r}; expected {what}")
 
 

@@ -9,12 +9,12 @@ Shapes: N positions, V vocabulary, S sampled actions.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Objective(ABC):
     @property
     def spec(self) -> tuple[str, str, str]:
         """The objective as text: its name and its settings. A compiled graph can carry it as constants."""
-        return self.name, _as_json(self.avatarl), _as_json(self.baseline)
+        return self.name, _as_text(self.avatarl), _as_text(self.baseline)
 
     @property
     def needs_critic(self) -> bool:
@@ -123,9 +123,16 @@ class Objective(ABC):
             raise ValueError(f"uniforms {found} do not fit; {self.name!r} needs {(positions, self.num_draws)}")
 
 
-@torch.compiler.assume_constant_result  # and not traced; a graph is then bound to this very object
-def _as_json(settings: AvataRLConfig | BaselineConfig) -> str:
-    return json.dumps(dataclasses.asdict(settings))
+def _as_text(settings: AvataRLConfig | BaselineConfig) -> str:
+    return repr([_constant(getattr(settings, field.name)) for field in dataclasses.fields(settings)])
+
+
+def _constant(value: Any) -> Any:
+    """A setting as the compiler's constant, where it might have made a symbol of a number that changes.
+
+    A set asks for the value of what is put into it, so that the compiler guards it.
+    """
+    return tuple(map(_constant, value)) if isinstance(value, tuple) else next(iter({value}))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {}
@@ -154,7 +161,7 @@ def make_objective(
 @functools.cache
 def objective_from_spec(name: str, avatarl: str, baseline: str) -> Objective:
     """The objective whose ``spec`` this is."""
-    return make_objective(name, AvataRLConfig(**json.loads(avatarl)), BaselineConfig(**json.loads(baseline)))
+    return make_objective(name, AvataRLConfig(*ast.literal_eval(avatarl)), BaselineConfig(*ast.literal_eval(baseline)))
 
 
 class Policy(NamedTuple):

@@ -1,5 +1,7 @@
 """torch.compile in one graph, and a host that never waits for the device."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -66,6 +68,31 @@ def test_linear_loss_in_one_graph(monkeypatch):
     found = loss_and_gradient(compiled, *inputs, leaves=(player, weight))
     assert torch.allclose(found[0], expected[0])
     assert all(torch.allclose(a, b) for a, b in zip(found[2], expected[2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss, fullgraph", [(avatarl_loss, True), (linear_avatarl_loss, True), (linear_avatarl_loss, False)]
+)
+def test_settings_are_never_taken_for_others(loss, fullgraph):
+    """Made inside of what is compiled or given to it, two at once, and new from call to call."""
+    torch._dynamo.reset()
+    player, critics, targets = random_inputs(6, 17, critics=2)
+    inputs = (player, critics, targets)
+    if loss is linear_avatarl_loss:
+        head = torch.eye(17, dtype=torch.float64)
+        inputs = (player, head, critics, [head, head], targets)
+
+    def both(top_k, weight, given):
+        made = dataclasses.replace(AvataRLConfig.released(top_k=top_k), critic_weight=(weight, 0.25))
+        return torch.stack([loss(*inputs, config)[0] for config in (made, given)])
+
+    compiled, seen = torch.compile(both, fullgraph=fullgraph, backend="eager"), set()
+    for number in range(3):  # what has changed is a symbol to the compiler, if it is let
+        call = 3 + number, 0.1 + number / 8, AvataRLConfig.article(top_k=2 + number, reward_cap=1.0 + number)
+        expected = both(*call)
+        torch.testing.assert_close(compiled(*call), expected)
+        seen.update(expected.tolist())
+    assert len(seen) == 6
 
 
 # Operations for which a host waits: a value comes to Python, a shape depends on values, or a constant of Python's
