@@ -204,7 +204,8 @@ class PPO(Reinforce):
         ratio = log_ratio.exp()
         free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
         stopped = free > clipped  # the minimum is the clipped term, which is constant in π
-        return -torch.minimum(free, clipped), free.masked_fill(stopped, 0), {"clip_share": stopped.to(free).mean(dim=1)}
+        share = stopped.to(free).masked_fill(free.isnan(), torch.nan).mean(dim=1)
+        return -torch.minimum(free, clipped), free.masked_fill(stopped, 0), {"clip_share": share}
 
 
 def draw_actions(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -217,7 +218,8 @@ def draw_actions(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 def look_up_rewards(drawn: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
     """Rewards (N, S) of drawn tokens: 0 outside the active actions; masked duplicates hold 0 already."""
-    return torch.where(drawn.unsqueeze(2) == actions.unsqueeze(1), rewards.unsqueeze(1), 0.0).sum(dim=2)
+    # Multiplied, and not chosen: of a position with a NaN nothing is known, whatever was drawn.
+    return ((drawn.unsqueeze(2) == actions.unsqueeze(1)) * rewards.unsqueeze(1)).sum(dim=2)
 
 
 def leave_one_out_mean(rewards: Tensor) -> Tensor:

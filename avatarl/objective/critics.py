@@ -13,22 +13,22 @@ from torch import Tensor
 
 from .checks import compute_dtype
 from .stored import StoredCritic, reaching
-from .top_k import top_k as largest
+from .top_k import top_k
 
 
 class LiveCritic:
     """A critic that is asked itself, by its logits (N, V) in any floating dtype."""
 
-    def __init__(self, logits: Tensor, log_normaliser: Tensor | None = None):
-        """``log_normaliser`` (N,) of its softmax, where it is known already."""
-        self.logits, self._log_normaliser = logits, log_normaliser
+    def __init__(self, logits: Tensor, normaliser: tuple[Tensor, Tensor] | None = None):
+        """``normaliser`` of its softmax, where it is known already."""
+        self.logits, self._normaliser = logits, normaliser
 
     @property
-    def log_normaliser(self) -> Tensor:
-        """Of its softmax (N,); taken when first asked for."""
-        if self._log_normaliser is None:
-            self._log_normaliser = self.logits.to(compute_dtype(self.logits.dtype)).logsumexp(dim=1)
-        return self._log_normaliser
+    def normaliser(self) -> tuple[Tensor, Tensor]:
+        """Its largest logit and log Σ exp(logits − largest), (N,) each; taken when first asked for."""
+        if self._normaliser is None:
+            self._normaliser = _normaliser(self.logits, self.logits.amax(dim=1))
+        return self._normaliser
 
     def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
         """Its ``k`` most likely tokens in falling order, and which of them ``top_p`` keeps; both (N, k)."""
@@ -38,18 +38,20 @@ class LiveCritic:
         self, actions: Tensor, dtype: torch.dtype, normalised: bool = True, by_draws: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (N, A), only up to a constant per position unless ``normalised``; none is an estimate."""
-        scores = self.logits.gather(1, actions).to(dtype)
-        if normalised:
-            scores = scores - self.log_normaliser.to(dtype).unsqueeze(1)
-        return scores, None
+        scores = self.logits.gather(1, actions).to(compute_dtype(self.logits.dtype))
+        if not normalised:  # its favourite is among the actions
+            return (scores - scores.amax(dim=1, keepdim=True)).to(dtype), None
+        largest, log_total = (part.unsqueeze(1) for part in self.normaliser)
+        return (scores - largest - log_total).to(dtype), None
 
-    def outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
-        """The probability (N, 1) of all tokens but the valid ``actions`` (N, A), whose ``log_probs`` are known.
+    def log_outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
+        """Log of the probability (N, 1) of all tokens but the valid ``actions`` (N, A), whose ``log_probs`` are known.
 
         Summed over the others: one minus the sum of the actions' would be rounding where these have nearly everything.
         """
-        others = self.logits.scatter(1, torch.where(valid, actions, actions[:, :1]), -torch.inf).to(log_probs.dtype)
-        return (others.logsumexp(dim=1) - self.log_normaliser.to(log_probs.dtype)).exp().unsqueeze(1)
+        largest, log_total = (part.unsqueeze(1) for part in self.normaliser)
+        others = (self.logits - largest).scatter_(1, torch.where(valid, actions, actions[:, :1]), -torch.inf)
+        return (others.logsumexp(dim=1, keepdim=True) - log_total).to(log_probs.dtype)
 
     def sample_outside(self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens drawn from what the critic believes outside of the valid actions, and the mass each stands for.
@@ -67,18 +69,18 @@ class LiveCritic:
             tokens: (N, S) int64; some may be alike.
             mass: (N, S), each 1/S of the probability outside of the actions.
         """
-        dtype = self.log_normaliser.dtype
-        probs = (self.logits - self.log_normaliser.unsqueeze(1)).exp_()
+        largest, log_total = (part.unsqueeze(1) for part in self.normaliser)
+        weights = (self.logits - largest).exp_()
         # Repeated columns write where the valid one of their token writes.
-        probs.scatter_(1, torch.where(valid, actions, actions[:, :1]), 0.0)
-        cumulative = probs.cumsum(dim=1)
-        outside = cumulative[:, -1:]
-        steps = torch.arange(samples, device=probs.device, dtype=dtype)
+        weights.scatter_(1, torch.where(valid, actions, actions[:, :1]), 0.0)
+        cumulative = weights.cumsum(dim=1)
+        outside, dtype = cumulative[:, -1:], cumulative.dtype
+        steps = torch.arange(samples, device=weights.device, dtype=dtype)
         points = ((uniforms.to(dtype) + steps) / samples * outside).contiguous()
         # A product that rounds to the whole would be beyond the last token that has a part in it.
         points = torch.minimum(points, outside.nextafter(torch.zeros_like(outside)))
-        tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=probs.shape[1] - 1)
-        return tokens, (outside / samples).expand(-1, samples)
+        tokens = torch.searchsorted(cumulative, points, right=True).clamp(max=weights.shape[1] - 1)
+        return tokens, (outside * (-log_total).exp() / samples).expand(-1, samples)
 
 
 def as_asked(critic: Tensor | StoredCritic) -> LiveCritic | StoredCritic:
@@ -88,8 +90,14 @@ def as_asked(critic: Tensor | StoredCritic) -> LiveCritic | StoredCritic:
 
 def proposals(logits: Tensor, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
     """A model's ``k`` most likely tokens in falling order, and which of them ``top_p`` keeps; both (N, k)."""
-    values, tokens = largest(logits, k)
+    values, tokens = top_k(logits, k)
     if top_p is None or top_p == 1:  # a sum that reaches exactly 1 would be an accident of rounding
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
-    dtype = compute_dtype(logits.dtype)
-    return tokens, reaching((values.to(dtype) - logits.to(dtype).logsumexp(dim=-1, keepdim=True)).exp(), top_p)
+    largest, log_total = (part.unsqueeze(1) for part in _normaliser(logits, values[:, 0]))
+    return tokens, reaching((values - largest - log_total).exp(), top_p)
+
+
+def _normaliser(logits: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """``largest`` (N,) of logits (N, V) and log Σ exp(logits − largest), in the dtype to compute in."""
+    largest = largest.to(compute_dtype(logits.dtype))
+    return largest, (logits - largest.unsqueeze(1)).exp_().sum(dim=1).log()

@@ -44,48 +44,59 @@ class Kernels:
         """Actions, which of them are valid, and their rewards; see :func:`judge`."""
         return judge(player, critics, targets, config, uniforms, scheduled)
 
-    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The softmax of logits (N, V) / temperature: its log normaliser and its entropy in nats, (N,) each."""
+    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of logits z (N, V): the largest, log Σ exp((z − largest) / temperature) and the softmax's entropy, (N,) each.
+
+        Never added up: one large number would round the small one away.
+        """
         parts = [softmax_statistics(rows, temperature) for rows in _rows_in_cache(logits, logits)]
-        log_normalisers, entropies = zip(*parts, strict=True)
-        return torch.cat(log_normalisers), torch.cat(entropies)
+        largest, log_totals, entropies = zip(*parts, strict=True)
+        return torch.cat(largest), torch.cat(log_totals), torch.cat(entropies)
 
     def gradient_(
         self,
         logits: Tensor,
         temperature: float,
-        log_normaliser: Tensor,
+        largest: Tensor,
         constant: Tensor,
         bonus: Tensor | None,
         tails: Sequence[DenseTail] = (),
     ) -> Tensor:
-        """Write π · (constant + bonus · log π) − Σ amount · p_C over ``logits`` (N, V) and return them.
+        """Write exp(s) · (constant + bonus · s) − Σ amount · p_C over ``logits`` (N, V) and return them.
 
-        ``constant`` and ``bonus`` are (N,); no ``bonus`` means 0. Each of ``tails`` has its critic's p_C.
+        s is (logits − largest) / temperature; ``largest``, ``constant`` and ``bonus`` are (N,), no ``bonus`` means 0.
+        Each of ``tails`` has its critic's p_C.
         """
-        columns = [_rows_in_cache(logits, column) for column in (logits, log_normaliser, constant)]
+        columns = [_rows_in_cache(logits, column) for column in (logits, largest, constant)]
         bonuses = [None] * len(columns[0]) if bonus is None else _rows_in_cache(logits, bonus)
         parts = [_tails_in_cache(logits, tails, number) for number in range(len(columns[0]))]
-        for rows, normaliser, rows_constant, rows_bonus, rows_tails in zip(*columns, bonuses, parts, strict=True):
-            gradient = policy_gradient(rows, temperature, normaliser, rows_constant, rows_bonus)
+        for rows, rows_largest, rows_constant, rows_bonus, rows_tails in zip(*columns, bonuses, parts, strict=True):
+            gradient = policy_gradient(rows, temperature, rows_largest, rows_constant, rows_bonus)
             for tail in rows_tails:
                 gradient = gradient - tail.everywhere()
             rows.copy_(gradient)
         return logits
 
     def tail_sums(
-        self, logits: Tensor, temperature: float, log_normaliser: Tensor, tail: DenseTail
+        self, logits: Tensor, temperature: float, largest: Tensor, log_total: Tensor, tail: DenseTail
     ) -> tuple[Tensor, Tensor]:
         """Σ amount · p_C · log π and Σ amount · p_C · π over the vocabulary, (N,) each."""
         likelihoods, expected = [], []
-        columns = [_rows_in_cache(logits, column) for column in (logits, log_normaliser)]
-        for number, (rows, normaliser) in enumerate(zip(*columns, strict=True)):
+        columns = [_rows_in_cache(logits, column) for column in (logits, largest, log_total)]
+        for number, (rows, rows_largest, rows_total) in enumerate(zip(*columns, strict=True)):
             amounts = _tails_in_cache(logits, [tail], number)[0].everywhere()
-            log_probs = (scaled_logits(rows, temperature) - normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
+            log_probs = shifted(rows, rows_largest, temperature).sub_(rows_total.unsqueeze(1))
+            log_probs = log_probs.clamp_(min=LOWEST_LOG_PROB)
             amounts = amounts.to(log_probs.dtype)
             likelihoods.append(torch.linalg.vecdot(amounts, log_probs))
             expected.append(torch.linalg.vecdot(amounts, log_probs.exp_()))
         return torch.cat(likelihoods), torch.cat(expected)
+
+    def largest_of_tails(self, tails: Sequence[DenseTail]) -> Tensor:
+        """The most that ``tails`` together pay for any token of the vocabulary (N,)."""
+        logits = tails[0].logits
+        parts = [_tails_in_cache(logits, tails, number) for number in range(len(_rows_in_cache(logits, logits)))]
+        return torch.cat([sum(tail.everywhere() for tail in part).amax(dim=1) for part in parts])
 
 
 def _tails_in_cache(logits: Tensor, tails: Sequence[DenseTail], number: int) -> list[DenseTail]:
@@ -100,33 +111,33 @@ def _rows_in_cache(logits: Tensor, column: Tensor) -> Sequence[Tensor]:
     return column.split(max(1, CACHED_ELEMENTS // logits.shape[1]))
 
 
-def softmax_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def softmax_statistics(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`Kernels.statistics`."""
-    scaled = scaled_logits(logits, temperature)
-    largest = scaled.amax(dim=1, keepdim=True)
-    shifted = (scaled - largest).clamp_(min=LOWEST_LOG_PROB)  # −∞ too: what is impossible adds nothing
-    weights = shifted.exp()
+    largest = logits.amax(dim=1).to(compute_dtype(logits.dtype))
+    below = shifted(logits, largest, temperature).clamp_(min=LOWEST_LOG_PROB)  # −∞: what is impossible adds nothing
+    weights = below.exp()
     total = weights.sum(dim=1)
     log_total = total.log()
-    return largest.squeeze(1) + log_total, log_total - weights.mul_(shifted).sum(dim=1) / total
+    return largest, log_total, log_total - weights.mul_(below).sum(dim=1) / total
 
 
 def policy_gradient(
-    logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+    logits: Tensor, temperature: float, largest: Tensor, constant: Tensor, bonus: Tensor | None
 ) -> Tensor:
     """See :meth:`Kernels.gradient_`; ``logits`` may be overwritten, and the result is in the computing dtype."""
-    scaled = scaled_logits(logits, temperature)
-    log_probs = scaled.sub_(log_normaliser.unsqueeze(1)).clamp_(min=LOWEST_LOG_PROB)
+    into = logits if logits.dtype == largest.dtype else None
+    below = shifted(logits, largest, temperature, into).clamp_(min=LOWEST_LOG_PROB)
     if bonus is None:
-        return log_probs.exp_().mul_(constant.unsqueeze(1))
-    probs = log_probs.exp()
-    return log_probs.mul_(bonus.unsqueeze(1)).add_(constant.unsqueeze(1)).mul_(probs)
+        return below.exp_().mul_(constant.unsqueeze(1))
+    weights = below.exp()
+    return below.mul_(bonus.unsqueeze(1)).add_(constant.unsqueeze(1)).mul_(weights)
 
 
-def scaled_logits(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in the computing dtype; ``logits`` themselves where nothing changes."""
-    logits = logits.to(compute_dtype(logits.dtype))
-    return logits if temperature == 1 else logits / temperature
+def shifted(logits: Tensor, largest: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+    """(logits (N, S) − largest (N,)) / temperature in the dtype of ``largest``, that to compute in."""
+    # The difference first: a large offset that all logits share would leave little of what they differ by.
+    difference = torch.sub(logits, largest.unsqueeze(1), out=out)
+    return difference if temperature == 1 else difference.div_(temperature)
 
 
 PLAIN = Kernels()

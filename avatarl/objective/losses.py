@@ -94,6 +94,8 @@ class RewardedObjective(Objective):
         expected = torch.linalg.vecdot(probs, rewards)
         if judged.dense:
             inside = tail_inside(judged)
+            if len(judged.dense) > 1:  # what several critics find likely need be no favourite of any
+                largest = torch.maximum(largest, rows.kernels.largest_of_tails(judged.dense).to(largest.dtype))
             total = total + sum(tail.amount for tail in judged.dense) - inside.sum(dim=1)
             expected = expected + policy.tail_sums(judged.dense)[1] - torch.linalg.vecdot(probs, inside)
         metrics = {
@@ -103,7 +105,7 @@ class RewardedObjective(Objective):
             "active_actions": valid.sum(dim=1).to(rewards.dtype),
         }
         if rows.critics:
-            wins = torch.zeros_like(total)
+            wins = 0 * total  # comparisons would make a loss of a NaN
             for column in first_proposals(rows.critics, self.avatarl.top_k, self.avatarl.player_proposes):
                 is_favourite = actions[:, column : column + 1] == actions
                 paid = torch.where(is_favourite, rewards, 0.0).amax(dim=1)  # duplicates earn 0
@@ -122,7 +124,7 @@ def tail_inside(judged: Judgement) -> Tensor:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole (N,), and 0 where the whole is 0."""
-    return torch.where(whole > 0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
+    return torch.where(whole <= 0, 0.0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny))
 
 
 @register
@@ -184,14 +186,15 @@ def avatarl_loss(
             ``config.critic_weight`` is 0.
         targets: (…) integer token ids.
         config: The settings.
-        ignore_index: Positions with this target count nothing.
+        ignore_index: Positions with this target count nothing, whatever stands there.
         vocab_size: Ids from here on are padding of the embedding: never active, outside every softmax.
-        num_valid: M, what the sum over positions is divided by; the positions not ignored when None. Pass the count of
-            the whole optimiser step under gradient accumulation: losses and metrics of its parts then add up.
+        num_valid: M, what the sum over positions is divided by, a number or tensor () of any dtype; the positions not
+            ignored when None. Pass the count of the whole optimiser step under gradient accumulation: losses and
+            metrics of its parts then add up. With M = 0 loss and gradient are 0.
         uniforms: (N, 1) in [0, 1), the draws of ``tail="sample"``; torch's own when None.
 
     Returns:
-        loss: scalar, in float32 or float64.
+        loss: scalar, in float32 or float64; NaN where what a model says of a counted position has no softmax.
         metrics: scalar tensors on the device, detached, divided by M as the loss is (docs/metrics.md).
 
     Raises:

@@ -24,7 +24,7 @@ from avatarl.errors import UserError, nearest_name
 from .actions import sums_of_each
 from .checks import as_critics, check_logits, compute_dtype
 from .config import AvataRLConfig, BaselineConfig
-from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, scaled_logits
+from .kernels import LOWEST_LOG_PROB, PLAIN, Kernels, shifted
 from .rewards import DenseTail
 from .schedule import Scheduled, Weight
 from .stored import StoredCritic
@@ -169,7 +169,8 @@ class Policy(NamedTuple):
 
     logits: Tensor  # (N, V)
     temperature: float
-    log_normaliser: Tensor  # (N,)
+    largest: Tensor  # (N,), of the logits
+    log_total: Tensor  # (N,), log Σ exp((logits − largest) / temperature)
     entropy: Tensor  # (N,) nats
     kernels: Kernels
 
@@ -187,7 +188,7 @@ class Policy(NamedTuple):
         return self._log_probs(self.logits)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
-        log_probs = scaled_logits(logits, self.temperature) - self.log_normaliser.unsqueeze(1)
+        log_probs = shifted(logits, self.largest, self.temperature).sub_(self.log_total.unsqueeze(1))
         return log_probs.clamp_(min=LOWEST_LOG_PROB)
 
     def gradient_(
@@ -205,25 +206,27 @@ class Policy(NamedTuple):
         ``tokens`` and ``amounts`` (N, S); a repeated token takes the sum of its amounts. What ``tails`` hold of a token
         comes on top of its amounts.
         """
-        constant = weights * (total + bonus * self.entropy)
-        weighted_bonus = weights * bonus if isinstance(bonus, Tensor) or bonus else None
+        share = weights * (-self.log_total).exp()  # π = exp(s) / total and log π = s − log total, with s shifted logits
+        constant = share * (total + bonus * (self.entropy - self.log_total))
+        slope = share * bonus if isinstance(bonus, Tensor) or bonus else None
         amounts = weights.unsqueeze(1) * amounts
         tails = [tail._replace(amount=weights * tail.amount) for tail in tails]
-        arguments = (self.logits, self.temperature, self.log_normaliser, constant, weighted_bonus, tails)
+        arguments = (self.logits, self.temperature, self.largest, constant, slope, tails)
         if self.logits.dtype == amounts.dtype:
             return self.kernels.gradient_(*arguments).scatter_add_(1, tokens, -amounts)
         # In half precision the difference must be taken before it is rounded: where π is near 1 it is all that is left.
         tokens, _, taken = sums_of_each(tokens, amounts)
-        log_probs = self.log_probs_at(tokens)
-        slopes = constant.unsqueeze(1) + (0 if weighted_bonus is None else weighted_bonus.unsqueeze(1) * log_probs)
+        below = shifted(self.logits.gather(1, tokens), self.largest, self.temperature).clamp_(min=LOWEST_LOG_PROB)
+        slopes = constant.unsqueeze(1) + (0 if slope is None else slope.unsqueeze(1) * below)
         taken = taken + sum(tail.at(tokens) for tail in tails)
-        differences = (log_probs.exp() * slopes - taken).to(self.logits.dtype)
+        differences = (below.exp() * slopes - taken).to(self.logits.dtype)
         return self.kernels.gradient_(*arguments).scatter_(1, tokens, differences)
 
     def tail_sums(self, tails: Sequence[DenseTail]) -> tuple[Tensor, Tensor]:
         """Σ r log π and Σ r π of what ``tails`` hold of the whole vocabulary, (N,) each; 0 without any."""
         nothing = torch.zeros_like(self.entropy)
-        sums = [self.kernels.tail_sums(self.logits, self.temperature, self.log_normaliser, tail) for tail in tails]
+        arguments = (self.logits, self.temperature, self.largest, self.log_total)
+        sums = [self.kernels.tail_sums(*arguments, tail) for tail in tails]
         return sum((first for first, _ in sums), nothing), sum((second for _, second in sums), nothing)
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
@@ -248,12 +251,12 @@ def position_weights(
     """
     counted = targets != ignore_index
     if num_valid is None:
-        total = counted.sum()
+        total = counted.sum().to(dtype)
     elif isinstance(num_valid, Tensor):
-        total = num_valid
-    else:
-        total = torch.full((), num_valid, device=targets.device)  # filled there: a copy would make the host wait
-    return (counted & (total > 0)).to(dtype) / total.clamp(min=1), targets.masked_fill(~counted, 0)
+        total = num_valid.to(dtype)
+    else:  # filled there: a copy would make the host wait
+        total = torch.full((), num_valid, dtype=dtype, device=targets.device)
+    return torch.where(counted & ~(total <= 0), 1 / total, 0.0), targets.masked_fill(~counted, 0)
 
 
 def kinds_of_stored(critics: Sequence) -> list[tuple[int, int]]:
@@ -263,7 +266,7 @@ def kinds_of_stored(critics: Sequence) -> list[tuple[int, int]]:
 
 def weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
     """Σ weights · metric for each metric (N,), as scalars; what an ignored position holds does not matter."""
-    counted = weights > 0
+    counted = weights != 0
     return {name: torch.where(counted, values * weights, 0).sum() for name, values in metrics.items()}
 
 
@@ -306,7 +309,9 @@ def objective_loss(
             scheduled=scheduled,
         )
         scores = objective.score(rows, wants_gradient)
-        metrics = weighted_sums(scores.metrics, rows.weights)
+        if wants_gradient:  # 0 · NaN, where padding holds what is no number
+            scores.gradient.masked_fill_((weights == 0).unsqueeze(1), 0.0)
+        metrics = weighted_sums(scores.metrics, weights)
     return attach_gradients(metrics["loss"], (player,), (scores.gradient,)), metrics
 
 

@@ -11,8 +11,8 @@ import math
 
 def log_softmax(logits: list[float]) -> list[float]:
     largest = max(logits)
-    log_sum = largest + math.log(sum(math.exp(x - largest) for x in logits))
-    return [x - log_sum for x in logits]
+    log_total = math.log(sum(math.exp(x - largest) for x in logits))
+    return [x - largest - log_total for x in logits]
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -77,35 +77,40 @@ def landscape(
     critic_probs = [[probs[token] for token in actions] for probs in distributions]
     if not isinstance(critic_weight, (list, tuple)):
         critic_weight = [critic_weight / len(critics) for _ in critics]
-    heard = [critic_probs_by_rule(probs, tail, threshold) for probs in critic_probs]
+    outside = [[0.0 if token in actions else p for token, p in enumerate(probs)] for probs in distributions]
+    heard = [
+        critic_probs_by_rule(probs, sum(others), tail, threshold)
+        for probs, others in zip(critic_probs, outside, strict=True)
+    ]
     experts = [(reality_weight, reality), *zip(critic_weight, heard, strict=True)]
     experts = [(weight, probs) for weight, probs in experts if weight > 0]
 
     if pool == "geometric":
         blend = [math.prod(probs[i] ** weight for weight, probs in experts) for i in range(n)]
         mass = sum(blend)
-        consensus = [x / mass for x in blend] if mass > 0 else [1.0] + [0.0] * (n - 1)
+        consensus = [1.0] + [0.0] * (n - 1) if mass == 0 else [x / mass for x in blend]
     else:
         consensus = [sum(weight * probs[i] for weight, probs in experts) for i in range(n)]
         mass = 1.0
 
     bar = {"mean": 1 / n, "mass": mass / n, "none": -1.0}[threshold]
-    rewards = [reward_scale * p if p > bar or n == 1 else 0.0 for p in consensus]
+    rewards = [0.0 if p <= bar and n > 1 else reward_scale * p for p in consensus]  # a NaN stays
     factor = 1.0
     if reward_cap is not None and max(rewards) > reward_cap:
         factor = reward_cap / max(rewards)
         rewards = [r * factor for r in rewards]
 
     tail_rewards: dict[int, float] = {}
-    for weight, probs in zip(critic_weight, distributions, strict=True) if tail in ("dense", "sample") else ():
-        outside = [0.0 if token in actions else p for token, p in enumerate(probs)]
+    for weight, others in zip(critic_weight, outside, strict=True) if tail in ("dense", "sample") else ():
+        if weight == 0:
+            continue
         if tail == "sample":
-            rest = sum(outside)
+            rest = sum(others)
             points = [(uniform + i) / tail_samples for i in range(tail_samples)]
-            drawn = [draw([p / rest for p in outside], point) for point in points]
-            outside = [rest * drawn.count(token) / tail_samples for token in range(len(probs))]
-        for token, p in enumerate(outside):
-            if p > 0:
+            drawn = [draw([p / rest for p in others], point) for point in points]
+            others = [rest * drawn.count(token) / tail_samples for token in range(len(others))]
+        for token, p in enumerate(others):
+            if p != 0:
                 tail_rewards[token] = tail_rewards.get(token, 0.0) + reward_scale * factor * weight * p
     return dict(
         actions=actions,
@@ -117,14 +122,14 @@ def landscape(
     )
 
 
-def critic_probs_by_rule(probs: list[float], tail: str, threshold: str) -> list[float]:
-    """A critic's probabilities of the actions, the target first, with those of other tokens where the rule says."""
+def critic_probs_by_rule(probs: list[float], rest: float, tail: str, threshold: str) -> list[float]:
+    """A critic's probabilities of the actions, the target first, with ``rest``, those of other tokens, by the rule."""
     if (
         tail == "renormalise" and threshold != "mass"
     ):  # whose bar is the blend's mass with the probabilities as they are
         return [p / sum(probs) for p in probs]
     if tail == "target":
-        return [1 - sum(probs[1:]), *probs[1:]]
+        return [probs[0] + rest, *probs[1:]]
     return probs
 
 
@@ -133,9 +138,10 @@ def _result(loss: float, gradient: list[float]) -> dict:
 
 
 def _policy(player, temperature):
-    log_probs = log_softmax([z / temperature for z in player])
+    largest = max(player)
+    log_probs = log_softmax([(z - largest) / temperature for z in player])
     probs = [math.exp(x) for x in log_probs]
-    entropy = -sum(p * x for p, x in zip(probs, log_probs, strict=True) if p > 0)
+    entropy = -sum(p * x for p, x in zip(probs, log_probs, strict=True) if p != 0)
     return log_probs, probs, entropy
 
 
@@ -150,7 +156,7 @@ def avatarl(player, critics, target, *, entropy_coef=0.01, temperature=1.0, per_
     """−Σ r log π − β H(π), with π at ``temperature``."""
     rewards = _rewards_by_token(player, critics, target, per_action_mean, settings)
     log_probs, probs, entropy = _policy(player, temperature)
-    loss = -sum(r * log_probs[a] for a, r in rewards.items() if r > 0) - entropy_coef * entropy
+    loss = -sum(r * log_probs[a] for a, r in rewards.items() if r != 0) - entropy_coef * entropy
     total = sum(rewards.values())
     gradient = [
         (total * p - rewards.get(a, 0.0) + entropy_coef * p * (log_p + entropy)) / temperature

@@ -36,7 +36,8 @@ class DenseTail(NamedTuple):
     """What a critic's whole distribution adds to the rewards: amount · p_C(a) for every token of the vocabulary."""
 
     logits: Tensor  # (N, V)
-    log_normaliser: Tensor  # (N,)
+    largest: Tensor  # (N,), of the logits
+    log_total: Tensor  # (N,), log Σ exp(logits − largest)
     amount: Tensor  # (N,)
 
     def at(self, tokens: Tensor) -> Tensor:
@@ -48,7 +49,8 @@ class DenseTail(NamedTuple):
         return self._paid(self.logits)
 
     def _paid(self, logits: Tensor) -> Tensor:
-        return (logits - self.log_normaliser.unsqueeze(1)).exp_().mul_(self.amount.unsqueeze(1))
+        amount = self.amount * (-self.log_total).exp()
+        return (logits - self.largest.unsqueeze(1)).exp_().mul_(amount.unsqueeze(1))
 
 
 class Judgement(NamedTuple):
@@ -173,14 +175,16 @@ def _judge(
         kept = valid
     else:
         mass = log_mass.exp() if config.threshold == "mass" else 1.0
-        kept = (consensus > mass / num_active.to(dtype)) | (valid & (num_active == 1))
+        # A NaN is not below the bar, so that the loss gets it and the guard can see it.
+        kept = valid & (~(consensus <= mass / num_active.to(dtype)) | (num_active == 1))
     rewards = torch.where(kept, config.reward_scale * consensus, 0.0)
     scale = torch.full_like(log_mass, config.reward_scale)  # (N, 1), reward for a probability of 1
     if config.reward_cap is not None:
         known = rewards
-        if config.tail_rule == "sample":  # by chance an estimate may be large, and the cap would follow it
-            for _, is_estimate in answers:
-                known = known if is_estimate is None else known.masked_fill(is_estimate, 0.0)
+        guesses = [is_estimate for is_counted, (_, is_estimate) in zip(counts, answers, strict=True) if is_counted]
+        # By chance an estimate may be large, and the cap would follow it: not where it is all that is known.
+        if config.tail_rule == "sample" and guesses and all(guess is not None for guess in guesses):
+            known = rewards.masked_fill(torch.stack(guesses).all(dim=0), 0.0)
         largest = known.amax(dim=1, keepdim=True)
         is_above = largest > config.reward_cap
         rewards = torch.where(is_above, rewards * (config.reward_cap / largest), rewards)
@@ -188,13 +192,13 @@ def _judge(
 
     dense = []
     if config.tail_rule == "dense":
-        dense = [DenseTail(critic.logits, critic.log_normaliser, scale[:, 0] * weight) for critic, (weight, _) in heard]
+        dense = [DenseTail(critic.logits, *critic.normaliser, scale[:, 0] * weight) for critic, (weight, _) in heard]
     elif config.tail_rule == "sample" and heard:
         drawn = [critic.sample_outside(actions, valid, config.tail_samples, uniforms) for critic, _ in heard]
         tokens = torch.cat([tokens for tokens, _ in drawn], dim=1)  # (N, S)
         masses = [weight * mass for (_, (weight, _)), (_, mass) in zip(heard, drawn, strict=True)]
         tokens, is_first, mass = sums_of_each(tokens, torch.cat(masses, dim=1).to(dtype))
-        is_first = is_first & (mass > 0)
+        is_first = is_first & ~(mass <= 0)
         mass = mass.masked_fill(~is_first, 0.0)
         actions, valid = torch.cat([actions, tokens], dim=1), torch.cat([valid, is_first], dim=1)
         log_reality = torch.cat([log_reality, torch.full_like(mass, -torch.inf)], dim=1)
@@ -213,8 +217,8 @@ def _by_rule(
     if config.tail_rule == "renormalise" and config.pool == "arithmetic":
         return log_probs.masked_fill(~valid, -torch.inf).log_softmax(dim=1)
     if config.tail_rule == "target" and config.pool == "geometric":
-        outside = critic.outside(actions, valid, log_probs)
-        return torch.cat([torch.logaddexp(log_probs[:, :1], outside.log()), log_probs[:, 1:]], dim=1)
+        log_outside = critic.log_outside(actions, valid, log_probs)
+        return torch.cat([torch.logaddexp(log_probs[:, :1], log_outside), log_probs[:, 1:]], dim=1)
     return log_probs
 
 

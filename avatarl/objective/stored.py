@@ -86,11 +86,10 @@ class StoredCritic(NamedTuple):
             times = (actions.unsqueeze(2) == self.draws.unsqueeze(1)).sum(dim=2).to(dtype)
             estimate = log_rest + (times / self.num_draws).log()
         else:
-            frequencies = self.log_frequencies.to(dtype)
-            known = frequencies[self.tokens].exp()
-            known[:, 1:].masked_fill_(self.tokens[:, 1:] == self.tokens[:, :1], 0.0)  # the target counts once
-            log_others = (1 - known.sum(dim=1, keepdim=True)).clamp(min=torch.finfo(dtype).eps).log()
-            estimate = frequencies[actions] + log_rest - log_others
+            frequencies = self.log_frequencies.double().exp()  # where all but one are stored, float32 would lose that
+            known = frequencies[self.tokens].masked_fill(self._repeats, 0.0)
+            others = (frequencies.sum() - known.sum(dim=1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny)
+            estimate = self.log_frequencies[actions].to(dtype) + log_rest - others.log().to(dtype)
             if self.num_top:
                 estimate = torch.minimum(estimate, self.log_probs[:, -1:].to(dtype))
         return torch.where(is_stored, log_probs, estimate), ~is_stored
@@ -101,20 +100,24 @@ class StoredCritic(NamedTuple):
         A token may come several times, and its mass is the sum. With drawn tokens the expected mass of each token is
         its probability.
         """
-        probs = self.log_probs.exp()
-        # The target counts in its own place, not again among the most likely.
-        others = probs[:, 1:].masked_fill(self.tokens[:, 1:] == self.tokens[:, :1], 0.0)
+        probs = self.log_probs.exp().masked_fill(self._repeats, 0.0)
         each = (self.log_rest.exp() / max(1, self.num_draws)).unsqueeze(1).expand_as(self.draws)
-        return torch.cat([self.tokens, self.draws], dim=1), torch.cat([probs[:, :1], others, each], dim=1)
+        return torch.cat([self.tokens, self.draws], dim=1), torch.cat([probs, each], dim=1)
 
-    def outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
-        """See :meth:`LiveCritic.outside`: the rest and the stored tokens outside, less what was estimated inside."""
-        held = self.log_probs.to(log_probs.dtype).exp()
+    @property
+    def _repeats(self) -> Tensor:
+        """The place (N, 1 + P) of the target among the most likely, where it would count twice."""
+        return torch.nn.functional.pad(self.tokens[:, 1:] == self.tokens[:, :1], (1, 0))
+
+    def log_outside(self, actions: Tensor, valid: Tensor, log_probs: Tensor) -> Tensor:
+        """See :meth:`LiveCritic.log_outside`: the rest and what is stored outside, less what was estimated inside."""
         inside = ((self.tokens.unsqueeze(2) == actions.unsqueeze(1)) & valid.unsqueeze(1)).any(dim=2)  # (N, 1 + P)
+        held = torch.cat([self.log_probs.masked_fill(inside, -torch.inf), self.log_rest.unsqueeze(1)], dim=1)
+        outside = held.to(log_probs.dtype).logsumexp(dim=1, keepdim=True)
         is_estimate = ~(actions.unsqueeze(2) == self.tokens.unsqueeze(1)).any(dim=2)
-        estimated = log_probs.exp().masked_fill(~(is_estimate & valid), 0.0).sum(dim=1)
-        rest = self.log_rest.to(log_probs.dtype).exp() + held.masked_fill(inside, 0.0).sum(dim=1)
-        return (rest - estimated).clamp(min=0).unsqueeze(1)
+        estimated = log_probs.masked_fill(~(is_estimate & valid), -torch.inf).logsumexp(dim=1, keepdim=True)
+        share = (estimated.clamp(min=torch.finfo(estimated.dtype).min) - outside).exp().clamp(max=1)  # never −∞ + ∞
+        return outside + torch.log1p(-share)
 
     def sample_outside(
         self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor | None
@@ -137,4 +140,4 @@ def reaching(probs: Tensor, top_p: float) -> Tensor:
     before = probs.cumsum(dim=-1) - probs
     # The first token stays whatever the rounding of a sum minus its only term.
     before[:, :1].zero_()
-    return before < top_p
+    return ~(before >= top_p)  # a NaN stays too

@@ -43,7 +43,7 @@ def run_objective(name, config, player, critics, targets, **kwargs):
         extra["uniforms"] = torch.rand(len(player), objective.num_draws, generator=generator, dtype=torch.float64)
     if objective.needs_snapshot:
         noise = torch.randn(player.shape, generator=generator, dtype=torch.float64).to(player.dtype)
-        extra["snapshot_logits"] = player.detach() + 0.3 * noise
+        extra["snapshot_logits"] = player.detach() + (2 * noise).round() / 8
     player.grad = None
     loss, metrics = objective_loss(objective, player, critics, targets, **extra, **kwargs)
     loss.backward()
@@ -203,6 +203,48 @@ def test_num_valid_may_live_on_the_device():
     as_tensor, _ = avatarl_loss(player, critic, targets, num_valid=torch.tensor(48))
     assert as_number.item() == as_tensor.item()
     assert as_number.item() == pytest.approx(avatarl_loss(player, critic, targets)[0].item() / 2)
+
+
+COUNTS = (0.5, 3, 7.3, torch.tensor(0.5), torch.tensor(3), torch.tensor(7.3, dtype=torch.float64))
+COUNTS += (torch.tensor([2.5], dtype=torch.float64), torch.tensor(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_count_divides_and_none_changes_the_dtype(dtype, count):
+    """A mean over processes may be below 1, and comes in the dtype of whoever counted."""
+    player, (critic,), targets = random_inputs(dtype=dtype)
+    one, _ = avatarl_loss(player, critic, targets, num_valid=1)
+    loss, metrics = avatarl_loss(player, critic, targets, num_valid=count)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert loss.dtype == expected and {value.dtype for value in metrics.values()} == {expected}
+    assert loss.item() * float(count) == pytest.approx(one.item(), rel=1e-12 if dtype == torch.float64 else 1e-6)
+    gradients = [torch.autograd.grad(each, player)[0].double() for each in (one, loss)]
+    assert gradients[1].norm() * float(count) == pytest.approx(gradients[0].norm().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0), torch.tensor(0.0, dtype=torch.float64)])
+def test_a_count_of_nothing_gives_zero(nothing):
+    player, (critic,), targets = random_inputs()
+    loss, metrics = avatarl_loss(player, critic, targets, num_valid=nothing)
+    loss.backward()
+    assert loss == 0 and (player.grad == 0).all() and not any(metrics.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_an_offset_that_all_logits_share_changes_nothing(name, config):
+    """In float32, where a logit of a million has four bits behind the point."""
+    player, critics, targets = random_inputs(critics=2, dtype=torch.float32)
+    found = []
+    for offset in (0.0, 2.0**20):
+        shifted = [((logits.detach() * 8).round() / 8 + offset) for logits in (player, *critics)]
+        found.append(run_objective(name, CONFIGS[config], shifted[0].requires_grad_(), shifted[1:], targets))
+    (loss, metrics, gradient, _), (moved, moved_metrics, moved_gradient, _) = found
+    assert moved.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    for key, value in metrics.items():
+        assert moved_metrics[key].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6), key
+    assert (moved_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_padded_vocabulary_gets_no_gradient():

@@ -41,12 +41,12 @@ def stored(
     tokens = torch.cat([targets.unsqueeze(1), logits.topk(top, dim=1).indices], dim=1)
     log_probs, _ = critic.log_probs_at(tokens, logits.dtype)
     is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :1]], dim=1)
-    rest = (1 - log_probs.exp().masked_fill(~is_new, 0.0).sum(dim=1)).clamp(min=0)
+    log_rest = critic.log_outside(tokens, is_new, log_probs).squeeze(1)
     drawn = critic.sample_outside(tokens, is_new, draws, uniforms)[0] if draws else tokens[:, :0]
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     if log_frequencies is None:
         log_frequencies = torch.full(logits.shape[1:], -math.log(logits.shape[1]), dtype=logits.dtype)
-    return StoredCritic(tokens, log_probs, rest.log(), drawn, entropy, log_frequencies)
+    return StoredCritic(tokens, log_probs, log_rest, drawn, entropy, log_frequencies)
 
 
 def gradient(critic, player, targets, config, **arguments) -> Tensor:
@@ -136,6 +136,76 @@ def test_the_cap_does_not_follow_what_was_drawn():
         held = stored(critic, targets, 0, draws=3, uniforms=uniforms)
         totals.append(reward_landscape(player, held, targets, config).rewards.sum(1))
     assert torch.stack(totals).std(dim=0).max() < 1e-9  # all is paid, always in the same proportion
+
+
+CAPPED = dataclasses.replace(SAMPLE, smoothing=0.0, reality_weight=0.1, critic_weight=(0.45, 0.45))
+
+
+@pytest.mark.parametrize("exact", ["live", "top", "whole"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_cap_looks_at_what_one_critic_knows(exact, first):
+    """The critics' favourite is held by one and estimated by the other: it is paid the cap, and all as under dense."""
+    player, (critic, other), targets = random_inputs(positions=8, critics=2, spread=1.5)
+    other = torch.where(critic == critic.amax(1, keepdim=True), other.amax(1, keepdim=True) + 2, other)  # they agree
+    config, order = dataclasses.replace(CAPPED, reward_cap=1.5), slice(None, None, 1 if first else -1)
+    expected = gradient([critic, other][order], player, targets, dataclasses.replace(config, tail="dense"))
+    mean, single, count = torch.zeros_like(player), [], 200
+    for i in range(count):
+        uniforms = torch.full((8, 1), (i + 0.5) / count, dtype=torch.float64)
+        knows = {"live": critic, "top": stored(critic, targets, 2, 8, uniforms), "whole": stored(critic, targets, 29)}
+        critics = [knows[exact], stored(other, targets, 0, 16, uniforms)][order]
+        landscape = reward_landscape(player, critics, targets, config, uniforms=uniforms)
+        known = landscape.actions == critic.argmax(1, keepdim=True)
+        assert landscape.rewards[known].max() == pytest.approx(1.5) and landscape.rewards.max() < 1.9
+        found = gradient(critics, player, targets, config, uniforms=uniforms)
+        mean += found / count
+        single.append((found - expected).abs().max())
+    assert max(single) > 0.02 * expected.abs().max()
+    assert (mean - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_critic_without_weight_knows_nothing_for_the_cap():
+    player, critics, targets = random_inputs(positions=8, critics=2, spread=1.5)
+    uniforms = torch.full((8, 1), 0.5, dtype=torch.float64)
+    config = dataclasses.replace(CAPPED, critic_weight=(0.9, 0.0))
+    held = stored(critics[0], targets, 0, 3, uniforms)
+    one = reward_landscape(player, [held, critics[1]], targets, config, uniforms=uniforms)
+    alone = dataclasses.replace(config, critic_weight=0.9)
+    mean = [
+        avatarl_loss(player, critic, targets, config, uniforms=uniforms)[0].item()
+        for critic, config in (([held, critics[1]], config), ([held, held], config), (held, alone))
+    ]
+    assert mean[0] == pytest.approx(mean[1]) == pytest.approx(mean[2])
+    assert one.rewards[:, 0].min() == pytest.approx(1.5)  # the target, which is known
+
+
+@pytest.mark.parametrize("spread", [3.0, 10.0, 20.0])
+@pytest.mark.parametrize("rule", ["geometric, target", "geometric, mass", "arithmetic, target"])
+def test_a_sure_critics_rest_is_not_rounding(rule, spread):
+    """In float32, where one minus the others' probabilities would be 1e-7 for e⁻³⁰ or for nothing."""
+    player, (critic,), targets = random_inputs(spread=spread, dtype=torch.float32)
+    held = stored(critic, targets, VOCABULARY)
+    assert (held.log_rest == -torch.inf).all()
+    exact, found = (
+        reward_landscape(player.to(each.log_rest.dtype), each, targets, RULES[rule])
+        for each in (stored(critic.double(), targets, VOCABULARY), held)
+    )
+    torch.testing.assert_close(found.consensus, exact.consensus.float(), rtol=2e-4, atol=1e-6)
+    live = reward_landscape(player, critic, targets, RULES[rule])
+    torch.testing.assert_close(live.consensus, exact.consensus.float(), rtol=2e-4, atol=1e-6)
+
+
+def test_what_all_but_one_token_leave_of_the_text_is_not_rounding():
+    """Of what is not stored, nearly all frequencies are known: the last token gets all of the rest."""
+    generator = torch.Generator().manual_seed(2)
+    critic = torch.randn(4, VOCABULARY, generator=generator)
+    critic[:, -1] = critic.amin(1) - 1
+    frequencies = torch.cat([torch.zeros(VOCABULARY - 1), torch.tensor([-20.0])]).log_softmax(0)
+    held = stored(critic, torch.arange(4), VOCABULARY - 1, log_frequencies=frequencies)
+    last = torch.full((4, 1), VOCABULARY - 1)
+    log_probs, is_estimate = held._replace(log_probs=held.log_probs + 0).log_probs_at(last, torch.float32)
+    assert is_estimate.all()
+    torch.testing.assert_close(log_probs, critic.log_softmax(1)[:, -1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("probs", [[1.0], [math.exp(-62.5 / 2048), 0.015, 0.01, 0.004, 0.001]])

@@ -108,6 +108,21 @@ def test_sample_has_the_gradient_of_dense_in_expectation(samples, critics):
     assert (total / count - expected).abs().max() < 0.05 * max(single)
 
 
+def test_the_best_possible_is_that_of_all_tokens():
+    """Two critics agree on their second choice, which neither proposes: a policy that plays it expects the most."""
+    critics = [torch.tensor([[3.0, -9.0, 2.9, -9.0]]), torch.tensor([[-9.0, 3.0, 2.9, -9.0]])]
+    player, targets = torch.tensor([[-9.0, -9.0, 12.0, 0.0]]), torch.tensor([3])
+    config = AvataRLConfig.dense(top_k=1, player_proposes=False)
+    _, metrics = avatarl_loss(player, critics, targets, config)
+    assert metrics["expected_reward_share"].item() == pytest.approx(1, abs=1e-4)
+    assert metrics["expected_reward_share"] <= 1
+    rewards = sum(0.4 * critic.softmax(-1) for critic in critics)
+    rewards[0, 3] += 0.2
+    assert metrics["expected_reward"].item() == pytest.approx((player.softmax(-1) * rewards).sum().item(), rel=1e-5)
+    share = metrics["expected_reward"].item() / rewards.max().item()
+    assert metrics["expected_reward_share"].item() == pytest.approx(share, rel=1e-5)
+
+
 def test_sample_without_draws_takes_torchs_own():
     config = dataclasses.replace(LINEAR, tail="sample")
     player, (critic,), targets = random_inputs()
@@ -137,6 +152,23 @@ def test_a_complete_active_set_leaves_no_tail():
         for tail in ("renormalise", "target", "sample", "dense")
     }
     assert all(loss == pytest.approx(losses["dense"], rel=1e-9) for loss in losses.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_offset_that_all_logits_share_changes_nothing(rule):
+    """In float32 and in eighths, which are exact at a million."""
+    player, critics, targets = random_inputs(critics=2, dtype=torch.float32)
+    found = []
+    for offset in (0.0, 2.0**20):
+        z, *judges = ((logits.detach() * 8).round() / 8 + offset for logits in (player, *critics))
+        loss, metrics = avatarl_loss(z.requires_grad_(), judges, targets, RULES[rule], uniforms=draws(24))
+        found.append((loss, metrics, torch.autograd.grad(loss, z)[0]))
+    (loss, metrics, gradient), (moved, moved_metrics, moved_gradient) = found
+    assert moved.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert {key: value.item() for key, value in moved_metrics.items()} == pytest.approx(
+        {key: value.item() for key, value in metrics.items()}, rel=1e-5
+    )
+    assert (moved_gradient - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -48,11 +48,11 @@ def exact_log_probs(logits, temperature):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics(dtype, positions, vocabulary, padding, temperature):
     logits = random_logits(positions, vocabulary, dtype, padding=padding)
-    log_normaliser, entropy = KERNELS.statistics(logits, temperature)
-    assert log_normaliser.dtype == entropy.dtype == torch.float32
+    largest, log_total, entropy = KERNELS.statistics(logits, temperature)
+    assert largest.dtype == log_total.dtype == entropy.dtype == torch.float32
+    assert torch.equal(largest, logits.amax(dim=1).float())
     log_probs = exact_log_probs(logits, temperature)
-    expected = (logits.double() / temperature).logsumexp(dim=1)
-    assert torch.allclose(log_normaliser.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(log_total.double(), -log_probs.amax(dim=1), rtol=1e-6, atol=1e-6)
     assert torch.allclose(entropy.double(), -(log_probs.exp() * log_probs).sum(dim=1), rtol=1e-5, atol=1e-6)
 
 
@@ -67,9 +67,10 @@ def test_statistics_of_far_apart_logits(order):
         logits[:, 20] = 1e38
     elif order == "equal":
         logits[0], logits[1] = torch.finfo(torch.float32).min, 7.0
-    log_normaliser, entropy = KERNELS.statistics(logits, 1.0)
+    largest, log_total, entropy = KERNELS.statistics(logits, 1.0)
     log_probs = exact_log_probs(logits, 1.0)
-    assert torch.allclose(log_normaliser.double(), logits.double().logsumexp(dim=1), rtol=1e-6)
+    assert torch.equal(largest, logits.amax(dim=1))
+    assert torch.allclose(log_total.double(), -log_probs.amax(dim=1), rtol=1e-6)
     assert torch.allclose(entropy.double(), -(log_probs.exp() * log_probs).sum(dim=1), rtol=1e-5, atol=1e-6)
 
 
@@ -84,12 +85,13 @@ def impossible_logits(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_impossible_tokens(dtype):
     logits = impossible_logits(dtype)
-    log_normaliser, entropy = KERNELS.statistics(logits, 1.3)
+    largest, log_total, entropy = KERNELS.statistics(logits, 1.3)
     log_probs = exact_log_probs(logits, 1.3)
-    assert torch.allclose(log_normaliser.double(), (logits.double() / 1.3).logsumexp(dim=1), rtol=1e-6)
+    assert torch.equal(largest, logits.amax(dim=1).float())
+    assert torch.allclose(log_total.double(), -log_probs.amax(dim=1), rtol=1e-6)
     assert torch.allclose(entropy.double(), -(log_probs.exp() * log_probs).sum(dim=1), rtol=1e-5, atol=1e-6)
     bonus = torch.full_like(entropy, 1e6)
-    gradient = KERNELS.gradient_(logits.clone(), 1.3, log_normaliser, entropy, bonus)
+    gradient = KERNELS.gradient_(logits.clone(), 1.3, largest, entropy, bonus)
     assert gradient.isfinite().all() or dtype == torch.float16
     assert (gradient[logits == -torch.inf] == 0).all()
 
@@ -100,13 +102,10 @@ def test_not_a_number_stays_one(value, where):
     logits = random_logits(2, 53)
     logits[0, where] = value
     found, expected = KERNELS.statistics(logits, 1.0), PLAIN.statistics(logits, 1.0)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(found[1:], expected[1:], strict=True):
         assert torch.allclose(one, other, rtol=1e-5, equal_nan=True)
         assert one[0].isfinite() == (value == -torch.inf and where != slice(None)) and one[1].isfinite()
-    gradients = [
-        kernels.gradient_(logits.clone(), 1.0, *statistics, None)
-        for kernels, statistics in ((KERNELS, found), (PLAIN, expected))
-    ]
+    gradients = [kernels.gradient_(logits.clone(), 1.0, *expected[:2], None) for kernels in (KERNELS, PLAIN)]
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
@@ -116,14 +115,15 @@ def test_not_a_number_stays_one(value, where):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient(dtype, positions, vocabulary, padding, temperature, with_bonus):
     logits = random_logits(positions, vocabulary, dtype, padding=padding)
-    log_probs = exact_log_probs(logits, temperature)
-    log_normaliser = (logits.double() / temperature).logsumexp(dim=1).float()
+    wide = logits.double()
+    shifted = (wide - wide.amax(dim=1, keepdim=True)) / temperature
     constant, bonus = (torch.linspace(low, 1, positions, device=DEVICE) for low in (-1, 0.5))
-    factor = constant.unsqueeze(1) + bonus.unsqueeze(1) * log_probs if with_bonus else constant.unsqueeze(1)
-    found = KERNELS.gradient_(logits, temperature, log_normaliser, constant, bonus if with_bonus else None)
+    factor = constant.unsqueeze(1) + bonus.unsqueeze(1) * shifted if with_bonus else constant.unsqueeze(1)
+    largest = logits.amax(dim=1).float()
+    found = KERNELS.gradient_(logits, temperature, largest, constant, bonus if with_bonus else None)
     assert found is logits and found.dtype == dtype
     epsilon = torch.finfo(dtype).eps  # the interpreter cuts off bfloat16's last bits where a GPU rounds them
-    assert torch.allclose(found.double(), log_probs.exp() * factor, rtol=max(epsilon, 1e-5), atol=1e-6)
+    assert torch.allclose(found.double(), shifted.exp() * factor, rtol=max(epsilon, 1e-5), atol=1e-6)
     if padding and positions:
         assert (logits.as_strided((positions, padding), logits.stride(), vocabulary) == 99).all()
 
@@ -217,6 +217,43 @@ def test_impossible_actions(name):
     player[4, 10:] = -torch.inf
     _, rewards = assert_same_judgement(player, [critic], targets, CONFIGS[name])
     assert rewards.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "text only" not in name])
+def test_a_critic_that_says_no_number(name, value):
+    """A comparison with it is false; no action may go unpaid for that."""
+    player = random_logits(3, BLOCKS_VOCABULARY)
+    critics, targets = critics_like(player, 2), torch.arange(3, device=DEVICE)
+    critics[1][1, 77] = value
+    for kernels in (KERNELS, PLAIN):
+        rewards = kernels.judge(player, critics, targets, CONFIGS[name]).rewards
+        assert rewards[1].isnan().any() and rewards[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_offset_that_all_logits_share_changes_nothing(name):
+    """Eighths, which are exact at a million."""
+    player = (random_logits(3, BLOCKS_VOCABULARY) * 8).round() / 8
+    critics = [(critic * 8).round() / 8 for critic in critics_like(player, 2)]
+    if "text only" in name:
+        critics = []
+    near, far = (
+        KERNELS.judge(
+            player + offset, [critic + offset for critic in critics], torch.arange(3, device=DEVICE), CONFIGS[name]
+        )
+        for offset in (0.0, 2.0**20)
+    )
+    assert torch.equal(near.actions, far.actions) and torch.equal(near.valid, far.valid)
+    assert torch.allclose(near.rewards, far.rewards, rtol=1e-5)
+    for temperature in (1.0, 1.3):
+        (_, *expected), (largest, *found) = (KERNELS.statistics(player + x, temperature) for x in (0.0, 2.0**20))
+        assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(found, expected, strict=True))
+        written = [
+            KERNELS.gradient_(player + x, temperature, (player + x).amax(dim=1), expected[0], expected[1])
+            for x in (0.0, 2.0**20)
+        ]
+        assert torch.allclose(*written, rtol=1e-5)
 
 
 def test_a_rows_blocks_are_read_in_one_pass(monkeypatch):

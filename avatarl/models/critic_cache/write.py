@@ -204,9 +204,10 @@ def fill_part(
                 answers = answers_of(hidden, head_weight(model), targets.flatten(), record, draws)
             for answer in answers:
                 if answer.entropy.isnan().any():
+                    advice = "try precision fp32" if precision == "bf16" else "a critic that gives numbers is expected"
                     raise RunFailed(
                         f"the critic says what is no number in {part.split} windows {chosen.start} to "
-                        f"{chosen.stop - 1}; try precision fp32"
+                        f"{chosen.stop - 1}, in {precision}; {advice}"
                     )
                 content = record.pack(answer).tobytes()
                 digest.update(content)  # of what was meant to be written, not of what is read back
@@ -227,17 +228,16 @@ def answers_of(
     rows = chunk_rows(len(hidden), record.vocab_size, hidden.device)
     for first in range(0, len(hidden), rows):
         logits, target = hidden[first : first + rows] @ head.t(), targets[first : first + rows].unsqueeze(1)
-        log_normaliser, entropy = PLAIN.statistics(logits, 1.0)
-        critic = LiveCritic(logits, log_normaliser)
+        *normaliser, entropy = PLAIN.statistics(logits, 1.0)
+        critic = LiveCritic(logits, normaliser)
         tokens = torch.cat([target, critic.proposals(record.num_top, None)[0]], dim=1) if record.num_top else target
         log_probs, _ = critic.log_probs_at(tokens, torch.float32)
         is_new = torch.cat([torch.ones_like(target, dtype=torch.bool), tokens[:, 1:] != target], dim=1)
-        known = log_probs.exp().masked_fill(~is_new, 0.0).sum(dim=1)
+        log_rest = critic.log_outside(tokens, is_new, log_probs).squeeze(1)
         draws = tokens[:, :0]
         if uniforms is not None:
             points = uniforms[first : first + rows].to(hidden.device)
             draws, _ = critic.sample_outside(tokens, is_new, record.num_draws, points)
-        log_rest = (1 - known).clamp(min=0).log()
         yield StoredCritic(tokens, log_probs, log_rest, draws, entropy, log_probs.new_empty(0))  # no estimates here
 
 

@@ -64,9 +64,10 @@ def chunked_sums(
     # The products see weights of up to 1 and the gradients are scaled at the end: 1/M would underflow in float16.
     largest = weights.amax() if num_positions else weights.sum()
     relative = weights / largest.clamp(min=torch.finfo(dtype).tiny)
+    ignored = weights == 0
     rows = chunk_rows(num_positions, vocabulary, player.states.device)
     # Written anew by every chunk: fresh memory would cost as much as computing what goes into it.
-    readers = [_reader(head, rows) for head in (player, *critics, *([snapshot] if snapshot else []))]
+    readers = [_reader(head, rows, ignored) for head in (player, *critics, *([snapshot] if snapshot else []))]
     partial = None if grad_weight is None or player.weight.dtype == dtype else torch.empty_like(player.weight)
     totals: dict[str, Tensor] = {}
     with torch.autocast(player.states.device.type, enabled=False):
@@ -94,7 +95,7 @@ def chunked_sums(
             if wants_states:
                 _product_into(grad_states[chunk], gradient, player.weight)
             if wants_weight:
-                _add_product(grad_weight, gradient.t(), player.states[chunk], partial)
+                _add_product(grad_weight, gradient.t(), _counted(player.states[chunk], ignored[chunk]), partial)
     for gradient in (grad_states, grad_weight):
         if gradient is not None:
             gradient.mul_(largest)
@@ -109,17 +110,25 @@ def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int
     return max(1, -(-num_positions // num_chunks))
 
 
-def _reader(head: Head | StoredCritic, rows: int) -> Callable[[slice], Tensor | StoredCritic]:
+def _reader(head: Head | StoredCritic, rows: int, ignored: Tensor) -> Callable[[slice], Tensor | StoredCritic]:
     """What gives one model's logits of a chunk, in the products' dtype and always in the same memory."""
     if isinstance(head, StoredCritic):
-        return head.rows
+        return lambda chunk: _counted(head.rows(chunk), ignored[chunk])
     memory = head.states.new_empty(rows, head.weight.shape[0])
 
     def logits(chunk: slice) -> Tensor:
-        states = head.states[chunk]
+        states = _counted(head.states[chunk], ignored[chunk])
         return torch.mm(states, head.weight.t(), out=memory[: states.shape[0]])
 
     return logits
+
+
+def _counted(numbers: Tensor | StoredCritic, ignored: Tensor) -> Tensor | StoredCritic:
+    """Numbers (n, …) with 0 at ignored positions (n,): padding may hold NaN, and 0 · NaN is one."""
+    if isinstance(numbers, StoredCritic):
+        names = ("log_probs", "log_rest", "entropy")
+        return numbers._replace(**{name: _counted(getattr(numbers, name), ignored) for name in names})
+    return numbers.masked_fill(ignored.view(-1, *[1] * (numbers.dim() - 1)), 0.0)
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor) -> None:

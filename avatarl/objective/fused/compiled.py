@@ -17,21 +17,21 @@ from ..rewards import DenseTail
 class CompiledKernels(Kernels):
     """What :class:`Kernels` computes, compiled at the first call; needs a C++ compiler on a CPU."""
 
-    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         return _statistics(logits, temperature)
 
     def gradient_(
         self,
         logits: Tensor,
         temperature: float,
-        log_normaliser: Tensor,
+        largest: Tensor,
         constant: Tensor,
         bonus: Tensor | None,
         tails: Sequence[DenseTail] = (),
     ) -> Tensor:
         if tails:
-            return super().gradient_(logits, temperature, log_normaliser, constant, bonus, tails)
-        _write_gradient(logits, temperature, log_normaliser, constant, bonus)
+            return super().gradient_(logits, temperature, largest, constant, bonus, tails)
+        _write_gradient(logits, temperature, largest, constant, bonus)
         return logits
 
 
@@ -41,6 +41,6 @@ _statistics = torch.compile(softmax_statistics, dynamic=True)
 
 @torch.compile(dynamic=True)
 def _write_gradient(
-    logits: Tensor, temperature: float, log_normaliser: Tensor, constant: Tensor, bonus: Tensor | None
+    logits: Tensor, temperature: float, largest: Tensor, constant: Tensor, bonus: Tensor | None
 ) -> None:
-    logits.copy_(policy_gradient(logits, temperature, log_normaliser, constant, bonus))
+    logits.copy_(policy_gradient(logits, temperature, largest, constant, bonus))

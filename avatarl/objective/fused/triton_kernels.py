@@ -41,12 +41,12 @@ class TritonKernels(Kernels):
         if device_type != "cuda" and isinstance(_read_rows, triton.JITFunction):
             raise ValueError("impl='triton' needs a CUDA device, or TRITON_INTERPRET=1")
 
-    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log normaliser and entropy, (N,) float32 each, of logits (N, V) in half or single precision."""
+    def statistics(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`Kernels.statistics` gives, (N,) float32 each, of logits (N, V) in half or single precision."""
         self.check_device(logits.device.type)
         if logits.dtype == torch.float64:
             return super().statistics(logits, temperature)
-        return read_rows(logits, STATISTICS_TILE, temperature)[:2]
+        return read_rows(logits, STATISTICS_TILE, temperature)[:3]
 
     def judge(
         self,
@@ -74,10 +74,10 @@ class TritonKernels(Kernels):
         experts = []
         for logits, weight in zip(critics, config.critic_weights(len(critics)), strict=True):
             normalised = weight > 0 and config.needs_critic_normaliser
-            tokens, log_normaliser = proposals(logits, config.top_k, normalised)
+            tokens, normaliser = proposals(logits, config.top_k, normalised)
             lists.append(tokens)
             if weight > 0:  # never 0 · −∞
-                experts.append((logits, log_normaliser, weight))
+                experts.append((logits, normaliser, weight))
         actions = torch.cat(lists, dim=1)
         return Judgement(actions, *pay(actions, experts, config))
 
@@ -85,15 +85,15 @@ class TritonKernels(Kernels):
         self,
         logits: Tensor,
         temperature: float,
-        log_normaliser: Tensor,
+        largest: Tensor,
         constant: Tensor,
         bonus: Tensor | None,
         tails: Sequence[DenseTail] = (),
     ) -> Tensor:
-        """Write π · (constant + bonus · log π) over ``logits`` (N, V), in their dtype; the rest is (N,)."""
+        """See :meth:`Kernels.gradient_`; in the logits' dtype."""
         self.check_device(logits.device.type)
         if tails or logits.dtype == torch.float64:
-            return super().gradient_(logits, temperature, log_normaliser, constant, bonus, tails)
+            return super().gradient_(logits, temperature, largest, constant, bonus, tails)
         num_positions, vocabulary = logits.shape
         tile = min(GRADIENT_TILE, triton.next_power_of_2(vocabulary))
         with torch.cuda.device_of(logits):
@@ -102,7 +102,7 @@ class TritonKernels(Kernels):
                 row_stride(logits),
                 vocabulary,
                 temperature,
-                log_normaliser.contiguous(),
+                largest.contiguous(),
                 constant.contiguous(),
                 None if bonus is None else bonus.contiguous(),
                 TILE=tile,
@@ -111,45 +111,46 @@ class TritonKernels(Kernels):
         return logits
 
 
-def proposals(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Tensor | None]:
-    """The ``k`` largest logits' token ids (N, k) in falling order, and the log normaliser (N,) where asked for."""
+Normaliser = tuple[Tensor, Tensor]  # the largest logit and the log of what is left of the softmax's sum, (N,) each
+
+
+def proposals(logits: Tensor, k: int, normalised: bool) -> tuple[Tensor, Normaliser | None]:
+    """The ``k`` largest logits' token ids (N, k) in falling order, and the normaliser where asked for."""
     num_blocks = blocks_to_search(logits.shape[1], k)
     if num_blocks is None:
-        log_normaliser = read_rows(logits, STATISTICS_TILE)[0] if normalised else None
-        return top_k(logits, k)[1], log_normaliser
-    log_normaliser, _, maxima = read_rows(logits, num_blocks, statistics=normalised, maxima=True)
-    return top_k_in_blocks(logits, maxima, k)[1], log_normaliser
+        normaliser = read_rows(logits, STATISTICS_TILE)[:2] if normalised else None
+        return top_k(logits, k)[1], normaliser
+    *normaliser, _, maxima = read_rows(logits, num_blocks, statistics=normalised, maxima=True)
+    return top_k_in_blocks(logits, maxima, k)[1], tuple(normaliser) if normalised else None
 
 
 def read_rows(
     logits: Tensor, tile: int, temperature: float = 1.0, statistics: bool = True, maxima: bool = False
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Log normaliser and entropy (N,), and the maxima (N, tile) of ``tile`` blocks; None for what is not wanted."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The three of :meth:`Kernels.statistics`, and the maxima (N, tile) of blocks; None for what is not wanted."""
     num_positions, vocabulary = logits.shape
-    log_normaliser = logits.new_empty(num_positions, dtype=torch.float32) if statistics else None
-    entropy = torch.empty_like(log_normaliser) if statistics else None
-    largest = logits.new_empty(num_positions, tile) if maxima else None
+    found = [logits.new_empty(num_positions, dtype=torch.float32) if statistics else None for _ in range(3)]
+    largest_of_blocks = logits.new_empty(num_positions, tile) if maxima else None
     with torch.cuda.device_of(logits):
         _read_rows[(num_positions,)](
             logits,
             row_stride(logits),
             vocabulary,
             temperature,
-            log_normaliser,
-            entropy,
-            largest,
+            *found,
+            largest_of_blocks,
             TILE=tile,
             num_warps=num_warps(tile),
         )
-    return log_normaliser, entropy, largest
+    return *found, largest_of_blocks
 
 
 def pay(
-    actions: Tensor, experts: Sequence[tuple[Tensor, Tensor | None, float]], config: AvataRLConfig
+    actions: Tensor, experts: Sequence[tuple[Tensor, Normaliser | None, float]], config: AvataRLConfig
 ) -> tuple[Tensor, Tensor]:
-    """Valid bool and rewards float32 of actions (N, A), from critics' logits, log normalisers and weights above 0."""
+    """Valid bool and rewards float32 of actions (N, A), from critics' logits, normalisers and weights above 0."""
     num_positions, width = actions.shape
-    logits, log_normalisers, weights = zip(*experts, strict=True) if experts else ((), (), ())
+    logits, normalisers, weights = zip(*experts, strict=True) if experts else ((), (), ())
     valid = torch.empty_like(actions, dtype=torch.bool)
     rewards = torch.empty_like(actions, dtype=torch.float32)
     with torch.cuda.device_of(actions):
@@ -159,7 +160,7 @@ def pay(
             rewards,
             logits,
             tuple(row_stride(critic) for critic in logits),
-            log_normalisers if config.needs_critic_normaliser else None,
+            normalisers if config.needs_critic_normaliser else None,
             weights,
             config.reality_weight or None,
             math.log1p(-config.smoothing),
@@ -188,7 +189,7 @@ def num_warps(tile: int) -> int:
 
 
 @triton.jit
-def _read_rows(logits, row_stride, vocabulary, temperature, log_normaliser, entropy, maxima, TILE: tl.constexpr):
+def _read_rows(logits, row_stride, vocabulary, temperature, peak, log_total, entropy, maxima, TILE: tl.constexpr):
     """Lane b sees the tokens b, b + TILE, b + 2·TILE, … and keeps their maximum and two sums, over z / temperature:
 
     total = Σ exp(z − maximum), moment = Σ exp(z − maximum) · (z − maximum).
@@ -202,12 +203,12 @@ def _read_rows(logits, row_stride, vocabulary, temperature, log_normaliser, entr
     scale = 1 / temperature
     for start in range(0, whole, TILE):
         z = tl.load(logits + start + lanes).to(tl.float32)
-        if log_normaliser is not None:
+        if peak is not None:
             total, moment = _add_to_softmax(z, largest, total, moment, scale)
         largest = tl.maximum(largest, z, propagate_nan=NAN)
     if maxima is not None:  # of whole layers of blocks
         tl.store(maxima + row * TILE + lanes, largest.to(maxima.dtype.element_ty))
-    if log_normaliser is not None:
+    if peak is not None:
         z = tl.load(logits + whole + lanes, mask=whole + lanes < vocabulary, other=float("-inf")).to(tl.float32)
         total, moment = _add_to_softmax(z, largest, total, moment, scale)
         largest = tl.maximum(largest, z, propagate_nan=NAN)
@@ -215,7 +216,8 @@ def _read_rows(logits, row_stride, vocabulary, temperature, log_normaliser, entr
         shift = tl.maximum((largest - highest) * scale, LOWEST, propagate_nan=NAN)
         moment = tl.sum((moment + shift * total) * tl.exp(shift), axis=0)
         total = tl.sum(total * tl.exp(shift), axis=0)
-        tl.store(log_normaliser + row, highest * scale + tl.log(total))
+        tl.store(peak + row, highest)
+        tl.store(log_total + row, tl.log(total))
         tl.store(entropy + row, tl.log(total) - moment / total)
 
 
@@ -236,17 +238,17 @@ def _add_to_softmax(z, largest, total, moment, scale):
 
 
 @triton.jit
-def _write_gradient(logits, row_stride, vocabulary, temperature, log_normaliser, constant, bonus, TILE: tl.constexpr):
+def _write_gradient(logits, row_stride, vocabulary, temperature, largest, constant, bonus, TILE: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
     logits += row * row_stride
     inside = columns < vocabulary
     z = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-    log_prob = z * (1 / temperature) - tl.load(log_normaliser + row)
-    log_prob = tl.maximum(log_prob, LOWEST, propagate_nan=NAN)
+    shifted = (z - tl.load(largest + row)) * (1 / temperature)
+    shifted = tl.maximum(shifted, LOWEST, propagate_nan=NAN)
     factor = tl.load(constant + row)
     if bonus is not None:
-        factor += tl.load(bonus + row) * log_prob
-    tl.store(logits + columns, (tl.exp(log_prob) * factor).to(logits.dtype.element_ty), mask=inside)
+        factor += tl.load(bonus + row) * shifted
+    tl.store(logits + columns, (tl.exp(shifted) * factor).to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -256,7 +258,7 @@ def _pay(
     rewards,
     critics,
     row_strides,
-    log_normalisers,
+    normalisers,
     weights,
     reality_weight,
     log_target,
@@ -285,9 +287,12 @@ def _pay(
         # Alone, the target should have 1 and not 1 − ε; but then its consensus is 1 in any case.
         blend = _blend(blend, reality_weight, tl.where(is_target, log_target, log_others), POOL)
     for i in tl.static_range(NUM_CRITICS):
-        log_probs = tl.load(critics[i] + row * row_strides[i] + tokens, mask=active, other=0.0).to(tl.float32)
-        if log_normalisers is not None:
-            log_probs -= tl.load(log_normalisers[i] + row)
+        log_probs = tl.load(critics[i] + row * row_strides[i] + tokens, mask=active, other=float("-inf"))
+        log_probs = log_probs.to(tl.float32)
+        if normalisers is not None:
+            log_probs = log_probs - tl.load(normalisers[i][0] + row) - tl.load(normalisers[i][1] + row)
+        else:
+            log_probs -= tl.max(log_probs, axis=0)
         blend = _blend(blend, weights[i], log_probs, POOL)
 
     if POOL == "geometric":
@@ -305,7 +310,7 @@ def _pay(
     kept = active
     if THRESHOLD != "none":
         bar = (tl.exp(log_mass) if THRESHOLD == "mass" else 1.0) / num_active
-        kept = tl.where(num_active == 1, active, active & (consensus > bar))
+        kept = tl.where(num_active == 1, active, active & ((consensus <= bar) == 0))  # a NaN stays
     paid = tl.where(kept, reward_scale * consensus, 0.0)
     largest = tl.max(paid, axis=0)
     paid = tl.where(largest > reward_cap, paid * (reward_cap / largest), paid)
