@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatarl import UserError
+from avatarl import AvataRLConfig, UserError, avatarl_loss, reward_landscape
 from avatarl.cli import main
 from avatarl.data import PreparedData, Windows
 from avatarl.errors import RunFailed
@@ -106,6 +106,45 @@ def test_what_is_stored_is_what_the_critic_says(caches, critic_folder, data, nam
     entropy = -(probs * probs.log()).sum(-1)
     torch.testing.assert_close(held.entropy.double(), entropy, rtol=0, atol=NATS_PER_UNIT)
     assert not (held.draws.unsqueeze(-1) == held.tokens.unsqueeze(-2)).any()  # drawn outside of what is stored
+
+
+def sharp_logits(spread: float, vocabulary: int = 64, positions: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a player and a critic (N, V), and targets (N,)."""
+    generator = torch.Generator().manual_seed(1)
+    critic, player = (torch.randn(positions, vocabulary, generator=generator) for _ in range(2))
+    return 3 * player, spread * critic, torch.randint(vocabulary, (positions,), generator=generator)
+
+
+@pytest.mark.parametrize("spread", [3.0, 10.0, 15.0])
+@pytest.mark.parametrize("num_top", [0, 5, 60])
+def test_the_mass_of_the_rest_is_summed(num_top, spread):
+    """One minus what is known, in float32, is −15.9 or −∞ where this is −25."""
+    _, critic, targets = sharp_logits(spread)
+    (held,) = write.answers_of(critic, torch.eye(64), targets, RecordFormat(num_top, 0, 64), None)
+    others = critic.double().log_softmax(1).scatter(1, held.tokens, -torch.inf)
+    torch.testing.assert_close(held.log_rest.double(), others.logsumexp(1), rtol=0, atol=1e-4)
+    assert (held.log_rest < -17).any() or num_top == 0 or spread == 3
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 15.0])
+@pytest.mark.parametrize("tail", ["renormalise", "target"])
+@pytest.mark.parametrize("pool", ["geometric", "arithmetic"])
+def test_a_cache_of_every_token_gives_the_live_losses(pool, tail, spread):
+    player, critic, targets = sharp_logits(spread)
+    record = RecordFormat(64, 0, 64)
+    (answer,) = write.answers_of(critic, torch.eye(64), targets, record, None)
+    held = record.unpack(record.pack(answer), targets, torch.zeros(64))
+    for config in (AvataRLConfig(top_k=4, pool=pool, tail=tail, threshold="none"), AvataRLConfig.released()):
+        live, cached = (avatarl_loss(player, each, targets, config)[0].item() for each in (critic, held))
+        assert cached == pytest.approx(live, rel=2e-3)
+        rewards = [reward_landscape(player, each, targets, config).rewards for each in (critic, held)]
+        assert (rewards[1] - rewards[0]).abs().mean() < 2e-3 * rewards[0].mean()
+
+
+def test_a_record_has_a_floor():
+    """docs/critics.md: e⁻³² for all that is less likely, and nothing for what is impossible."""
+    codes = encode(torch.tensor([-31.9, -32.0, -40.0, -1e30, -torch.inf]))
+    assert decode(codes).tolist() == pytest.approx([-31.9, -32.0, -32.0, -32.0, -torch.inf], abs=1e-3)
 
 
 def test_drawn_tokens_follow_the_critic(critic_folder, data):
@@ -261,10 +300,12 @@ def test_what_a_kill_at_the_very_end_leaves_is_tidied_up(tmp_path, caches, data_
     assert {path.name for path in cache.iterdir()} == {path.name for path in caches["top"].iterdir()}
 
 
-def test_answers_that_are_no_numbers(tmp_path, data_folder, critic_folder, monkeypatch):
+@pytest.mark.parametrize("advice", ["bf16; try precision fp32", "fp32; a critic that gives numbers is expected"])
+def test_answers_that_are_no_numbers(advice, tmp_path, data_folder, critic_folder, monkeypatch):
     monkeypatch.setattr(write, "last_hidden", lambda model, ids: torch.full((*ids.shape, 16), torch.nan))
-    with pytest.raises(RunFailed, match="says what is no number in train windows 0 to 15; try precision fp32"):
-        cache_critic(str(critic_folder), data_folder, tmp_path / "cache", bytes_per_token=54, **COMMON)
+    settings = COMMON | {"precision": advice[:4], "bytes_per_token": 54}
+    with pytest.raises(RunFailed, match=f"says what is no number in train windows 0 to 15, in {advice}"):
+        cache_critic(str(critic_folder), data_folder, tmp_path / "cache", **settings)
     assert not list((tmp_path / "cache").glob("train-*"))
 
 

@@ -6,7 +6,8 @@
 
 An id has 2 bytes where the vocabulary allows it and 4 otherwise, so that a position takes 6 + 4·P + 2·S or
 6 + 6·P + 4·S bytes. The target's own id is the data's. Log-probabilities and entropies are whole numbers of 2^-11 nats:
-none is wrong by more than a four-thousandth of a nat, and they reach down to −32 nats.
+none is wrong by more than a four-thousandth of a nat. They reach down to −32 nats: what is less likely than e^-32
+(1.3 · 10^-14) is stored as if it were so likely, and only what has no probability as that.
 
 Shapes: N positions, P most likely tokens, S drawn tokens.
 """
@@ -24,7 +25,7 @@ from avatarl.objective import StoredCritic
 
 KINDS = ("top", "sample")
 NATS_PER_UNIT = 2.0**-11
-NOTHING = (1 << 16) - 1  # the code of a mass of 0
+NOTHING = (1 << 16) - 1  # the code of a mass of 0; the one below is the floor
 FIXED_BYTES, CODE_BYTES = 6, 2
 
 
