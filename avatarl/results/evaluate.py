@@ -35,6 +35,7 @@ class PositionScores(NamedTuple):
     confidence: Tensor  # probability of the most likely token
     rank: Tensor  # int64, how many tokens are more likely than the target
     top_probs: Tensor  # (N, R), probabilities of the R most likely tokens in falling order; of 16, or of all if fewer
+    ties: Tensor | int = 1  # int64, how many tokens are as likely as the target, itself included
 
 
 def evaluate(
@@ -133,6 +134,10 @@ def evaluate(
                 for name, value in metrics.items():
                     rewards[name] = rewards.get(name, 0.0) + value.item()
     positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
+    if unknown := int(positions.cross_entropy.isnan().sum()):
+        raise UserError(f"{model}: its logits are NaN at {unknown:,} of {count * block:,} positions")
+    if math.isnan(rewards.get("loss", 0.0)):
+        raise UserError(f"critic {', '.join(critic_names)}: logits are NaN in the {count:,} windows")
     num_bytes = prepared.text_bytes(split, 1, count * block + 1, tokenizer)  # windows lie one after the other
     result = summarise(positions, num_bytes) | {"windows": count, "block": block, "split": split}
     if not num_bytes:
@@ -145,16 +150,17 @@ def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: i
     """Score windows (B, T) from hidden states (B, T, d), one window at a time to hold (T, vocabulary) at most."""
     columns = []
     for states, target in zip(hidden, targets, strict=True):
-        log_probs = (states @ head[:vocab_size].t()).float().log_softmax(-1)  # (T, V)
-        of_target = log_probs.gather(1, target.unsqueeze(1))  # (T, 1)
+        logits = (states @ head[:vocab_size].t()).float()  # (T, V)
+        log_probs, of_target = logits.log_softmax(-1), logits.gather(1, target.unsqueeze(1))  # (T, V), (T, 1)
         top_probs = log_probs.topk(min(FORECASTS, log_probs.shape[1]), dim=1).values.exp()  # (T, R)
         columns.append(
             PositionScores(
-                -of_target.squeeze(1),
+                -log_probs.gather(1, target.unsqueeze(1)).squeeze(1),
                 -torch.linalg.vecdot(log_probs.exp(), log_probs),
                 top_probs[:, 0],
-                (log_probs > of_target).sum(1),
+                (logits > of_target).sum(1),
                 top_probs,
+                (logits == of_target).sum(1),
             )
         )
     return PositionScores(*(torch.cat(column) for column in zip(*columns, strict=True)))
@@ -163,16 +169,19 @@ def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: i
 def summarise(positions: PositionScores, num_bytes: int | None) -> dict:
     """The numbers of an evaluation, from every position's scores and the bytes of the targets' text, where known."""
     cross_entropy = positions.cross_entropy.double().mean().item()
-    table = reliability_table(positions.confidence, positions.rank == 0)
-    # Of tokens as likely as the target any may stand at its place: the probabilities are the same.
-    is_target = torch.arange(positions.top_probs.shape[1]) == positions.rank.unsqueeze(1)  # (N, R)
-    top_table = halving_reliability_table(positions.top_probs.flatten(), is_target.flatten())
+    # Each of the tokens that are as likely as the target may stand at its place: it is there with a share of one.
+    place, first = torch.arange(max(ACCURACY_RANKS)), positions.rank.unsqueeze(1)
+    ties = torch.as_tensor(positions.ties).expand_as(positions.rank).unsqueeze(1)
+    is_target = ((place >= first) & (place < first + ties)).double() / ties  # (N, 16)
+    table = reliability_table(positions.confidence, is_target[:, 0])
+    forecasts = positions.top_probs.shape[1]
+    top_table = halving_reliability_table(positions.top_probs.flatten(), is_target[:, :forecasts].flatten())
     total = len(positions.rank)
     return {
         "cross_entropy": cross_entropy,
         "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
         "bits_per_byte": cross_entropy * total / math.log(2) / num_bytes if num_bytes else None,
-        **{f"top{rank}_accuracy": (positions.rank < rank).double().mean().item() for rank in ACCURACY_RANKS},
+        **{f"top{rank}_accuracy": is_target[:, :rank].sum(1).mean().item() for rank in ACCURACY_RANKS},
         "entropy": positions.entropy.double().mean().item(),
         "expected_calibration_error": calibration_error(table, total),
         "reliability": table,
@@ -197,7 +206,7 @@ def halving_reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]
 
     Args:
         confidence: (M,) probabilities of forecasts.
-        correct: (M,) bool, whether they came true.
+        correct: (M,) in [0, 1], the share of each that came true.
     """
     inner = [2.0**-halvings for halvings in range(RELIABILITY_BINS - 1, 0, -1)]
     bins = torch.bucketize(confidence, torch.tensor(inner), out_int32=True)  # a bin's upper edge is its own
@@ -216,7 +225,7 @@ def _rows_of_bins(bins: Tensor, edges: Sequence[float], confidence: Tensor, corr
                     "to": upper,
                     "count": count,
                     "confidence": confidence[inside].double().mean().item(),
-                    "accuracy": correct[inside].double().mean().item(),
+                    "accuracy": correct[inside].mean().item(),
                 }
             )
     return rows

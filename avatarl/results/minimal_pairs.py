@@ -83,9 +83,11 @@ def score_pairs(model: str | Path, pairs: Sequence[MinimalPair], *, device: str 
 
     log_probs = sentence_log_probs(player, [*good, *bad], begin_id, len(tokenizer))
     groups: dict[str, list[float]] = {}
-    for pair, of_good, of_bad in zip(pairs, good, bad, strict=True):
-        difference = log_probs[of_good] - log_probs[of_bad]
-        groups.setdefault(pair.group, []).append(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0)
+    for pair, *sides in zip(pairs, good, bad, strict=True):
+        of_good, of_bad = (log_probs[side] for side in sides)
+        if math.isnan(of_good) or math.isnan(of_bad):
+            raise UserError(f"{model}: its logits are NaN at the pair {pair.where}")
+        groups.setdefault(pair.group, []).append(1.0 if of_good > of_bad else 0.5 if of_good == of_bad else 0.0)
     total = summarise_pairs([score for scores in groups.values() for score in scores])
     return total | {"groups": {name: summarise_pairs(scores) for name, scores in sorted(groups.items())}}
 

@@ -57,9 +57,9 @@ def test_the_summary_by_hand():
     assert summarise(positions._replace(cross_entropy=torch.full((2,), 1e4)), 1)["perplexity"] == math.inf
 
 
-def slow_table(probs: list[list[float]], hits: list[list[bool]]) -> tuple[float, list[dict]]:
+def slow_table(probs: list[list[float]], hits: list[list[float]]) -> tuple[float, list[dict]]:
     """top16_calibration_error and its table, one forecast after the other."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
+    bins: dict[int, list[tuple[float, float]]] = {}
     for row in zip(probs, hits, strict=True):
         for prob, hit in zip(*row, strict=True):
             halvings = 0
@@ -93,16 +93,38 @@ def test_the_forecasts_of_a_position_against_a_slow_loop(vocabulary: int):
     assert positions.top_probs.dtype == torch.float32 and torch.equal(positions.confidence, positions.top_probs[:, 0])
     probs, hits = [], []
     for row, target in zip(logits.flatten(0, 1).double().softmax(-1), targets.flatten().tolist(), strict=True):
-        # Among tokens that are as likely as the target it comes first.
-        order = sorted(range(vocabulary), key=lambda token: (-row[token], token != target))[:16]
+        order = sorted(range(vocabulary), key=lambda token: -row[token])[:16]
         probs.append(row[order].float().tolist())
-        hits.append([token == target for token in order])
+        # Of tokens that are as likely as the target each may stand at its place.
+        hits.append([(row[token] == row[target]).item() / (row == row[target]).sum().item() for token in order])
     torch.testing.assert_close(positions.top_probs, torch.tensor(probs))
     error, table = slow_table(positions.top_probs.tolist(), hits)
     result = summarise(positions, num_bytes=1)
     assert result["top16_reliability"] == table and len(table) > 5
     assert result["top16_calibration_error"] == pytest.approx(error) and error > 0.1
     assert sum(row["count"] for row in table) == 150 * min(16, vocabulary)
+
+
+@pytest.mark.parametrize("vocabulary, tied", [(64, 64), (64, 20), (64, 2), (8, 8)])
+def test_ties_favour_nobody(vocabulary: int, tied: int):
+    """As many tokens are the likeliest, the target one of them: it is at each of their places with the same share."""
+    logits = torch.full((1, 3, vocabulary), -4.0)
+    logits[..., :tied] = 1.0
+    positions = score_positions(logits, torch.eye(vocabulary), torch.tensor([[0, 1, tied - 1]]), vocabulary)
+    result = summarise(positions, num_bytes=1)
+    assert result["top1_accuracy"] == pytest.approx(1 / tied)
+    assert result["top16_accuracy"] == pytest.approx(min(16, tied) / tied)
+    (row,) = result["reliability"]
+    assert row["accuracy"] == pytest.approx(1 / tied)
+    if tied == vocabulary:  # a uniform model is calibrated
+        assert result["expected_calibration_error"] == pytest.approx(0, abs=1e-7)
+        assert result["top16_calibration_error"] == pytest.approx(0, abs=1e-7)
+
+
+def test_what_rounds_to_the_same_probability_is_no_tie():
+    logits = torch.tensor([[[9.0, -9.000000, -9.000001]]])
+    result = summarise(score_positions(logits, torch.eye(3), torch.tensor([[1]]), 3), num_bytes=1)
+    assert result["top16_accuracy"] == 1 and score_positions(logits, torch.eye(3), torch.tensor([[1]]), 3).ties == 1
 
 
 def test_a_bin_holds_its_upper_edge_and_the_last_one_all_below():

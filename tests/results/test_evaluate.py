@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,24 @@ def test_a_critic_with_a_shorter_context_is_refused(tmp_path: Path, data_folder:
     tokenizer.save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match=f"block is {BLOCK}; expected at most {BLOCK // 2}, what .*short"):
         evaluate(player_folder, data_folder, critic=str(tmp_path / "short"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "pass_with_nan, message", [(1, "its logits are NaN at 1 of"), (2, "critic .*: logits are NaN in the 2 windows")]
+)
+def test_nan_is_refused(pass_with_nan, message, data_folder, player_folder, critic_folder, monkeypatch):
+    """No comparison with NaN is true: no token would be likelier than the target, no bin hold the position."""
+    real, passes = sys.modules["avatarl.results.evaluate"].last_hidden, []
+
+    def last_hidden(model, inputs):
+        passes.append(model)
+        hidden = real(model, inputs).clone()
+        hidden[0, 3, 0] += torch.nan if len(passes) == pass_with_nan else 0
+        return hidden
+
+    monkeypatch.setattr(sys.modules["avatarl.results.evaluate"], "last_hidden", last_hidden)
+    with pytest.raises(UserError, match=message):
+        evaluate(player_folder, data_folder, critic=str(critic_folder), device="cpu", max_windows=2)
 
 
 def test_data_that_is_too_short_or_no_data_is_refused(tmp_path: Path, player_folder: Path, data_folder: Path):

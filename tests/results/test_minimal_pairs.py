@@ -93,6 +93,14 @@ def test_a_tie_counts_half(player_folder: Path):
     assert (result["ties"], result["accuracy"]) == (3, (1.5 + alone["accuracy"]) / 4)
 
 
+def test_a_model_of_nan_is_refused_and_loses_no_pair(player_folder: Path, monkeypatch):
+    monkeypatch.setattr(
+        minimal_pairs, "last_hidden", lambda model, ids: torch.full((*ids.shape, model.config.hidden_size), torch.nan)
+    )
+    with pytest.raises(UserError, match="its logits are NaN at the pair here:1"):
+        score_pairs(player_folder, pairs_of(SENTENCES), device="cpu")
+
+
 def test_groups_count_by_themselves(player_folder: Path):
     pairs = [pair._replace(group=f"g{number % 2}") for number, pair in enumerate(pairs_of(SENTENCES))]
     result = score_pairs(player_folder, pairs, device="cpu")
