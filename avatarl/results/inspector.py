@@ -86,6 +86,8 @@ class Answers(NamedTuple):
     critic_orders: list[list[int]]
     log_policy: list[float]  # log π (U)
     log_critics: list[list[float]]  # log p_C over the whole vocabulary, (C, U)
+    log_rests: list[float]  # log of what p_C leaves to tokens that are not in ``tokens`` (C)
+    best_mixture: float  # the most that the critics together, in proportion to their weights, give to any token
     log_tempered: list[float] | None  # log π at the loss's temperature (U); None where that is 1
     entropy: float  # of the policy at the loss's temperature, nats
     agreement: list[float]  # Σ π p_C over the whole vocabulary (C)
@@ -372,6 +374,10 @@ def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, confi
     log_critics = [logits.log_softmax(-1) for logits in critics]
     entropy = -torch.linalg.vecdot(log_tempered.exp(), log_tempered)
     agreement = [torch.linalg.vecdot(log_policy.exp(), log_probs.exp()) for log_probs in log_critics]
+    weights = config.critic_weights(len(critics))
+    shares = [weight / sum(weights) if sum(weights) else 1 / len(weights) for weight in weights]
+    mixture = sum(share * log_probs.exp() for share, log_probs in zip(shares, log_critics, strict=True))
+    best = mixture.amax(1).tolist() if critics else [0.0] * len(targets)
     answers = []
     for number, target in enumerate(targets.tolist()):
         lists = [order[number] for order in orders]
@@ -386,6 +392,8 @@ def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, confi
                 critic_orders,
                 log_policy[number, at].tolist(),
                 [log_probs[number, at].tolist() for log_probs in log_critics],
+                [log_probs[number].index_fill(0, at, -torch.inf).logsumexp(0).item() for log_probs in log_critics],
+                best[number],
                 None if config.temperature == 1 else log_tempered[number, at].tolist(),
                 entropy[number].item(),
                 [overlap[number].item() for overlap in agreement],

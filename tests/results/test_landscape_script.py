@@ -52,10 +52,11 @@ def script():
     return lambda answers, settings: json.loads(engine.eval(f"call({json.dumps([answers, settings])})"))
 
 
-def logits_of(seed: int, critics: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+def logits_of(seed: int, critics: int, spread=3.0) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     player, *judges = (
-        3.0 * torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64) for _ in range(1 + critics)
+        spread * torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64)
+        for _ in range(1 + critics)
     )
     targets = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
     targets[0] = player[0].argmax()  # proposed by the player
@@ -97,6 +98,37 @@ def test_the_page_computes_what_the_objective_computes(script, name: str, critic
         for metric, values in scores.metrics.items():
             if metric not in ("loss", "entropy"):  # the page keeps the policy's entropy, and shows no loss
                 assert found[metric] == pytest.approx(values[number].item(), rel=1e-6, abs=1e-7), metric
+
+
+@pytest.mark.parametrize("spread", [10.0, 40.0])
+@pytest.mark.parametrize("name", ["tail to the target", "critic alone", "arithmetic", "dense"])
+def test_what_a_sure_critic_leaves_is_not_rounding(script, name, spread):
+    """The mass beyond the active actions is e⁻⁴⁰ or less, where one minus the others is 10⁻¹⁶ or nothing."""
+    config = AvataRLConfig.article(**(dict(top_k=4) | CHANGED[name]))
+    if name == "critic alone":
+        config = dataclasses.replace(config, tail="target")
+    player, judges, targets = logits_of(seed=8, critics=1, spread=spread)
+    landscape = reward_landscape(player, judges, targets, config)
+    for number, answers in enumerate(answers_of(player, judges, targets, config)):
+        found = script(answers_data(answers), settings_of(config))
+        expected = landscape.consensus[number, landscape.valid[number]].tolist()
+        assert [action["consensus"] for action in found["actions"]] == pytest.approx(expected, rel=2e-6, abs=1e-200)
+
+
+def test_the_best_of_a_dense_tail_may_be_no_action(script):
+    """Two critics agree on their second choices, which neither of them proposes."""
+    player, critic, _ = torch.zeros(3, 1, VOCABULARY, dtype=torch.float64)
+    critic, other = critic.clone(), critic.clone()
+    critic[0, 3] = other[0, 4] = 3.0
+    critic[0, 5] = other[0, 5] = 2.9
+    player[0, 5], targets = 9.0, torch.tensor([7])
+    config = AvataRLConfig.dense(top_k=1, player_proposes=False, reality_weight=0.05, critic_weight=(0.6, 0.35))
+    scores = AvataRL(config).score(Rows(player.clone(), [critic, other], targets, torch.ones(1)), False)
+    (answers,) = answers_of(player, [critic, other], targets, config)
+    found = script(answers_data(answers), settings_of(config))
+    assert len(found["actions"]) == 3 and all(action["token"] != 5 for action in found["actions"])
+    share = scores.metrics["expected_reward_share"].item()
+    assert 0.9 < share <= 1 and found["expected_reward_share"] == pytest.approx(share, rel=1e-6)
 
 
 def test_a_temperature_of_the_loss_is_that_of_the_inspected_run(script):

@@ -3,8 +3,8 @@
 // The reward landscape of docs/method.md, from what models answered about their own and the others' proposals. It is
 // objective/rewards.py once more, one position at a time; a test holds the two against each other.
 //
-// answers: {tokens, playerOrder, criticOrders, logPolicy, logCritics, logTempered, entropy, agreement}, as inspector.py
-// keeps them; settings: the fields of AvataRLConfig, with `tail` resolved and never "sample".
+// answers: {tokens, playerOrder, criticOrders, logPolicy, logCritics, logRests, bestMixture, logTempered, entropy,
+// agreement}, as inspector.py keeps them; settings: the fields of AvataRLConfig, with `tail` resolved and never "sample".
 
 const landscapeOf = (() => {
   const sum = (values) => values.reduce((total, value) => total + value, 0);
@@ -42,9 +42,13 @@ const landscapeOf = (() => {
       count === 1 ? 1 : is ? 1 - settings.smoothing : settings.smoothing / (count - 1));
     const logCritics = answers.logCritics.map((logProbs) => places.map((place) => logProbs[place]));
     const critic = logCritics.map((logProbs) => logProbs.map(Math.exp));
+    // What each critic believes beyond the active actions, summed: one minus the others would be rounding.
+    const isActive = new Set(places);
+    const logOutside = answers.logCritics.map((logProbs, model) =>
+      logSumExp([answers.logRests[model], ...logProbs.filter((_, place) => !isActive.has(place))]));
 
     const weights = criticWeights(settings, critic.length);
-    const [consensus, mass] = pool(settings, reality, logCritics, weights, isTarget);
+    const [consensus, mass] = pool(settings, reality, logCritics, logOutside, weights, isTarget);
     const threshold = settings.threshold === "none" ? null : (settings.threshold === "mass" ? mass : 1) / count;
     let rewards = consensus.map((p) =>
       threshold === null || p > threshold || count === 1 ? settings.reward_scale * p : 0);
@@ -60,10 +64,11 @@ const landscapeOf = (() => {
     const tempered = places.map((place) => (answers.logTempered ?? answers.logPolicy)[place]);
     const isDense = settings.tail === "dense";
     // What a dense tail pays beyond the active actions.
-    const outside = critic.map((probs, model) => isDense ? scale * weights[model] * Math.max(0, 1 - sum(probs)) : 0);
+    const outside = logOutside.map((log, model) => isDense ? scale * weights[model] * Math.exp(log) : 0);
     const expectedOutside = critic.map((probs, model) => isDense
       ? scale * weights[model] * (answers.agreement[model] - sum(probs.map((p, index) => p * policy[index]))) : 0);
-    const total = sum(rewards) + sum(outside), most = largestOf(rewards);
+    const total = sum(rewards) + sum(outside);
+    const most = Math.max(largestOf(rewards), isDense ? scale * sum(weights) * answers.bestMixture : 0);
     const expected = sum(rewards.map((reward, index) => reward * policy[index])) + sum(expectedOutside);
     const divisor = settings.per_action_mean ? count : 1;
     const gradient = tempered.map((logProb, index) => (
@@ -93,8 +98,8 @@ const landscapeOf = (() => {
   const voice = (model, critics) => model === 0 ? "player" : critics === 1 ? "critic" : `critic ${model}`;
 
   // The consensus on the active actions, and the blend's mass before it was normalised.
-  function pool(settings, reality, logCritics, weights, isTarget) {
-    const said = logCritics.map((logProbs) => byRule(settings, logProbs, isTarget));
+  function pool(settings, reality, logCritics, logOutside, weights, isTarget) {
+    const said = logCritics.map((logProbs, model) => byRule(settings, logProbs, logOutside[model], isTarget));
     const experts = [[settings.reality_weight, reality.map(Math.log)], ...said.map((log, i) => [weights[i], log])]
       .filter(([weight]) => weight > 0);
     if (settings.pool === "arithmetic") {
@@ -109,14 +114,13 @@ const landscapeOf = (() => {
   }
 
   // What a critic says on the active actions, where its tail is one of them already.
-  function byRule(settings, logProbs, isTarget) {
+  function byRule(settings, logProbs, logOutside, isTarget) {
     if (settings.tail === "renormalise" && settings.pool === "arithmetic") {
       const logMass = logSumExp(logProbs);
       return logProbs.map((log) => log - logMass);
     }
     if (settings.tail === "target" && settings.pool === "geometric") {
-      const outside = Math.max(0, 1 - sum(logProbs.map(Math.exp)));
-      return logProbs.map((log, index) => isTarget[index] ? logSumExp([log, Math.log(outside)]) : log);
+      return logProbs.map((log, index) => isTarget[index] ? logSumExp([log, logOutside]) : log);
     }
     return logProbs;
   }
