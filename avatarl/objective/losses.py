@@ -123,8 +123,8 @@ def tail_inside(judged: Judgement) -> Tensor:
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole (N,), and 0 where the whole is 0."""
-    return torch.where(whole <= 0, 0.0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny))
+    """part / whole (N,), from 0 to 1 whatever the rounding, and 0 where the whole is 0."""
+    return torch.where(whole <= 0, 0.0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny)).clamp(0, 1)
 
 
 @register

@@ -219,7 +219,10 @@ class Inspector:
     def _judge(self, window: Tensor) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
         """Every position of a window (T + 1,), what its landscape is computed from, and its metrics."""
         inputs, targets, config = window[None, :-1], window[1:], self.config
-        player, *critics = (self._logits(model, inputs) for model in (self.player, *self.critics))
+        player, *critics = answers = [self._logits(model, inputs) for model in (self.player, *self.critics)]
+        for name, logits in zip(self.names, answers, strict=True):
+            if not logits.amax().isfinite():
+                raise UserError(f"{name}: its logits are NaN or infinite, of which there is no softmax")
         landscape = reward_landscape(player, critics, targets, config)
         rows = Rows(player.clone(), critics, targets, weights=torch.ones_like(player[:, 0]))
         scores = AvataRL(config).score(rows, with_gradient=True)

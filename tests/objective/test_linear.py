@@ -231,6 +231,11 @@ def test_num_valid_and_ignored_positions(monkeypatch):
     assert_same(found, materialised(*inputs, ignore_index=-7, num_valid=50))
     (by_hidden,) = gradients(found[0], hidden)
     assert (by_hidden[::4] == 0).all() and (by_hidden[1] != 0).any()
+    for count in (0.5, torch.tensor(0.5, dtype=torch.float64), torch.tensor([3])):
+        assert_same(
+            linear_avatarl_loss(*inputs, ignore_index=-7, num_valid=count),
+            materialised(*inputs, ignore_index=-7, num_valid=float(count)),
+        )
     for nothing in (dict(ignore_index=-7, num_valid=0), dict(ignore_index=-7, num_valid=torch.tensor(0))):
         loss, metrics = linear_avatarl_loss(*inputs, **nothing)
         assert loss.item() == 0 and all(value.item() == 0 for value in metrics.values())

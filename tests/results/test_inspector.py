@@ -223,6 +223,16 @@ def test_disagreements_are_the_worst_first(inspector):
     assert found == sorted((p.disagreement for p in inspection.positions), reverse=True)[:4]
 
 
+@pytest.mark.parametrize("pass_with_nan", [0, 1])
+def test_nan_is_refused(pass_with_nan, inspector, monkeypatch):
+    real, passes = inspector._logits, iter(range(2))
+    monkeypatch.setattr(
+        inspector, "_logits", lambda *given: real(*given) + (torch.nan if next(passes) == pass_with_nan else 0)
+    )
+    with pytest.raises(UserError, match=f"{inspector.names[pass_with_nan]}: its logits are NaN or infinite"):
+        inspector.inspect(TEXT)
+
+
 # --- what a run was trained with ------------------------------------------------------------------------------------
 
 
