@@ -212,6 +212,10 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
     # Counted before anything is divided among processes.
     parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block)
+    critic_flops = [
+        0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block)
+        for critic in critics
+    ]
     named = dict(zip(critic_names, critics, strict=True))
     identity = processes.ask_main(lambda: identity_of_run(config, precision, data, named))
     if config.optim.name == "muon":
@@ -239,10 +243,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         order=WindowOrder(len(windows), config.seed),
         objective=objective,
         critic_names=critic_names,
-        critic_flops=[
-            0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block)
-            for critic in critics
-        ],
+        critic_flops=critic_flops,
         caches=caches,
         schedules=schedules,
         player=player,
