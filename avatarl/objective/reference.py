@@ -104,8 +104,8 @@ def landscape(
     for weight, others in zip(critic_weight, outside, strict=True) if tail in ("dense", "sample") else ():
         if weight == 0:
             continue
-        if tail == "sample":
-            rest = sum(others)
+        rest = sum(others)
+        if tail == "sample" and rest != 0:
             points = [(uniform + i) / tail_samples for i in range(tail_samples)]
             drawn = [draw([p / rest for p in others], point) for point in points]
             others = [rest * drawn.count(token) / tail_samples for token in range(len(others))]
