@@ -31,7 +31,7 @@ from .outside import check_place, refusing
 from .results import draw_curves, evaluate, generate
 from .results.prompts import held_out_prompts
 from .training import OptimConfig, TrainConfig, train
-from .training.folder.durable import replace_file
+from .training.folder.durable import refuse_link, remove, replace_file
 from .training.folder.identity import check_run_folder
 from .training.folder.lock import LOCK, RunLock
 
@@ -105,6 +105,8 @@ def check_demo_folder(out: Path, source: str) -> None:
         return
     names = {name for name in os.listdir(out) if not _is_left_over(name)} if os.path.isdir(out) else None
     used = f"out is {out}, which already holds files; give another folder with --out"
+    for name in PAGES:
+        refuse_link(out / name)
     if names is not None and "results.json" in names:
         raise UserError(f"{used} (it holds results.json of a finished demo: see results.md and samples.md there)")
     is_begun = names is not None and names <= {*RUNS, *PAGES, "data"} and (not names & PAGES or RUNS <= names)
@@ -123,7 +125,7 @@ def _run_demo(source: str, out: Path, seed: int, quiet: bool) -> dict:
     """What is still to be done of it, in a folder that no other process writes."""
     console, started = Console(quiet=quiet), time.monotonic()
     for path in out.glob(".data.unfinished-*"):
-        shutil.rmtree(path)
+        remove(path)
     is_new = not (out / "data").exists()
     try:
         if is_new:

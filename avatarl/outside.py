@@ -141,11 +141,11 @@ def _reason(error: BaseException) -> str:
 
 
 def check_library_folder(folder: Path) -> None:
-    """Refuse a tokenizer or model folder that would have ``transformers`` wait, grow without end or run other code.
+    """Refuse a tokenizer or model folder that would have ``transformers`` wait, grow without end or unpickle.
 
     Raises:
         UserError: An entry is a pipe, socket or device; or config.json is not a configuration, names more parts than
-            any model has, weights that would be unpickled, or an implementation to be fetched from the Hub.
+            any model has, or weights that would be unpickled.
     """
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -166,8 +166,6 @@ def check_library_folder(folder: Path) -> None:
     for name, value in _settings(config):
         if isinstance(value, (int, float)) and value > MOST_PARTS and _counts_parts(name):
             raise UserError(f"{path}: {name} is {value}; at most {MOST_PARTS} is expected")
-        if isinstance(value, str) and "/" in value and "implementation" in name:
-            raise UserError(f"{path}: {name} is {value!r}; code from the Hub is not run")
         if name == "transformers_weights" and value is not None:
             raise UserError(f"{path}: transformers_weights is {value!r}; weights in model.safetensors are expected")
 

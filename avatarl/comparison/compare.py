@@ -14,7 +14,7 @@ from avatarl.errors import UserError
 from avatarl.outside import check_place, refusing
 from avatarl.places import COMPARISON, kept
 from avatarl.results.minimal_pairs import read_pairs
-from avatarl.training.folder.durable import replace_file
+from avatarl.training.folder.durable import refuse_link, replace_file
 from avatarl.training.folder.lock import RunLock
 
 from .config import ComparisonConfig
@@ -22,6 +22,8 @@ from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_
 from .progress import Job, Progress
 from .report import write_reports
 from .workers import Workers
+
+FOLDERS = ("runs", "tuning", "critics", "caches", "recipes", "logs", "evaluations")  # in a comparison's own
 
 
 def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool = False) -> None:
@@ -63,6 +65,8 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         progress = Progress.of(comparison, data)
         return progress.missing
 
+    for path in (*(out / name for name in FOLDERS), *(out / "runs").glob("*"), *(out / "tuning").glob("*")):
+        refuse_link(path)
     with refusing(f"out is {out}, which cannot be made (", ")"):
         out.mkdir(parents=True, exist_ok=True)
     with RunLock(out):

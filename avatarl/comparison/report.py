@@ -18,7 +18,7 @@ from avatarl.results.charts import Style
 from avatarl.results.pages import read_source, render_markdown, render_page, render_picture
 from avatarl.results.runs import read_runs
 from avatarl.results.tables import Table, settings_table
-from avatarl.training.folder.durable import replace_file
+from avatarl.training.folder.durable import remove, replace_file
 from avatarl.version import __version__
 
 from .measures import BETWEEN_SETTINGS, SEVERAL, Row, read_rows, setting_text
@@ -71,7 +71,7 @@ def write_reports(folder: Path, baseline: str) -> None:
     """
     results, curves, tuning = (read_rows(folder / f"{name}.csv") for name in ("results", "curves", "tuning"))
     values = page_values(results, curves, tuning, baseline) | {"settings": _settings(folder, finished(results))}
-    (folder / PICTURE).unlink(missing_ok=True)
+    remove(folder / PICTURE)
     if values["picture"] is not None:
         replace_file(folder / PICTURE, draw(values))
     replace_file(folder / "report.md", render_markdown("compare.md", **values))

@@ -15,7 +15,7 @@ from typing import IO
 import torch
 
 from avatarl.errors import RunFailed, RunStopped
-from avatarl.training.folder.durable import replace_file
+from avatarl.training.folder.durable import open_own, replace_file
 
 from .progress import Job, has_diverged
 
@@ -101,7 +101,7 @@ class Workers:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         path = self._log_of(job)
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("ab")
+        log = open(open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
         process = subprocess.Popen(
             [sys.executable, "-m", "avatarl", *job.arguments],
             stdin=subprocess.DEVNULL,

@@ -88,6 +88,7 @@ def load_model(
             require_on_hub(name, "model")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_kind(config, name)
+        check_implementations(config, name)
         quantised = quantisation_options(config, name, quantization, device)
         with _no_larger_than_its_weights(Path(name), bool(quantised)):
             opened, report = AutoModelForCausalLM.from_pretrained(
@@ -131,6 +132,19 @@ def _check_kind(config: PreTrainedConfig, name: str) -> None:
     else:
         return
     raise UserError(f"{name} {found}; expected one that AutoModelForCausalLM opens, such as llama, gpt2 or qwen3")
+
+
+def check_implementations(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a configuration that has the library fetch a kernel, which is code, from the Hub.
+
+    Raises:
+        UserError: naming the kernel's repository.
+    """
+    for part in (config, *(getattr(config, part, None) for part in config.sub_configs)):
+        for kind in ("_attn_implementation", "_experts_implementation"):
+            implementation = getattr(part, kind, None)
+            if isinstance(implementation, str) and "/" in implementation:
+                raise UserError(f"{name}: {kind[1:]} is {implementation!r}; code from the Hub is not run")
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:

@@ -13,7 +13,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from avatarl.errors import UserError, nearest_name
 from avatarl.objective.config import require_kinds
 
-from .loading import check_loss, check_model, check_window, head_weight, longest_sequence, one_line
+from .loading import (
+    check_implementations,
+    check_loss,
+    check_model,
+    check_window,
+    head_weight,
+    longest_sequence,
+    one_line,
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,8 @@ def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, bloc
         # Dropout is off unless asked for, in every architecture alike.
         **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     }
-    return AutoConfig.for_model(
+    model_config = AutoConfig.for_model(
         config.architecture, **{name: value for name, value in optional.items() if hasattr(template, name)} | wanted
     )
+    check_implementations(model_config, "player.settings")
+    return model_config

@@ -12,7 +12,14 @@ from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig, build_player, load_tokenizer
 from avatarl.outside import refusing
 from avatarl.places import CONFIG, require_found
-from avatarl.training.folder.checkpoint import CHECKPOINTS, damage_of, read_manifest, step_folder, steps_found
+from avatarl.training.folder.checkpoint import (
+    CHECKPOINTS,
+    damage_of,
+    is_complete,
+    read_manifest,
+    step_folder,
+    steps_found,
+)
 from avatarl.training.folder.model_card import write_model_folder
 from avatarl.training.folder.tensors import load_player, tensors_of_model
 
@@ -34,18 +41,10 @@ def players_of(model: str | Path) -> dict[str, str | Path]:
         return {"model": model}
     players = {name: run / folder for name, folder in PLAYERS.items() if os.path.isdir(run / folder)}
     checkpoints = {f"step {step}": step_folder(run / CHECKPOINTS, step) for step in steps_found(run / CHECKPOINTS)}
-    players |= {name: folder for name, folder in checkpoints.items() if _is_complete(folder)}
+    players |= {name: folder for name, folder in checkpoints.items() if is_complete(folder)}
     if not players:
         raise UserError(f"{run} has no player yet; expected a run that was evaluated or has saved a checkpoint")
     return players
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        read_manifest(checkpoint)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def model_of(model: str | Path, player: str, scratch: Path) -> str | Path:

@@ -25,21 +25,24 @@ from avatarl.errors import RunFailed, RunStopped, UserError
 from .assembly import Assembly, Reached, assemble
 from .config import TrainConfig, idle_settings
 from .draws import seed_dropout
-from .folder.checkpoint import CHECKPOINTS, STATE, Checkpoints, newest_good_checkpoint, read_manifest
-from .folder.durable import tidy
+from .folder.checkpoint import STATE, Checkpoints, newest_good_checkpoint, read_manifest
 from .folder.environment import describe_environment
 from .folder.identity import (
     CONFIG,
     changed_identity,
     check_run_folder,
+    finish_what_was_begun,
     flatten,
     has_changed_since,
     identities_of_run,
+    left_by_finished_run,
+    write_finish,
     write_resumption,
     write_start,
 )
 from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog
+from .folder.state import check_state, start_of_run
 from .folder.tensors import load_run, run_state
 from .folder.tracker import check_tracker
 from .guard import Guard
@@ -50,6 +53,8 @@ from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
 LOCK_PATIENCE_SECONDS = 60
+# What reading a checkpoint that somebody else wrote may end in.
+NOT_OURS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
 
 
 def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = False, quiet: bool = False) -> dict:
@@ -108,24 +113,6 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
             return run_steps(parts, progress, guard, stop, quiet)
 
 
-def start_of_run() -> dict:
-    """How far a run is before its first step."""
-    return {
-        "step": 0,
-        "best_cross_entropy": math.inf,
-        "best_step": None,
-        "best_player": None,  # size and SHA-256 of its files
-        "cross_entropy": math.nan,  # of the last evaluation
-        "seconds": 0.0,
-        "unlogged": {
-            "since_step": 0,
-            "since_tokens": 0,
-            "seconds": 0.0,
-            "sums": {},
-        },  # what the next line of metrics will hold
-    }
-
-
 def find_checkpoint(
     run: Path, parts: Assembly, changes: list[str], allow_changes: bool, report: Callable[[str], None]
 ) -> tuple[Path | None, list[str]]:
@@ -135,7 +122,7 @@ def find_checkpoint(
         UserError: Something has, and that is not allowed; or no checkpoint is good.
     """
     accepted = identities_of_run(run)
-    checkpoint = newest_good_checkpoint(run, report, accepted)
+    checkpoint = newest_good_checkpoint(run, report, accepted, left_by_finished_run(run))
     if accepted:
         changes = changes + changed_identity(accepted[-1], parts.identity)
     if changes and not allow_changes:
@@ -155,16 +142,25 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard, is_same_run
         manifest = read_manifest(checkpoint)
         load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        check_state(progress, manifest["step"])
         guard.load_state_dict(progress.pop("guard"), is_same_run)
         if not is_same_run:
             progress["unlogged"]["sums"] = {}  # a line is of steps of one kind
-        taken, best_player = int(progress["step"]), progress["best_player"]
+        taken, best_player = progress["step"], progress["best_player"]
         # A checkpoint of an earlier version does not say; its steps were as those to come.
         reached = progress.pop("reached", None)
         parts.go_on_from(Reached(**reached) if reached else parts.reached_after(taken))
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, RecursionError, SafetensorError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"{checkpoint} is not what a run writes ({type(error).__name__}: {error})") from error
     if taken > parts.total_steps:
         raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {taken} already")
@@ -294,6 +290,8 @@ def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, 
                 f"avatarl train --config {run / CONFIG} --resume goes on",
             )
         check_players(parts, progress)
+        if processes.is_main:
+            write_finish(run)
     return {
         "objective": config.objective,
         "steps": total_steps,
@@ -325,8 +323,7 @@ def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
                 kind = RunFailed if is_disk else UserError
                 raise kind(f"out is {run}, which cannot be made ({error.strerror})") from error
             stack.enter_context(RunLock(run, LOCK_PATIENCE_SECONDS if processes.count > 1 else 0))
-            for folder in (run, run / CHECKPOINTS):
-                tidy(folder)
+            finish_what_was_begun(run)
         yield
 
 

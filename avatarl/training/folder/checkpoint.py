@@ -137,8 +137,11 @@ class Checkpoints:
         return records
 
     def _forget(self, newest: int) -> None:
-        """Remove what is not to be kept now that the checkpoint of step ``newest`` is there."""
-        steps = steps_found(self._folder)
+        """Remove what is not to be kept now that the checkpoint of step ``newest`` is there.
+
+        A folder whose manifest does not say that it is a checkpoint may be somebody's, and stays.
+        """
+        steps = [step for step in steps_found(self._folder) if is_complete(step_folder(self._folder, step))]
         kept = [step for step in steps if step <= newest][-self._keep_last :]
         for step in steps:
             is_kept_for_good = self._keep_every and step % self._keep_every == 0 and step <= newest
@@ -187,7 +190,10 @@ class _BackgroundWriter:
 
 
 def newest_good_checkpoint(
-    run: Path, report: Callable[[str], None], accepted: Sequence[Mapping[str, Any]] | None = None
+    run: Path,
+    report: Callable[[str], None],
+    accepted: Sequence[Mapping[str, Any]] | None = None,
+    left: Mapping[str, str] | None = None,
 ) -> Path | None:
     """The newest checkpoint that is as its manifest says; None when none was ever completed.
 
@@ -195,6 +201,8 @@ def newest_good_checkpoint(
         run: The run folder.
         report: Is told, in a line each, of those that are not good.
         accepted: Identities of the run; a checkpoint of another is not good (None: none is asked for).
+        left: SHA-256 of the manifests of those that the finished run has left, by folder; whoever writes another one
+            can write matching sums (None: it has not finished).
 
     Raises:
         UserError: There are checkpoints and all of them are damaged.
@@ -206,6 +214,12 @@ def newest_good_checkpoint(
         damage = damage_of(checkpoint)
         if damage is None and accepted is not None and read_manifest(checkpoint)["identity"] not in accepted:
             damage = "it is of another run"
+        if (
+            damage is None
+            and left is not None
+            and describe(checkpoint / MANIFEST)["sha256"] != left.get(checkpoint.name)
+        ):
+            damage = "the run finished with another one"
         if damage is None:
             return checkpoint
         report(f"{checkpoint} is damaged ({damage}); trying the one before it")
@@ -248,6 +262,14 @@ def damage_of(checkpoint: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a manifest says that this is a checkpoint; whether it is as that says, :func:`damage_of` tells."""
+    try:
+        return step_folder(checkpoint.parent, read_manifest(checkpoint)["step"]) == checkpoint
+    except (OSError, ValueError):
+        return False
 
 
 def read_manifest(checkpoint: Path) -> dict:

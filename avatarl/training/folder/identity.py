@@ -22,13 +22,28 @@ from avatarl.places import CONFIG, ENVIRONMENT, kept, located, may_be_same
 
 from ..config import TrainConfig, idle_settings
 from ..rewarded_player import FrozenModel
-from .checkpoint import CHECKPOINTS, read_manifest, steps_found
-from .durable import replace_file
+from .checkpoint import (
+    CHECKPOINTS,
+    MANIFEST,
+    STEP_FOLDER,
+    describe,
+    is_complete,
+    read_manifest,
+    step_folder,
+    steps_found,
+)
+from .durable import own_name, refuse_link, replace_file, tidy
 from .lock import LOCK
+from .log import METRICS, TENSORBOARD
+from .tracker import RECORD
 
+FINISHED = "finished"  # in environment.json: the checkpoints that were left at the end
 MUON = "muon precision"  # in a run's identity where it has Muon
 # What a start that was stopped before it wrote its configuration may have left.
 LEFT_BY_A_START = {LOCK, f".{CONFIG}.partial"}
+# What a run writes in its folder; wandb makes a folder of its own there.
+FILES = {CONFIG, ENVIRONMENT, METRICS, RECORD, LOCK}
+FOLDERS = {CHECKPOINTS, TENSORBOARD, "player", "final", "refused", "wandb"}
 
 
 def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes: bool = False) -> list[str]:
@@ -46,6 +61,7 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
         raise UserError(f"out is {run}, which already holds files; give another folder, or --resume to continue a run")
     if not (run / CONFIG).is_file():
         raise UserError(f"out is {run}, which holds files but no {CONFIG}; --resume needs a run folder")
+    check_own_names(run)
     try:
         saved_settings = read_yaml(run / CONFIG)
         saved = flatten(saved_settings)
@@ -66,6 +82,34 @@ def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes
     if changes and not allow_changes:
         raise UserError(f"{run} was started under other settings: {'; '.join(changes)} (--allow_changes goes on)")
     return changes
+
+
+def check_own_names(run: Path) -> None:
+    """Refuse what lies under a name of ours and is not what a run writes: links, and pipes that would be waited for.
+
+    Raises:
+        UserError: naming it.
+    """
+    for path in run.iterdir():
+        name = own_name(path.name)
+        if name in FILES | FOLDERS:
+            refuse_link(path)
+        if path.name in FILES and not path.is_file() or path.name in FOLDERS and not path.is_dir():
+            kind = "file" if path.name in FILES else "folder"
+            raise UserError(f"{path} is no {kind}, as a run writes it; move it away")
+    for path in (run / CHECKPOINTS).glob("*"):
+        if STEP_FOLDER.fullmatch(own_name(path.name)):
+            refuse_link(path)
+
+
+def finish_what_was_begun(run: Path) -> None:
+    """Finish or undo what a process that was killed left half done in a run's folder.
+
+    Raises:
+        UserError: As :func:`check_own_names`.
+    """
+    tidy(run, (FILES | FOLDERS).__contains__)
+    tidy(run / CHECKPOINTS, STEP_FOLDER.fullmatch)
 
 
 def identities_of_run(run: Path) -> list[dict[str, str]]:
@@ -144,9 +188,29 @@ def write_start(run: Path, config: TrainConfig, environment: dict) -> None:
 def write_resumption(run: Path, config: TrainConfig, environment: dict, step: int, changes: Iterable[str]) -> None:
     """Add to the description that the run went on from ``step``, and with what changes."""
     record = read_json(run / ENVIRONMENT)
+    record.pop(FINISHED, None)
     record["resumed"].append({"step": step, "changes": list(changes), **environment})
     replace_file(run / ENVIRONMENT, json.dumps(record, indent=1))
     replace_file(run / CONFIG, yaml.safe_dump(kept(config.as_dict()), sort_keys=False))
+
+
+def write_finish(run: Path) -> None:
+    """Add to the description which checkpoints the finished run has left, unless that is there already."""
+    record = read_json(run / ENVIRONMENT)
+    folder = run / CHECKPOINTS
+    checkpoints = [step_folder(folder, step) for step in steps_found(folder)]
+    left = {each.name: describe(each / MANIFEST)["sha256"] for each in checkpoints if is_complete(each)}
+    if record.get(FINISHED) != left:
+        replace_file(run / ENVIRONMENT, json.dumps({**record, FINISHED: left}, indent=1))
+
+
+def left_by_finished_run(run: Path) -> dict[str, str] | None:
+    """SHA-256 of the manifests of the checkpoints that the finished run has left, by folder; None before its end."""
+    try:
+        left = read_json(run / ENVIRONMENT).get(FINISHED)
+    except FileNotFoundError:
+        return None
+    return left if isinstance(left, dict) else None
 
 
 def flatten(settings: dict, prefix: str = "") -> dict:

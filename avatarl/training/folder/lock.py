@@ -11,6 +11,8 @@ from pathlib import Path
 
 from avatarl.errors import UserError
 
+from .durable import open_own
+
 LOCK = ".lock"
 
 
@@ -29,13 +31,13 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: Another process still holds it when patience is over.
+            UserError: Another process still holds it when patience is over, or its file is a link.
         """
         import fcntl  # POSIX alone has it, and reading models does not need it
 
         until = time.monotonic() + self._patience_seconds
         while self._descriptor is None:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_own(self._path, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

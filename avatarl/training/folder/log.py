@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from avatarl.console import Console
 
 from ..config import TrainConfig
 from ..processes import Processes
-from .durable import replace_file
+from .durable import open_own, replace_file
 from .tracker import Tracker
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 LARGEST_NUMBER = 1e30  # far beyond what a run logs
 
 
@@ -67,9 +68,9 @@ class RunLog:
                 last_steps = {line.get("event"): line["step"] for _, line in lines_of(path)}
                 self._tracker = Tracker(config.tracker, run, start_step, last_steps, config.as_dict(), self.say)
             forget_lines_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = open(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
             if config.tensorboard and not is_finished:
-                self._writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+                self._writer = SummaryWriter(run / TENSORBOARD, purge_step=start_step + 1)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),  # a run's name may look like markup
             BarColumn(),
@@ -86,11 +87,21 @@ class RunLog:
             self.say(f"{path} is missing; its lines up to step {start_step} are lost")
 
     def __enter__(self) -> RunLog:
+        self._excepthook, threading.excepthook = threading.excepthook, self._except_of_tensorboard
         self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
+        self._close()
+        threading.excepthook = self._excepthook
+
+    def _except_of_tensorboard(self, uncaught: threading.ExceptHookArgs) -> None:
+        """Print no traceback of an error that TensorBoard's thread keeps, and raises at the next call."""
+        if not type(uncaught.thread).__module__.startswith("tensorboard."):
+            self._excepthook(uncaught)
+
+    def _close(self) -> None:
         for file in (self._file, self._writer):
             with contextlib.suppress(OSError):  # a full disk has been reported by who wrote
                 if file:
@@ -114,9 +125,15 @@ class RunLog:
             self.say(f"step {step}: validation cross-entropy {values['cross_entropy']:.4f} nats")
 
     def flush(self) -> None:
-        """Bring every line to the disk, before a checkpoint that counts on them."""
+        """Bring every line to the disk, before a checkpoint that counts on them.
+
+        Raises:
+            OSError: TensorBoard's thread could not write what it was given before.
+        """
         if self._file:
             os.fsync(self._file.fileno())
+        if self._writer:
+            self._writer.flush()
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""

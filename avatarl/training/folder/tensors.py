@@ -19,13 +19,17 @@ from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
 
-from ..optim import Optimisers, kept_by
+from ..optim import KEPT, Optimisers, kept_by
 from ..processes import local
 from ..rewarded_player import RewardedPlayer
 
 # The one key of a file's own metadata: ``{name: [first row, shape of the whole]}`` as JSON. (safetensors writes several
 # keys in an order that changes, and the same state should be the same bytes.)
 HELD = "held"
+
+
+# Optimiser state that is never negative: a count of steps, and a mean of squares.
+NEVER_NEGATIVE = (".step", ".exp_avg_sq")
 
 
 class Held(NamedTuple):
@@ -108,6 +112,8 @@ def load_run(files: Sequence[Path], model: RewardedPlayer, optimisers: Optimiser
         for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
             owner = names[id(parameter)]
             kinds = {name.rpartition(".")[2] for name in kept.names_of(owner)}
+            if kinds and kinds not in KEPT.values():
+                raise UserError(f"the checkpoint is not what a run writes: it keeps {sorted(kinds)} of {owner}")
             if kinds == kept_by(optimiser):
                 optimiser.state[parameter] = {kind: kept.read(f"{owner}.{kind}", parameter) for kind in sorted(kinds)}
 
@@ -128,17 +134,33 @@ def first_row(tensor: Tensor) -> int:
 
 
 class SavedTensors:
-    """The tensors of one part, wherever their rows lie."""
+    """The tensors of one part, wherever their rows lie.
+
+    Raises:
+        UserError: The files do not hold each row of a tensor once, or each of them all rows.
+    """
 
     def __init__(self, files: Iterable[Path]):
         self._places: dict[str, list[tuple[int, Path]]] = {}
         self._shapes: dict[str, torch.Size] = {}
+        pieces_of: dict[str, list[tuple[int, list[int]]]] = {}  # first row and shape of each piece
         for path in files:
             with safe_open(path, "pt") as file:
                 held = json.loads(file.metadata()[HELD])
-            for name, (row, shape) in held.items():
-                self._places.setdefault(name, []).append((row, path))
-                self._shapes[name] = torch.Size(shape)
+                if held.keys() != set(file.keys()):
+                    raise UserError(f"{path} is not what a run writes: it holds other tensors than it says")
+                for name, (row, shape) in held.items():
+                    self._places.setdefault(name, []).append((row, path))
+                    if self._shapes.setdefault(name, torch.Size(shape)) != torch.Size(shape):
+                        raise UserError(f"{path} is not what a run writes: {name} has another shape in another file")
+                    pieces_of.setdefault(name, []).append((row, file.get_slice(name).get_shape()))
+        for name, pieces in pieces_of.items():
+            if not _is_whole(self._shapes[name], pieces):
+                found = ", ".join(f"{shape} from row {row}" for row, shape in pieces)
+                raise UserError(
+                    f"the checkpoint is not what a run writes: {name} has shape {tuple(self._shapes[name])} and lies "
+                    f"there as {found}"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -153,26 +175,63 @@ class SavedTensors:
         return self._shapes[name]
 
     def read(self, name: str, parameter: Tensor) -> Tensor:
-        """A new tensor on the device of ``parameter``, divided as that is where it has the same shape."""
+        """A new tensor on the device of ``parameter``, divided as that is where it has the same shape.
+
+        Raises:
+            UserError: It is neither one number nor of the parameter's shape, or holds numbers that no run keeps.
+        """
         if self.shape(name) == parameter.shape:
             value = torch.empty_like(parameter.detach())
+        elif name.endswith(".step") and not self.shape(name):
+            value = torch.empty((), device=parameter.device)
         else:
-            value = torch.empty(self.shape(name), device=parameter.device)
+            raise UserError(f"the checkpoint is of another model: {name} has shape {tuple(self.shape(name))} there")
         self.read_into(value, name)
         return value
 
     def read_into(self, target: Tensor, name: str) -> None:
-        """Fill the rows that this process holds of ``target``."""
+        """Fill the rows that this process holds of ``target``.
+
+        Raises:
+            UserError: They are of another dtype, not finite, or negative where they cannot be.
+        """
         rows, begin = local(target), first_row(target)
         for row, path in self._places[name]:
             with safe_open(path, "pt") as file:
                 if rows.dim() == 0:
-                    rows.copy_(file.get_tensor(name))
+                    rows.copy_(_checked(file.get_tensor(name), rows, name))
                     return
                 saved = file.get_slice(name)
                 first, last = max(begin, row), min(begin + len(rows), row + saved.get_shape()[0])
                 if first < last:
-                    rows[first - begin : last - begin].copy_(saved[first - row : last - row])
+                    rows[first - begin : last - begin].copy_(_checked(saved[first - row : last - row], rows, name))
+
+
+def _is_whole(shape: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]]) -> bool:
+    """Whether pieces (first row, shape) are a tensor: divided by rows, or each of them all of it."""
+    if all(row == 0 and list(of_piece) == list(shape) for row, of_piece in pieces):
+        return True
+    if not shape or any(list(of_piece[1:]) != list(shape[1:]) for _, of_piece in pieces):
+        return False
+    end = 0
+    for row, (count, *_) in sorted(pieces):
+        if row != end:
+            return False
+        end += count
+    return end == shape[0]
+
+
+def _checked(saved: Tensor, target: Tensor, name: str) -> Tensor:
+    """``saved``, in host memory, if it is what a run may hold in ``target``."""
+    if saved.dtype != target.dtype:
+        found = f"is {saved.dtype}, where {target.dtype} is expected"
+    elif not saved.isfinite().all():
+        found = "holds numbers that are not finite"
+    elif name.endswith(NEVER_NEGATIVE) and (saved < 0).any():
+        found = "holds negative numbers"
+    else:
+        return saved
+    raise UserError(f"the checkpoint is not what a run writes: {name} {found}")
 
 
 def _copy_into(targets: Mapping[str, Tensor], saved: SavedTensors) -> None:
