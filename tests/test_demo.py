@@ -285,6 +285,17 @@ def test_folders_that_look_like_a_demo_s_are_not_written_into(uninterrupted, tmp
     assert all((out / name).read_text() == "{}" for name in names)
 
 
+def test_a_link_is_not_written_through(uninterrupted, tmp_path: Path):
+    out = Path(shutil.copytree(uninterrupted[2], tmp_path / "out"))
+    (out / "results.json").unlink()
+    (out / "samples.md").unlink()
+    (tmp_path / "outside").write_text("precious")
+    (out / "samples.md").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="samples.md is a link"):
+        demo(str(uninterrupted[0]), out, quiet=True)
+    assert (tmp_path / "outside").read_text() == "precious"
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

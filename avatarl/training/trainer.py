@@ -41,7 +41,7 @@ from .folder.identity import (
     write_start,
 )
 from .folder.lock import RunLock
-from .folder.log import MetricSums, RunLog
+from .folder.log import MetricSums, RunLog, without_traceback_of_tensorboard
 from .folder.state import check_state, start_of_run
 from .folder.tensors import load_run, run_state
 from .folder.tracker import check_tracker
@@ -81,6 +81,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
         unasked = ", ".join(config.critics)
         config = dataclasses.replace(config, critic=None, critic_quantization=None, shard_critics=False)
     with (
+        without_traceback_of_tensorboard(),
         _failures_in_one_line(run),
         Processes.of_this_run() as processes,
         StopRequest(has_launcher=processes.count > 1) as stop,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from avatarl import UserError
-from avatarl.comparison import TuningConfig
+from avatarl.comparison import TuningConfig, compare
 from avatarl.comparison.progress import Job, Progress, has_diverged
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
@@ -244,3 +244,15 @@ def test_an_arm_s_setting_of_the_player_is_its_own(compared: Compared, data: Pre
     small, other, *_ = Progress.of(compared(arms=arms, base=copy.deepcopy(BASE)), data).missing
     assert small.recipe.player.settings == {**TINY, "intermediate_size": 8}
     assert other.recipe.player.settings == TINY
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/plain", "logs", "recipes", "comparison.yaml", ".lock"])
+def test_a_link_in_a_comparison_is_refused_and_leads_nowhere(compared: Compared, tmp_path: Path, name: str):
+    comparison = compared(arms={"plain": CROSS_ENTROPY, "other": CROSS_ENTROPY}, baseline="plain")
+    (tmp_path / "outside").mkdir()
+    path = Path(comparison.out) / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        compare(comparison, quiet=True)
+    assert not list((tmp_path / "outside").iterdir())

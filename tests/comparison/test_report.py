@@ -108,6 +108,17 @@ def test_without_a_search_there_is_no_section_of_it(tmp_path: Path):
     assert "1 arm, 1 seed\n" in markdown and "<h1>1 arm, 1 seed</h1>" in page
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html", "outcome.svg"])
+@pytest.mark.parametrize("link", ["{}", ".{}.partial"])
+def test_a_link_where_a_report_is_written_is_refused(tmp_path: Path, name: str, link: str):
+    folder = write_small_comparison(tmp_path / "comparison")
+    (tmp_path / "outside").write_text("precious")
+    (folder / link.format(name)).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="is a link"):
+        write_reports(folder, BASE)
+    assert (tmp_path / "outside").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_a_missing_file_is_named(tmp_path: Path, name: str):
     (write_small_comparison(tmp_path) / name).unlink()

@@ -23,7 +23,7 @@ from avatarl.comparison.config import make_run
 from avatarl.comparison.progress import Job, Progress
 from avatarl.comparison.workers import Workers, _visible_gpus
 from avatarl.data import PreparedData
-from avatarl.errors import RunFailed, RunStopped
+from avatarl.errors import RunFailed, RunStopped, UserError
 
 from ..survival.harness import MANIFEST, ROOT, environment, last_step
 from ..training.runs import assert_same_weights, weights_of
@@ -112,6 +112,15 @@ def test_the_first_of_what_is_missing_begins_first(office: Office):
     office.work([office.job("b"), office.job("a"), office.job("c")])
     assert [line.split(":")[0] for line in office.said] == ["jobs/b", "jobs/a", "jobs/c"]
     assert [office.left(name, "beside") for name in "abc"] == ["1"] * 3
+
+
+def test_a_log_is_not_written_through_a_link(office: Office, tmp_path: Path):
+    (office.out / "logs").mkdir(parents=True)
+    (tmp_path / "outside").write_text("precious")
+    (office.out / "logs" / "jobs-a.log").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="jobs-a.log is a link"):
+        office.work([office.job("a")])
+    assert (tmp_path / "outside").read_text() == "precious"
 
 
 def test_a_look_that_finds_more_is_worked_on_too(office: Office):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -298,6 +299,17 @@ def test_what_a_kill_at_the_very_end_leaves_is_tidied_up(tmp_path, caches, data_
         (cache / name).write_text("{}")
     cache_critic(str(critic_folder), data_folder, cache, bytes_per_token=54, **COMMON)
     assert {path.name for path in cache.iterdir()} == {path.name for path in caches["top"].iterdir()}
+
+
+def test_what_has_no_name_of_a_cache_stays(tmp_path, caches, data_folder, critic_folder):
+    cache = Path(shutil.copytree(caches["top"], tmp_path / "cache"))
+    strangers = [cache / name for name in (".notes.partial", ".thesis.txt.0123.partial", "other.bin.json")]
+    for path in strangers:
+        path.write_text("precious")
+    (cache / ".train-00000.bin.0123.partial").symlink_to(strangers[0])
+    os.mkfifo(cache / ".train-00000.bin.4567.partial")  # which is not waited for
+    cache_critic(str(critic_folder), data_folder, cache, bytes_per_token=54, **COMMON)
+    assert all(path.read_text() == "precious" for path in strangers)
 
 
 @pytest.mark.parametrize("advice", ["bf16; try precision fp32", "fp32; a critic that gives numbers is expected"])

@@ -135,6 +135,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(settings: dict, message: st
     [
         ("llama", {"atention_dropout": 0.1}, "'atention_dropout'.*did you mean 'attention_dropout'"),
         ("gpt2", {"hidden_size": 15, "num_attention_heads": 2}, "'gpt2' cannot be built with player.settings.*15"),
+        ("llama", {**TINY, "_attn_implementation": "owner/kernel"}, "is 'owner/kernel'; code from the Hub is not run"),
         ("llama", {"hidden_size": "wide"}, "'llama' cannot be built with player.settings.*wide"),
         ("llama", {**TINY, "vocab_size": 10}, "vocab_size is 10; expected at least the tokenizer's 3"),
         ("llama", {**TINY, "max_position_embeddings": 8}, "max_position_embeddings is 8; expected at least block, 16"),

@@ -346,6 +346,15 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch):
     assert out.read_text() == "the one before"
 
 
+def test_a_link_beside_a_report_is_not_written_through(tmp_path: Path):
+    write_run(tmp_path / "run", made_up_lines(5))
+    (tmp_path / "outside").write_text("precious")
+    (tmp_path / ".report.md.partial").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=".report.md.partial is a link"):
+        report([tmp_path / "run"], tmp_path / "report.md", evaluate=False, quiet=True)
+    assert (tmp_path / "outside").read_text() == "precious" and not (tmp_path / "report.md").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

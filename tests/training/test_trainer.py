@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.data import PreparedData, Windows
+from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig, build_player
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
@@ -162,6 +166,20 @@ def test_tensorboard_has_every_number_of_the_metrics(tiny_config, tmp_path: Path
             written = [(scalar.step, scalar.value) for scalar in events.Scalars(f"{event}/{name}")]
             expected = [(line["step"], line[name]) for line in lines if line["event"] == event]
             assert written == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+
+
+def test_a_full_tensorboard_folder_ends_the_run_in_one_line(tiny_config, tmp_path: Path, monkeypatch):
+    """Its thread fails; the run says so at its next checkpoint, and nothing prints the thread's traceback."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(RunFailed, match="cannot be written or read .*No space left on device"):
+        train(tiny_config(tmp_path, tensorboard=True), quiet=True)
+    assert not printed
 
 
 def test_tensorboard_of_a_resumed_run_has_every_step_once(tiny_config, tmp_path: Path, interrupt):

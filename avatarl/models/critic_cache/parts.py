@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST, UNFINISHED = "cache.json", "cache.partial.json"
 FREQUENCIES = "log_frequencies.bin"  # little-endian float32 (V,)
 SPLITS = ("train", "valid")
+PARTIAL = re.compile(r"\.[\w.-]+\.(bin|json)\.[0-9a-f]+\.partial")  # what is being written, or was
 # A part is what a process that is stopped has to do again: about a hundredth of the whole, within these sizes.
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS = 1 << 20, 1 << 26, 100
 MOST_PARTS = 1 << 20
@@ -88,7 +90,7 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / FREQUENCIES, log_frequencies.astype("<f4").tobytes())
         write_whole(out / UNFINISHED, json.dumps(identity, indent=1).encode())
-    tidy(out, parts)
+    tidy(out)
     missing = sum(len(part.windows) for part in parts if not is_done(out, part))
     needed = missing * identity["block"] * identity["bytes_per_token"]
     free = shutil.disk_usage(out).free
@@ -130,7 +132,7 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
     except FileNotFoundError:  # another process has written it meanwhile, and tidied up
         if not os.path.isfile(out / MANIFEST):
             raise
-    tidy(out, parts)
+    tidy(out)
     is_finished = os.path.isfile(out / MANIFEST)
     return read_json(out / MANIFEST, LARGEST_MANIFEST_BYTES) if is_finished else identity
 
@@ -172,21 +174,19 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def tidy(out: Path, parts: list[Part]) -> None:
+def tidy(out: Path) -> None:
     """Remove what processes that are gone have left half written, and what a finished cache needs no more.
 
     What lies there under other names, or is a link, is somebody's, and stays.
     """
-    records = [record_path(out, part) for part in parts]
-    ours = {MANIFEST, UNFINISHED, FREQUENCIES, *(part.name for part in parts), *(path.name for path in records)}
     for partial in out.glob(".*.partial"):
-        if partial.name[1:].rsplit(".", 2)[0] not in ours:
+        if not PARTIAL.fullmatch(partial.name):
             continue
         with contextlib.suppress(OSError), open(os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is writing
             partial.unlink()
     if os.path.isfile(out / MANIFEST):
-        for path in (out / UNFINISHED, *records):
+        for path in (out / UNFINISHED, *(path for split in SPLITS for path in out.glob(f"{split}-[0-9]*.bin.json"))):
             path.unlink(missing_ok=True)
 
 

@@ -87,21 +87,11 @@ class RunLog:
             self.say(f"{path} is missing; its lines up to step {start_step} are lost")
 
     def __enter__(self) -> RunLog:
-        self._excepthook, threading.excepthook = threading.excepthook, self._except_of_tensorboard
         self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        self._close()
-        threading.excepthook = self._excepthook
-
-    def _except_of_tensorboard(self, uncaught: threading.ExceptHookArgs) -> None:
-        """Print no traceback of an error that TensorBoard's thread keeps, and raises at the next call."""
-        if not type(uncaught.thread).__module__.startswith("tensorboard."):
-            self._excepthook(uncaught)
-
-    def _close(self) -> None:
         for file in (self._file, self._writer):
             with contextlib.suppress(OSError):  # a full disk has been reported by who wrote
                 if file:
@@ -138,6 +128,22 @@ class RunLog:
     def say(self, message: str) -> None:
         """One line for the person who watches."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def without_traceback_of_tensorboard() -> Iterator[None]:
+    """TensorBoard's thread keeps an error, and raises it at the next call; let nothing print it before."""
+    before = threading.excepthook
+
+    def hook(uncaught: threading.ExceptHookArgs) -> None:
+        if not type(uncaught.thread).__module__.startswith("tensorboard."):
+            before(uncaught)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def lines_of(path: Path, having: str = "") -> Iterator[tuple[str, dict]]:

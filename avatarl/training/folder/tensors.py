@@ -211,7 +211,7 @@ def _is_whole(shape: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]])
     """Whether pieces (first row, shape) are a tensor: divided by rows, or each of them all of it."""
     if all(row == 0 and list(of_piece) == list(shape) for row, of_piece in pieces):
         return True
-    if not shape or any(list(of_piece[1:]) != list(shape[1:]) for _, of_piece in pieces):
+    if not shape or any(not of_piece or list(of_piece[1:]) != list(shape[1:]) for _, of_piece in pieces):
         return False
     end = 0
     for row, (count, *_) in sorted(pieces):
