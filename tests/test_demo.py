@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import dataclasses
 import json
 import math
