@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import dataclasses
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
