@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,7 +28,8 @@ from avatarl.data.tokenizer import (
     resolve_tokenizer,
     token_byte_lengths,
 )
-from avatarl.errors import RunFailed, UserError
+from avatarl.data.unfinished import all_or_nothing
+from avatarl.errors import UserError
 from avatarl.outside import check_place
 
 DEFAULT_TOKENIZER = "bpe:4096"
@@ -93,7 +91,13 @@ def prepare(
 
     Raises:
         UserError: a source, the tokenizer, a setting or ``out`` cannot be used, more than half of the text is lost, or
-            more than half of validation is trained on because sources repeat each other; nothing is left on disk then.
+            more than half of validation is trained on because sources repeat each other, or another process prepares
+            ``out``.
+        RunFailed: a process that reads is killed, or ``out`` has changed meanwhile.
+        RunStopped: SIGTERM or SIGHUP, in the main thread.
+
+    However it ends, nothing is left on disk; only of a process that is killed, until the next call with the same
+    ``out``.
     """
     if not sources:
         raise UserError("sources: none given; at least one file, folder, python-docs or hub:DATASET_ID is expected")
@@ -105,7 +109,7 @@ def prepare(
         raise UserError(f"processes: found {processes}; a whole number of at least 1 is expected")
     check_place(Path(out))
     nanogpt_folder = find_token_files(sources)
-    with _all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
+    with all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
         if nanogpt_folder:
             facts = _prepare_nanogpt(nanogpt_folder, folder, tokenizer, shard_tokens, report)
         else:
@@ -113,7 +117,7 @@ def prepare(
                 left_out: dict[str, Counter[str]] = {}
 
                 def pieces() -> Iterator[Piece]:
-                    read = document_pieces(sources, text_field, processes, folder, left_out)
+                    read = document_pieces(sources, text_field, processes, folder.parent, left_out)
                     return reading.enter_context(contextlib.closing(read))
 
                 # What a single source repeats is its own; several that repeat each other are one text, named twice.
@@ -281,48 +285,6 @@ def _counts(counts: dict[str, SplitCounts], characters: int | None) -> dict:
 
 
 # --- the folder and the screen --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its name at the end, or goes without a trace.
-
-    Where ``out`` is there and empty, the folder lies in it, and its files are moved up at the end.
-    """
-    if os.path.exists(out) and not (out.is_dir() and _is_empty(out)):
-        raise UserError(f"out: {out} exists and is not empty; a new or empty folder is expected")
-    missing_parents = [parent for parent in out.parents if not os.path.exists(parent)]  # innermost first
-    # What is there stays: a link, the mount point of a volume, or where somebody works cannot be replaced.
-    is_there = os.path.exists(out)
-    folder = out / f".unfinished-{os.getpid()}" if is_there else out.parent / f".{out.name}.unfinished-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True)
-    except (OSError, ValueError) as error:  # the latter where the name holds a NUL
-        reason = getattr(error, "strerror", error)
-        raise UserError(f"out: {folder} cannot be made ({reason}); a writable place is expected") from error
-    try:
-        yield folder
-        made = sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST) if is_there else [folder]
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in missing_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    try:
-        if is_there and not _is_empty(out):
-            raise OSError(errno.ENOTEMPTY, "somebody else has written into it")
-        for path in made:  # the manifest last, without which it is no prepared folder
-            path.rename(out / path.name if is_there else out)
-        if is_there:
-            folder.rmdir()
-    except OSError as error:
-        raise RunFailed(f"out: {out} is no longer as it was ({error.strerror}); what was made is {folder}") from error
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing lies in a folder but what others are making, or were when they were killed."""
-    return all(path.name.startswith(".unfinished-") for path in folder.iterdir())
 
 
 @contextlib.contextmanager

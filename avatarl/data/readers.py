@@ -113,19 +113,26 @@ def _reader() -> Iterator[_Reader]:
 
 def _serve(connection: Connection) -> None:
     """The life of a process that reads: it is asked for parts until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's interrupt, the process that asks decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all; the process that asks decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        part, file = connection.recv()
-        try:
-            with file.open("w", encoding="utf-8") as lines:
-                for piece in part():
-                    lines.write(json.dumps(piece, ensure_ascii=False) + "\n")
-            connection.send(None)
-        except UserError as error:
-            connection.send(error)
-        except Exception as error:
-            connection.send(RunFailed(f"{type(error).__name__}: {error}"))
+    with contextlib.suppress(EOFError, ConnectionError):  # the process that asks is gone
+        while True:
+            part, file = connection.recv()
+            connection.send(_write(part, file))
+
+
+def _write(part: Part, file: Path) -> Exception | None:
+    """Write a part to a file; what went wrong, if anything."""
+    try:
+        with file.open("w", encoding="utf-8") as lines:
+            for piece in part():
+                lines.write(json.dumps(piece, ensure_ascii=False) + "\n")
+    except UserError as error:
+        return error
+    except Exception as error:
+        return RunFailed(f"{type(error).__name__}: {error}")
+    return None
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,124 @@
+"""What a preparation leaves when it is stopped or killed: nothing, or nothing that is in the way of the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from avatarl.data import prepare
+from avatarl.data.tokenizer import token_byte_lengths
+from avatarl.errors import RunStopped, UserError
+from avatarl.training.folder.lock import RunLock
+
+
+def prepare_stories(source: Path, out: Path) -> dict:
+    return prepare([str(source)], out, tokenizer="bpe:300", quiet=True)
+
+
+@pytest.mark.parametrize("name", [".out.unfinished-preparation", f".out.unfinished-{os.getpid()}"])
+def test_what_a_dead_process_left_goes_whatever_its_number_was(stories_file: Path, tmp_path: Path, name: str):
+    left = tmp_path / name
+    (left / "data").mkdir(parents=True)
+    (left / "data" / "train-00000.bin").write_bytes(b"half")
+    (left / ".lock").write_text("process 1 on elsewhere\n")
+    other = tmp_path / ".other.unfinished-preparation"
+    other.mkdir()
+    prepare_stories(stories_file, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {stories_file, tmp_path / "out", other}
+
+
+def test_what_a_living_process_makes_stays_and_the_second_one_is_refused(stories_file: Path, tmp_path: Path):
+    """A lock is another one for each time that its file is opened, in one process too."""
+    place = tmp_path / ".out.unfinished-preparation"
+    place.mkdir()
+    (place / "kept").touch()
+    with RunLock(place):
+        with pytest.raises(UserError, match=rf"unfinished-preparation is being written by process {os.getpid()} on "):
+            prepare_stories(stories_file, tmp_path / "out")
+        assert (place / "kept").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_a_dead_process_had_moved_into_an_empty_folder_goes_too(stories_file: Path, tmp_path: Path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare_stories(stories_file, whole)
+    out.mkdir()
+    shutil.copytree(whole, out / ".unfinished-preparation" / "data")
+    for name in ("tokenizer", "train-00000.bin"):
+        (out / ".unfinished-preparation" / "data" / name).rename(out / name)
+    mine = out / "mine"
+    mine.touch()
+    with pytest.raises(UserError, match="exists and is not empty"):
+        prepare_stories(stories_file, out)
+    assert list(out.iterdir()) == [mine]
+    mine.unlink()
+    prepare_stories(stories_file, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_a_manifest_that_somebody_planted_removes_nothing_elsewhere(stories_file: Path, tmp_path: Path):
+    out, planted = tmp_path / "out", tmp_path / "out" / ".unfinished-x" / "data"
+    prepare_stories(stories_file, tmp_path / "whole")
+    planted.mkdir(parents=True)
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    manifest["files"] |= {f"../{stories_file.name}": {"bytes": 1, "sha256": "0"}, str(stories_file): {}}
+    (planted / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / ".out.unfinished-link").symlink_to(tmp_path / "whole")
+    prepare_stories(stories_file, out)
+    assert stories_file.exists() and (tmp_path / "whole" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(stories_file: Path, tmp_path: Path, monkeypatch, number: signal.Signals):
+    before = signal.signal(number, signal.SIG_DFL)
+    module = sys.modules[prepare.__module__]
+    monkeypatch.setattr(module, "token_byte_lengths", lambda _: [os.kill(os.getpid(), number) for _ in range(2)])
+    try:
+        with pytest.raises(RunStopped, match="nothing is left of it; the same command begins anew") as stop:
+            prepare_stories(stories_file, tmp_path / "made" / "out")
+        assert signal.getsignal(number) is signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(number, before)
+    assert stop.value.signum == number
+    assert list(tmp_path.iterdir()) == [stories_file]
+
+
+def test_what_a_program_does_at_a_signal_stays(stories_file: Path, tmp_path: Path, monkeypatch):
+    def hang_up(tokenizer):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return token_byte_lengths(tokenizer)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(sys.modules[prepare.__module__], "token_byte_lengths", hang_up)
+        prepare_stories(stories_file, tmp_path / "out")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+BUSY = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from avatarl.data.unfinished import all_or_nothing
+with all_or_nothing(Path(sys.argv[1])) as folder:
+    (folder / "file").touch()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as if it waited for threads that are not Python's
+    os.kill(os.getpid(), signal.SIGTERM)
+    ctypes.CDLL(None).sleep(300)
+"""
+
+
+def test_a_signal_ends_a_process_that_waits_outside_of_python(tmp_path: Path):
+    out = tmp_path / "made" / "out"
+    ended = subprocess.run([sys.executable, "-c", BUSY, str(out)], stderr=subprocess.PIPE, text=True, timeout=200)
+    assert ended.returncode == 143
+    assert ended.stderr == "avatarl: stopped, and nothing is left of it; the same command begins anew\n"
+    assert list(tmp_path.iterdir()) == []
