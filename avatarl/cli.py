@@ -20,7 +20,7 @@ from typing import Any
 from .errors import RunFailed, RunStopped, UserError, nearest_name
 from .inert import inert_output, one_line
 from .options import add_recipe, make_parser, one_line_of, option_in, parse
-from .process import set_up_process
+from .process import end_with_parent, set_up_process
 from .version import __version__
 
 USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
@@ -62,6 +62,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise UserError(
                 f"command is {command!r}; expected one of {', '.join(COMMANDS)}{nearest_name(command, COMMANDS)}"
             )
+        end_with_parent()
         set_up_process()
         _quiet_libraries()
         COMMANDS[command](arguments[1:])

@@ -1,9 +1,10 @@
-"""How a process that trains on a CPU should be set up, before torch is imported."""
+"""How a process should be set up, before torch is imported."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 
 # How often an OpenMP thread looks for work before it sleeps, some tens of microseconds (libgomp).
@@ -11,6 +12,8 @@ SPIN_COUNT = "10000"
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGE_BUFFER_BYTES = 2**30
+PR_SET_PDEATHSIG = 1  # prctl.h
+PARENT = "AVATARL_PARENT"  # in the environment: the process that a command must not outlive
 
 
 def set_up_process() -> None:
@@ -30,3 +33,16 @@ def set_up_process() -> None:
             return
         mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER_BYTES)
         mallopt(M_TRIM_THRESHOLD, LARGE_BUFFER_BYTES)
+
+
+def end_with_parent() -> None:
+    """Have this process stopped, as by SIGTERM, when the one that the environment names as its parent is gone.
+
+    Linux alone tells a process; elsewhere it goes on to its end.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)

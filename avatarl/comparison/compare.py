@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from avatarl.data import PreparedData
-from avatarl.errors import UserError
+from avatarl.errors import RunFailed, UserError
 from avatarl.outside import check_place, refusing
 from avatarl.places import COMPARISON, kept
 from avatarl.results.minimal_pairs import read_pairs
@@ -40,7 +42,7 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
 
     Raises:
         UserError: A setting is wrong, or the folder holds runs of another comparison.
-        RunFailed: A run failed.
+        RunFailed: A run failed, or ``comparison.out`` cannot be written.
         RunStopped: SIGTERM, SIGINT or SIGHUP; the same call goes on.
     """
     out = Path(comparison.out)
@@ -62,14 +64,14 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
 
     def look() -> list[Job]:
         nonlocal progress
-        progress = Progress.of(comparison, data)
+        progress = Progress.of(comparison, data, progress)
         return progress.missing
 
     for path in (*(out / name for name in FOLDERS), *(out / "runs").glob("*"), *(out / "tuning").glob("*")):
         refuse_link(path)
     with refusing(f"out is {out}, which cannot be made (", ")"):
         out.mkdir(parents=True, exist_ok=True)
-    with RunLock(out):
+    with _failures_in_one_line(out), RunLock(out):
         # Whole, with the settings of a base that may lie elsewhere or change.
         settings = {**asdict(comparison), "base": base, "data": data_folder}
         replace_file(out / COMPARISON, yaml.safe_dump(kept(settings, comparison.critics), sort_keys=False))
@@ -86,3 +88,12 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         tuning = ("arm", *grid, "cross_entropy", "is_chosen")
         write_rows(out / "tuning.csv", tuning, tuning_rows(progress.tuned, grid))
         write_reports(out, comparison.baseline)
+
+
+@contextlib.contextmanager
+def _failures_in_one_line(out: Path) -> Iterator[None]:
+    """A disk that is full, read-only or gone ends the comparison in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{out} cannot be written or read ({error}); when it can, the same command goes on") from error

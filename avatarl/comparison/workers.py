@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -15,11 +16,14 @@ from typing import IO
 import torch
 
 from avatarl.errors import RunFailed, RunStopped
-from avatarl.training.folder.durable import open_own, replace_file
+from avatarl.process import PARENT
+from avatarl.training.folder.durable import open_own, refuse_link, replace_file
+from avatarl.training.folder.lock import RunLock
 
 from .progress import Job, has_diverged
 
 POLL_SECONDS = 0.2
+SAVE_SECONDS = 30.0  # that a run which was asked to stop may take, before another process goes on with it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last one of a terminal that is gone
 
 
@@ -99,8 +103,15 @@ class Workers:
             recipe.parent.mkdir(parents=True, exist_ok=True)
             replace_file(recipe, job.recipe.as_yaml())
         job.folder.parent.mkdir(parents=True, exist_ok=True)
+        if job.recipe is not None and job.folder.is_dir():
+            with RunLock(job.folder, SAVE_SECONDS):  # a comparison that was killed has left it: it saves what it has
+                pass
         path = self._log_of(job)
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path)
+        if path.exists():
+            earlier = (path.with_suffix(f".{number}.log") for number in itertools.count(1))
+            path.rename(next(each for each in earlier if not each.exists()))
         log = open(open_own(path, os.O_WRONLY | os.O_APPEND), "ab")
         process = subprocess.Popen(
             [sys.executable, "-m", "avatarl", *job.arguments],
@@ -113,7 +124,7 @@ class Workers:
         self._running.append(_Running(job, process, log, time.monotonic(), slot))
 
     def _environment(self, slot: int) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = {**os.environ, PARENT: str(os.getpid())}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, self._cores // self.count)))
@@ -129,8 +140,13 @@ class Workers:
             running.log.close()
             status, job = running.process.returncode, running.job
             if status and not has_diverged(job.folder):
-                last = _last_line(self._log_of(job))
-                raise RunFailed(f"{job.name} ended with status {status}: {last} ({self._log_of(job)})")
+                log, last = self._log_of(job), _last_line(self._log_of(job))
+                try:
+                    with log.open("a") as words:
+                        words.write(f"ended with status {status}\n")
+                except OSError as error:  # and so the reason may be missing
+                    last += f" (its log cannot be written: {error.strerror})"
+                raise RunFailed(f"{job.name} ended with status {status}: {last} ({log})")
             self._ended.add(job.folder)
             seconds = time.monotonic() - running.began
             state = "gave up" if status else _last_line(self._log_of(job))

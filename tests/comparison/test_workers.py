@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import os
 import signal
@@ -12,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from avatarl.comparison.progress import Job, Progress
 from avatarl.comparison.workers import Workers, _visible_gpus
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed, RunStopped, UserError
+from avatarl.training.folder.lock import RunLock
 
 from ..survival.harness import MANIFEST, ROOT, environment, last_step
 from ..training.runs import assert_same_weights, weights_of
@@ -206,11 +210,62 @@ def test_what_nohup_ignores_stays_ignored(office: Office):
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_job_s_words_are_added_to_those_of_before(office: Office):
-    for _ in range(2):
+def test_each_start_of_a_job_has_a_log_of_its_own(office: Office):
+    """A process of before may still write into its own."""
+    for start in range(3):
         office.work([office.job("a")])
         office.job("a").folder.rmdir()
-    assert (office.out / "logs" / "jobs-a.log").read_text() == "first\nmade it\n" * 2
+        (office.out / "logs" / "jobs-a.log").write_text(f"start {start}")
+    logs = {path.name: path.read_text() for path in (office.out / "logs").iterdir()}
+    assert logs == {"jobs-a.1.log": "start 0", "jobs-a.2.log": "start 1", "jobs-a.log": "start 2"}
+
+
+def test_a_log_that_cannot_be_written_is_named_where_a_job_fails(office: Office, monkeypatch):
+    """As on a full disk, where a process cannot say why it ended."""
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *rest, **options):
+        if path.suffix == ".log" and mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunFailed, match=r"status 4: said nothing \(its log cannot be written: No space left on device"):
+        office.work([office.job("bad", "silent")])
+
+
+def of_a_run(job: Job) -> Job:
+    """As if it trained, into a folder that is there."""
+    recipe = SimpleNamespace(as_yaml=lambda: "")
+    job.folder.mkdir(parents=True)
+    return replace(job, recipe=recipe, arguments=(*job.arguments, "", "--config", str(job.folder) + ".yaml"))
+
+
+def test_a_run_that_a_killed_comparison_left_is_waited_for(office: Office, monkeypatch):
+    job = of_a_run(office.job("a", "nothing"))
+    lock = RunLock(job.folder)
+    lock.__enter__()
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        if lock._descriptor is not None:
+            waited.append(seconds)
+            lock.__exit__()
+        real(seconds)
+
+    real = time.sleep
+    monkeypatch.setattr("avatarl.training.folder.lock.time.sleep", sleep)
+    with pytest.raises(RunFailed, match="ended well and left nothing"), Workers(office.out, 1, print) as workers:
+        workers.work_until(lambda: [job])
+    assert waited
+
+
+def test_who_holds_a_run_is_said_where_waiting_does_not_help(office: Office, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
+    job = of_a_run(office.job("a", "nothing"))
+    with RunLock(job.folder), Workers(office.out, 1, print) as workers:
+        with pytest.raises(UserError, match=rf"jobs/a is being written by process {os.getpid()} on .*; wait for it"):
+            workers.work_until(lambda: [job])
 
 
 # --- the environment -------------------------------------------------------------------------------------------------
@@ -318,8 +373,11 @@ def results_of(out: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_comparison_that_is_stopped_goes_on_to_the_same_results(compared, data: PreparedData, tmp_path: Path):
-    """Stopped while two runs train, neither of which has saved anything yet."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_goes_on_to_the_same_results(
+    compared, data: PreparedData, tmp_path: Path, number: signal.Signals
+):
+    """Stopped while two runs train, neither of which has saved anything yet; killed, its runs save all the same."""
     base = {**BASE, "steps": 600, "checkpoint_every_steps": 600, "eval_every_steps": 300, "log_every_steps": 5}
     recipe = {"data": str(data.path), "base": base, "seeds": [1], "workers": 2}
     recipe["arms"] = {"cross_entropy": CROSS_ENTROPY, "smooth": {"objective": "label_smoothing"}}
@@ -334,18 +392,21 @@ def test_a_comparison_that_is_stopped_goes_on_to_the_same_results(compared, data
     while not all((run / "metrics.jsonl").exists() and last_step(run) >= 5 for run in runs):
         assert cut.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.01)
-    cut.send_signal(signal.SIGTERM)
-    assert cut.wait(PATIENCE_SECONDS) == 143, log.read_text()
+    cut.send_signal(number)
+    assert cut.wait(PATIENCE_SECONDS) == (143 if number == signal.SIGTERM else -9), log.read_text()
     assert "Traceback" not in log.read_text()
-    assert log.read_text().splitlines()[-1].startswith("avatarl: stopped; the runs that were going on have saved")
-    for run in runs:
-        assert list(run.glob(f"checkpoints/*/{MANIFEST}")) and not (run / "final").exists()
+    if number == signal.SIGTERM:
+        assert log.read_text().splitlines()[-1].startswith("avatarl: stopped; the runs that were going on have saved")
+        for run in runs:
+            assert list(run.glob(f"checkpoints/*/{MANIFEST}")) and not (run / "final").exists()
     assert not (tmp_path / "cut" / "results.csv").exists()
 
     again = start(tmp_path / "cut.yaml", log)
     assert again.wait(PATIENCE_SECONDS) == 0, log.read_text()
     for run in runs:
-        assert "Traceback" not in (tmp_path / "cut" / "logs" / f"runs-{run.parent.name}-seed-1.log").read_text()
+        logs = tmp_path / "cut" / "logs"
+        said = [(logs / f"runs-{run.parent.name}-seed-1{number}.log").read_text() for number in (".1", "")]
+        assert "stopped after step" in said[0] and "best validation" in said[1] and "Traceback" not in "".join(said)
         for model in ("final", "player"):
             other = tmp_path / "whole" / run.relative_to(tmp_path / "cut") / model
             assert_same_weights(weights_of(run / model), weights_of(other))
