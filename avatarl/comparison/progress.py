@@ -81,17 +81,18 @@ class Progress:
     members: list[Member] = field(default_factory=list)
     gave_up: list[tuple[str, int]] = field(default_factory=list)
     _found: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _read: dict[tuple[str, str], Any] = field(default_factory=dict)  # of the files, which later looks need not read
 
     @classmethod
-    def of(cls, comparison: ComparisonConfig, data: PreparedData) -> Progress:
-        """Look at everything.
+    def of(cls, comparison: ComparisonConfig, data: PreparedData, before: Progress | None = None) -> Progress:
+        """Look at everything, or, where nobody else has written since the look ``before``, at what has changed.
 
         Raises:
             UserError: A setting is wrong, or a run in the folder is not what this comparison would make.
             RunFailed: A critic gave up, or every run of a search, or every run of the baseline.
         """
         comparison.check()
-        progress = cls(comparison, data)
+        progress = cls(comparison, data, _read={} if before is None else before._read)
         progress._check_objectives()
         for seed in comparison.seeds:  # a seed after the other, so that pairs are whole where it is stopped
             for arm in comparison.arms:
@@ -183,7 +184,10 @@ class Progress:
             folder = self._out / "tuning" / arm / point_name(grid, point)
             tried = {**settings, **dict(zip(grid, point, strict=True))}
             if self._is_finished(folder, tried, seed):
-                known[point] = min(row["cross_entropy"] for row in evaluations_of(folder))
+                name = self._name(folder)
+                if ("best", name) not in self._read:
+                    self._read["best", name] = min(row["cross_entropy"] for row in evaluations_of(folder))
+                known[point] = self._read["best", name]
             elif has_diverged(folder):
                 known[point] = math.inf
             return known.get(point)
@@ -210,7 +214,9 @@ class Progress:
         if options is None:
             return str(folder)
         if (cache / CACHE_MANIFEST).is_file():
-            self._check_cache(cache, options, folder)
+            if ("cache", name) not in self._read:
+                self._check_cache(cache, options, folder)
+                self._read["cache", name] = True
             return str(cache)
         run = make_run(settings, folder, seed=0)
         words = {"critic": folder, "data": run.data, "out": cache, "block": run.block, **options}
@@ -250,18 +256,21 @@ class Progress:
 
     def _is_finished(self, folder: Path, settings: Settings, seed: int) -> bool:
         """Whether a run is there, whole, and what it should be; where one is yet to come, it is what is missing."""
-        config = make_run(settings, folder, seed)
-        changes = check_run_folder(folder, config, resume=True, allow_changes=True)
-        if changes:
-            raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")
-        self._check_identity(folder, config)
-        if has_diverged(folder):
-            return False
-        if not (folder / "final").is_dir():
-            recipe = self._out / "recipes" / f"{self._name(folder).replace('/', '-')}.yaml"
-            self._add(Job(self._name(folder), folder, ("train", "--config", str(recipe), "--resume"), config))
-            return False
-        return True
+        name = self._name(folder)
+        config, before = self._read.get(("run", name), (None, None))
+        state = (folder / "final").is_dir(), has_diverged(folder)
+        if state != before:
+            config = config or make_run(settings, folder, seed)
+            changes = check_run_folder(folder, config, resume=True, allow_changes=True)
+            if changes:
+                raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")
+            self._check_identity(folder, config)
+            self._read["run", name] = config, state
+        is_finished, gave_up = state
+        if not is_finished and not gave_up:
+            recipe = self._out / "recipes" / f"{name.replace('/', '-')}.yaml"
+            self._add(Job(name, folder, ("train", "--config", str(recipe), "--resume"), config))
+        return is_finished
 
     def _check_identity(self, folder: Path, config: TrainConfig) -> None:
         """Refuse a run of other data, or under another critic, than what lies there now."""
@@ -282,14 +291,14 @@ class Progress:
                     raise UserError(f"{folder} was trained under another critic than {critic}; give another out")
 
     def _digest_of_critic(self, critic: str, precision: str) -> str:
-        """What the identity of a run that started now would say of a critic; read once a look."""
-        if (precision, critic) not in self._found:
+        """What the identity of a run that started now would say of a critic."""
+        if (precision, critic) not in self._read:
             if is_cache(critic):
                 digest = hashlib.sha256((Path(critic) / CACHE_MANIFEST).read_bytes()).hexdigest()
             else:
                 digest = digest_of_model(load_model(critic, torch.bfloat16 if precision == "bf16" else torch.float32))
-            self._found[precision, critic] = digest
-        return self._found[precision, critic]
+            self._read[precision, critic] = digest
+        return self._read[precision, critic]
 
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self._out).as_posix()

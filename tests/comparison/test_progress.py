@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import pytest
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.comparison import TuningConfig
+from avatarl.comparison import progress as progress_module
 from avatarl.comparison.progress import Progress, point_name
 from avatarl.data import PreparedData
 
@@ -371,3 +375,30 @@ def test_a_critic_that_the_search_leaves_out_is_not_paid_for(compared: Compared,
         (pupil,) = (member for member in Progress.of(comparison, data).members if member.arm == "pupil")
         assert pupil.critics == critics
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_look_after_another_reads_only_what_has_changed(compared: Compared, data: PreparedData, monkeypatch):
+    """However many runs there are: each is read as it is found, and again when it has ended."""
+    comparison = compared(
+        seeds=list(range(1, 6)),
+        arms={"cross_entropy": CROSS_ENTROPY, "pupil": {"critic": "teacher"}},
+        critics={"teacher": {"cache": {}}},
+        tuning=TUNING,
+    )
+    read: Counter[str] = Counter()
+
+    def counted(name: str, real: Callable, folder: Path, *rest, **options):
+        read[f"{name} {folder}"] += 1
+        return real(folder, *rest, **options)
+
+    for name in ("check_run_folder", "evaluations_of"):
+        monkeypatch.setattr(progress_module, name, partial(counted, name, getattr(progress_module, name)))
+    monkeypatch.setattr(Progress, "_check_cache", lambda *_: read.update(["cache"]))
+    pretend, progress = pretender(data), None
+    while (progress := Progress.of(comparison, data, progress)).missing:
+        pretend(progress.missing[0])  # a look after each job
+    anew = Progress.of(comparison, data)
+    assert (progress.members, progress.tuned) == (anew.members, anew.tuned) and len(anew.members) == 10
+    assert max(count for name, count in read.items() if name.startswith("check")) == 3, "found, ended, and anew"
+    assert max(count for name, count in read.items() if name.startswith("eval")) == 2
+    assert read["cache"] == 2
