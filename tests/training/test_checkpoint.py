@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ from avatarl.errors import RunFailed
 from avatarl.training import train
 from avatarl.training.folder import checkpoint as module
 from avatarl.training.folder.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
-from avatarl.training.folder.durable import replace_folder, tidy
+from avatarl.training.folder.durable import replace_file, replace_folder, tidy
 from avatarl.training.folder.tensors import Held
 from avatarl.training.processes import Processes
 
@@ -273,6 +274,23 @@ def test_a_replacement_that_was_stopped_leaves_the_old_or_the_new(tmp_path: Path
     tidy(tmp_path)
     assert (tmp_path / "folder" / "file").read_text() == ("new" if stopped_at == "in place" else "old")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path: Path, monkeypatch, call: str):
+    def fail(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_half(path: Path, *_, **__) -> None:
+        path.touch()
+        fail()
+
+    replace_file(tmp_path / "page.html", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail) if call == "fsync" else patch.setattr(Path, "write_text", write_half)
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(tmp_path / "page.html", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]
 
 
 def test_background_writing_ends_when_another_process_cannot_write(tmp_path: Path, monkeypatch):
