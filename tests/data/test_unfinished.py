@@ -22,7 +22,9 @@ def prepare_stories(source: Path, out: Path) -> dict:
     return prepare([str(source)], out, tokenizer="bpe:300", quiet=True)
 
 
-@pytest.mark.parametrize("name", [".out.unfinished-preparation", f".out.unfinished-{os.getpid()}"])
+@pytest.mark.parametrize(
+    "name", [".out.unfinished-preparation", pytest.param(f".out.unfinished-{os.getpid()}", id="of our number")]
+)
 def test_what_a_dead_process_left_goes_whatever_its_number_was(stories_file: Path, tmp_path: Path, name: str):
     left = tmp_path / name
     (left / "data").mkdir(parents=True)
