@@ -23,17 +23,17 @@ from rich.text import Text
 from .console import Console
 from .data import PreparedData, prepare
 from .data.dataset import MANIFEST, read_manifest
+from .durable import refuse_link, remove, replace_file
 from .errors import RunStopped, UserError
 from .inert import backticks_around, markdown_code, one_line, visible
+from .lock import LOCK, RunLock
 from .models import PlayerConfig
 from .objective.config import require_whole
 from .outside import check_place, refusing
 from .results import draw_curves, evaluate, generate
 from .results.prompts import held_out_prompts
 from .training import OptimConfig, TrainConfig, train
-from .training.folder.durable import refuse_link, remove, replace_file
 from .training.folder.identity import check_run_folder
-from .training.folder.lock import LOCK, RunLock
 
 RUNS, PAGES = {"critic", "avatarl", "cross_entropy"}, {"results.md", "curves.png", "samples.md"}
 PLAYER = TrainConfig(

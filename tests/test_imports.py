@@ -13,7 +13,7 @@ import avatarl
 
 PACKAGE = Path(avatarl.__file__).parent
 CHAPTERS = ("objective", "data", "models", "training", "integrations", "planning", "results", "comparison")
-SHELL = {"demo", "cli", "process"}
+SHELL = {"demo", "cli"}
 READERS = {"planning", "results", "comparison", "options", *SHELL}
 LATER = {
     "objective": {"data", "models", "training", *READERS},

@@ -57,7 +57,9 @@ def test_an_empty_folder_is_filled_where_it_is(commands, tmp_path: Path, monkeyp
     if place == "volume":  # whose mount point the system lets nobody rename or remove
         for name in ("rename", "rmdir"):
             real = getattr(os, name)
-            monkeypatch.setattr(os, name, lambda path, *rest, real=real: real(_not_of(folder, path, *rest), *rest))
+            monkeypatch.setattr(
+                os, name, lambda path, *rest, real=real, **how: real(_not_of(folder, path, *rest), *rest, **how)
+            )
     assert main([*commands[command], "--out", {"link": "link", "here": ".", "volume": "folder"}[place]]) == 0
     assert (tmp_path / "link").is_symlink() and folder.stat().st_ino == is_same
     made = {"prepare": "manifest.json", "critic cache": "cache.json", "train": "final"}[command]

@@ -21,7 +21,9 @@ from .conftest import BLOCK
 AVATARL = [sys.executable, "-m", "avatarl"]
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ascii", "utf-8"))]
+)
 def test_what_a_terminal_cannot_show_is_escaped(critic_folder: Path, encoding: str):
     command = [*AVATARL, "generate", str(critic_folder), "--prompt", "漢é", "--max_new_tokens", "1", "--device", "cpu"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -31,7 +33,11 @@ def test_what_a_terminal_cannot_show_is_escaped(critic_folder: Path, encoding: s
     assert done.stdout.decode(encoding).startswith(expected)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], pytest.param(["train", "--help"], marks=pytest.mark.slow), ["generate"]],
+    ids=["help", "a command's help", "generate"],
+)
 def test_a_reader_that_has_enough_ends_a_command_without_a_word(critic_folder: Path, arguments: list[str]):
     if arguments == ["generate"]:
         arguments = ["generate", str(critic_folder), "--samples", "300", "--max_new_tokens", "10", "--device", "cpu"]

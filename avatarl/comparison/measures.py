@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from avatarl.data import PreparedData
+from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
@@ -22,7 +23,6 @@ from avatarl.outside import read_json, refusing
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
-from avatarl.training.folder.durable import replace_file
 
 from .config import ComparisonConfig, Settings, by_dotted_names, critics_of
 from .progress import Member, Tuned

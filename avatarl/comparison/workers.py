@@ -15,10 +15,10 @@ from typing import IO
 
 import torch
 
+from avatarl.durable import open_own, refuse_link, replace_file
 from avatarl.errors import RunFailed, RunStopped
+from avatarl.lock import RunLock
 from avatarl.process import PARENT
-from avatarl.training.folder.durable import open_own, refuse_link, replace_file
-from avatarl.training.folder.lock import RunLock
 
 from .progress import Job, has_diverged
 

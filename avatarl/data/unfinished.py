@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from avatarl.data.dataset import MANIFEST, read_manifest
+from avatarl.durable import remove
 from avatarl.errors import RunFailed, RunStopped, UserError
+from avatarl.lock import RunLock
 from avatarl.outside import refusing
 
 STOPPED = "stopped, and nothing is left of it; the same command begins anew"
@@ -35,8 +37,6 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
         RunFailed: ``out`` has changed meanwhile.
         RunStopped: SIGTERM or SIGHUP, in the main thread.
     """
-    from avatarl.training.folder.lock import RunLock  # which imports this package
-
     for left in (*out.parent.glob(f".{glob.escape(out.name)}.unfinished-*"), *out.glob(".unfinished-*")):
         if left.is_dir() and not left.is_symlink():
             with contextlib.suppress(UserError), RunLock(left):  # not what a living one is writing
@@ -127,8 +127,6 @@ def _stoppable(clear: Callable[[], None]) -> Iterator[None]:
 
 def _remove_unfinished(place: Path, out: Path) -> None:
     """Remove what a process that is gone has left, and what it had moved up from there."""
-    from avatarl.training.folder.durable import remove
-
     if place.parent == out and (place / DATA / MANIFEST).is_file():
         with contextlib.suppress(UserError):
             made = {Path(name).parts[0] for name in read_manifest(place / DATA)[1]["files"]}

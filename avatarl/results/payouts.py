@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from avatarl.console import Console
+from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective import AvataRLConfig
 from avatarl.outside import refusing
-from avatarl.training.folder.durable import replace_file
 
 from .inspector import Action, Answers, Inspection
 from .pages import read_source, render_page

@@ -19,12 +19,12 @@ from typing import Any
 from avatarl.data import PreparedData
 from avatarl.data.dataset import read_manifest
 from avatarl.device import pick_device
+from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.objective.config import require_whole
 from avatarl.outside import check_writable, refusing
 from avatarl.places import CONFIG, require_found
-from avatarl.training.folder.durable import replace_file
 from avatarl.version import __version__
 
 from .charts import CHARTED, MOST_POINTS, Style, chart_data, reliability_data

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from avatarl.durable import replace_folder
 from avatarl.errors import RunFailed
 
 from .assembly import Assembly
 from .folder.checkpoint import describe
 from .folder.curve import draw_curve
-from .folder.durable import replace_folder
 from .folder.log import evaluations_of
 from .folder.model_card import CARD_FILE, CURVE_FILE, model_card, write_model_folder
 from .folder.tensors import tensors_of_model

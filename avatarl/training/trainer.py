@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from avatarl.console import Console
 from avatarl.errors import RunFailed, RunStopped, UserError
+from avatarl.lock import RunLock
 
 from .assembly import Assembly, Reached, assemble
 from .config import TrainConfig, idle_settings
@@ -40,7 +41,6 @@ from .folder.identity import (
     write_resumption,
     write_start,
 )
-from .folder.lock import RunLock
 from .folder.log import MetricSums, RunLog, without_traceback_of_tensorboard
 from .folder.state import check_state, start_of_run
 from .folder.tensors import load_run, run_state

@@ -27,7 +27,7 @@ from avatarl.comparison.progress import Job, Progress
 from avatarl.comparison.workers import Workers, _visible_gpus
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed, RunStopped, UserError
-from avatarl.training.folder.lock import RunLock
+from avatarl.lock import RunLock
 
 from ..survival.harness import MANIFEST, ROOT, environment, last_step
 from ..training.runs import assert_same_weights, weights_of
@@ -254,7 +254,7 @@ def test_a_run_that_a_killed_comparison_left_is_waited_for(office: Office, monke
         real(min(seconds, 0.01))
 
     real = time.sleep
-    monkeypatch.setattr("avatarl.training.folder.lock.time.sleep", sleep)
+    monkeypatch.setattr("avatarl.lock.time.sleep", sleep)
     with pytest.raises(RunFailed, match="ended well and left nothing"), Workers(office.out, 1, print) as workers:
         workers.work_until(lambda: [job])
     assert waited

@@ -15,7 +15,7 @@ import pytest
 from avatarl.data import prepare
 from avatarl.data.tokenizer import token_byte_lengths
 from avatarl.errors import RunStopped, UserError
-from avatarl.training.folder.lock import RunLock
+from avatarl.lock import RunLock
 
 
 def prepare_stories(source: Path, out: Path) -> dict:

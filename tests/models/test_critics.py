@@ -219,7 +219,10 @@ def saved(folder: Path, tokenizer, config: PreTrainedConfig) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("architecture", WITHOUT_ATTENTION)
+@pytest.mark.parametrize(
+    "architecture",
+    ["mamba", *(pytest.param(each, marks=pytest.mark.slow) for each in WITHOUT_ATTENTION if each != "mamba")],
+)
 def test_a_critic_without_attention_judges(tmp_path: Path, tiny_config, tokenizer, architecture: str):
     critic = saved(tmp_path / "critic", tokenizer, WITHOUT_ATTENTION[architecture])
     config = tiny_config(tmp_path, critic=critic, steps=2)

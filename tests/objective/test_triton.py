@@ -25,7 +25,11 @@ on_a_gpu = [
 ]
 
 
-@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=on_a_gpu)], ids=["interpreted", "on a GPU"])
+@pytest.mark.parametrize(
+    "interpret",
+    [pytest.param("1", marks=pytest.mark.slow), pytest.param("0", marks=on_a_gpu)],
+    ids=["interpreted", "on a GPU"],
+)
 def test_cases(interpret):
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", str(CASES)]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}

@@ -340,7 +340,7 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("avatarl.training.folder.durable.os.fsync", fail)
+    monkeypatch.setattr("avatarl.durable.os.fsync", fail)
     with pytest.raises(UserError, match="report.html, which cannot be written .*No space left"):
         report([run], out, evaluate=False, quiet=True)
     assert out.read_text() == "the one before"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avatarl import UserError
+from avatarl import UserError, durable
+from avatarl.durable import replace_file, replace_folder, tidy
 from avatarl.errors import RunFailed
 from avatarl.training import train
 from avatarl.training.folder import checkpoint as module
 from avatarl.training.folder.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
-from avatarl.training.folder.durable import replace_file, replace_folder, tidy
 from avatarl.training.folder.tensors import Held
 from avatarl.training.processes import Processes
 
@@ -265,7 +265,7 @@ def test_a_replacement_that_was_stopped_leaves_the_old_or_the_new(tmp_path: Path
 
     monkeypatch.setattr(Path, "rename", rename)
     # Nor does anything tidy after a kill.
-    monkeypatch.setattr("avatarl.training.folder.durable.remove", lambda path: None)
+    monkeypatch.setattr("avatarl.durable.remove", lambda path: None)
     try:
         replace_folder(tmp_path / "folder", write("new"))
     except Killed:
@@ -281,13 +281,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path: Path, monk
     def fail(*_, **__) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write_half(path: Path, *_, **__) -> None:
+    def write_nothing(path: Path, _: int) -> int:
         path.touch()
-        fail()
+        return os.open("/dev/full", os.O_WRONLY)
 
     replace_file(tmp_path / "page.html", "old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail) if call == "fsync" else patch.setattr(Path, "write_text", write_half)
+        patch.setattr(os, "fsync", fail) if call == "fsync" else patch.setattr(durable, "open_own", write_nothing)
         with pytest.raises(OSError, match="No space left"):
             replace_file(tmp_path / "page.html", "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]

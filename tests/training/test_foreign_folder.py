@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from avatarl import UserError
+from avatarl.durable import open_own, remove_folder, replace_file, replace_folder, tidy
+from avatarl.lock import RunLock
 from avatarl.training import TrainConfig, train
 from avatarl.training.folder.checkpoint import CHECKPOINTS, MANIFEST, STATE, describe, manifest_text, read_manifest
-from avatarl.training.folder.durable import open_own, remove_folder, replace_file, replace_folder, tidy
 from avatarl.training.folder.identity import ENVIRONMENT, FINISHED
-from avatarl.training.folder.lock import RunLock
 from avatarl.training.folder.tensors import HELD, SavedTensors
 
 from .runs import contents_of

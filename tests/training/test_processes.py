@@ -37,7 +37,8 @@ CASES: dict[str, dict] = {
     **{f"ddp {name}": dict(objective=name, parallel="ddp", **LONG) for name in sorted(OBJECTIVES)},
     **{f"fsdp {name}": dict(objective=name, parallel="fsdp", **LONG) for name in sorted(OBJECTIVES)},
     "fsdp, critic divided": dict(parallel="fsdp", shard_critics=True, **LONG),
-    "fsdp, muon": dict(parallel="fsdp", optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=2), **LONG),
+    # Muon makes a rounding as large as a gradient: at a higher rate it moves a token over the edge of a top K in time.
+    "fsdp, muon": dict(parallel="fsdp", optim=OptimConfig(name="muon", learning_rate=1e-3, warmup_steps=2), **LONG),
     "fsdp, spikes": dict(parallel="fsdp", guard=GuardConfig(spike_score=1e-3, spike_window=2, stop_after=99), **LONG),
 }
 ELASTIC = {
@@ -121,20 +122,19 @@ def runs(tmp_path_factory, tiny_config, cases) -> Path:
     return folder
 
 
-def assert_same_numbers(ours: Path, theirs: Path, rel: float = 2e-5) -> None:
+def assert_same_numbers(ours: Path, theirs: Path) -> None:
     ours, theirs = lines_of(ours), lines_of(theirs)
     assert [(line["event"], line["step"]) for line in ours] == [(line["event"], line["step"]) for line in theirs]
     for left, right in zip(ours, theirs, strict=True):
         assert left == {
-            name: value if name == "event" else pytest.approx(value, rel, 1e-6) for name, value in right.items()
+            name: value if name == "event" else pytest.approx(value, 2e-5, 1e-6) for name, value in right.items()
         }
 
 
 @pytest.mark.parametrize("case", [*CASES, *CRITICS])
 def test_two_processes_train_as_one(runs: Path, tiny_config, cases, tmp_path: Path, case: str):
     train(tiny_config(tmp_path, **COMMON, **cases[case]), quiet=True)
-    # Muon makes a rounding as large as a gradient: in step 12 a token changes places at the edge of a player's top K.
-    assert_same_numbers(runs / case / "2" / "run", tmp_path / "run", 1e-3 if "muon" in case else 2e-5)
+    assert_same_numbers(runs / case / "2" / "run", tmp_path / "run")
     ours, theirs = weights_of(runs / case / "2" / "run" / "final"), weights_of(tmp_path / "run" / "final")
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

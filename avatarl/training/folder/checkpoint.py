@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avatarl.durable import flush, remove_folder, replace_folder
 from avatarl.errors import RunFailed, UserError
 
 from ..processes import Processes
-from .durable import flush, remove_folder, replace_folder
 from .tensors import Held, save_part
 
 MANIFEST, STATE, CHECKPOINTS = "manifest.json", "state.json", "checkpoints"

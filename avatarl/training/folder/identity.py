@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from avatarl.data import PreparedData
+from avatarl.durable import own_name, refuse_link, replace_file, tidy
 from avatarl.errors import UserError
+from avatarl.lock import LOCK
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 from avatarl.outside import check_place, read_json, read_yaml
@@ -32,8 +34,6 @@ from .checkpoint import (
     step_folder,
     steps_found,
 )
-from .durable import own_name, refuse_link, replace_file, tidy
-from .lock import LOCK
 from .log import METRICS, TENSORBOARD
 from .tracker import RECORD
 

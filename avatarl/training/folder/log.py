@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from avatarl.console import Console
+from avatarl.durable import open_own, replace_file
 
 from ..config import TrainConfig
 from ..processes import Processes
-from .durable import open_own, replace_file
 from .tracker import Tracker
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.data.corpus import hub_name
+from avatarl.durable import replace_folder
 from avatarl.inert import backticks_around, markdown_code, one_line
 from avatarl.outside import read_json
 
-from .durable import replace_folder
 from .identity import ENVIRONMENT
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.inert import one_line
 from avatarl.outside import read_json
-
-from .durable import replace_file
 
 PROJECT = "avatarl"
 RECORD = "tracker.json"
