@@ -153,15 +153,7 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard, is_same_run
         parts.go_on_from(Reached(**reached) if reached else parts.reached_after(taken))
     except UserError:
         raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except NOT_OURS as error:
         raise UserError(f"{checkpoint} is not what a run writes ({type(error).__name__}: {error})") from error
     if taken > parts.total_steps:
         raise UserError(f"the run is to take {parts.total_steps} steps; it has taken {taken} already")
