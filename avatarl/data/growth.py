@@ -7,6 +7,7 @@ has written, and stops being tried as soon as that is too long.
 
 from __future__ import annotations
 
+import itertools
 import json
 import string
 from collections.abc import Callable, Iterator
@@ -54,9 +55,10 @@ def _check_part(where: str, part: str, given: object) -> None:
     if texts and len(texts[-1]) > LONGEST_TEXT:
         raise UserError(f"{where} has a text of {len(texts[-1]):,} characters; at most {LONGEST_TEXT} are expected")
     steps = [_tokenizer_of(part, step) for step in settings]
-    for text in (PROBE, string.printable, *texts):
+    # From every step on: an earlier one may take away what a later one would multiply.
+    for text, first in itertools.product((PROBE, string.printable, *texts), range(len(steps))):
         most, grown = MOST_GROWTH * (len(text) + 8), text
-        for step in steps:
+        for step in steps[first:]:
             grown = APPLY[part](step, grown)
             if len(grown) > most:
                 raise UserError(f"{where} makes {len(text)} characters into more than {most:,}; no tokenizer does")

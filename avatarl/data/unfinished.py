@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import shutil
 import signal
 import sys
@@ -13,14 +14,15 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from avatarl.data.dataset import MANIFEST, read_manifest
+from avatarl.data.dataset import MANIFEST, TOKENIZER_FOLDER, file_record, read_manifest
 from avatarl.durable import remove
 from avatarl.errors import RunFailed, RunStopped, UserError
-from avatarl.lock import RunLock
+from avatarl.lock import LOCK, RunLock
 from avatarl.outside import refusing
 
 STOPPED = "stopped, and nothing is left of it; the same command begins anew"
 PATIENCE_SECONDS = 1.0
+WRITTEN = re.compile(rf"(bytes-)?(train|valid|waiting)-\d+\.bin|{re.escape(MANIFEST)}|{TOKENIZER_FOLDER}")
 UNFINISHED, DATA = ".unfinished-preparation", "data"  # behind the name of ``out``, and what lies in there beside a lock
 
 
@@ -38,7 +40,7 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
         RunStopped: SIGTERM or SIGHUP, in the main thread.
     """
     for left in (*out.parent.glob(f".{glob.escape(out.name)}.unfinished-*"), *out.glob(".unfinished-*")):
-        if left.is_dir() and not left.is_symlink():
+        if _is_ours(left):
             with contextlib.suppress(UserError), RunLock(left):  # not what a living one is writing
                 _remove_unfinished(left, out)
     if os.path.exists(out) and not (out.is_dir() and _is_empty(out)):
@@ -47,9 +49,11 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
     # What is there stays: a link, the mount point of a volume, or where somebody works cannot be replaced.
     is_there = os.path.exists(out)
     place = out / UNFINISHED if is_there else out.parent / f".{out.name}{UNFINISHED}"
+    if os.path.lexists(place) and not _is_ours(place):
+        raise UserError(f"out: {place} is in the way: a link, or what `prepare` did not write; move it away")
     with contextlib.ExitStack() as stack:
         with refusing(f"out: {place} cannot be made (", "); a writable place is expected"):
-            place.mkdir(parents=True, exist_ok=not place.is_symlink())
+            place.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(place))
         folder = place / DATA
 
@@ -125,14 +129,35 @@ def _stoppable(clear: Callable[[], None]) -> Iterator[None]:
         os.close(writing)
 
 
+def _is_ours(place: Path) -> bool:
+    """Whether a hidden folder has a name that ``prepare`` gives, and holds nothing but what ``prepare`` writes.
+
+    Earlier versions put a process's number behind the name, and the files right there.
+    """
+    is_earlier = re.fullmatch(r"\d+", place.name.rpartition("-")[2]) is not None
+    if place.is_symlink() or not place.is_dir() or not (is_earlier or place.name.endswith(UNFINISHED)):
+        return False
+    held = {path.name: path for path in place.iterdir()}
+    held.pop(LOCK, None)
+    if not is_earlier and (data := held.pop(DATA, None)):
+        if held or data.is_symlink() or not data.is_dir():
+            return False
+        held = {path.name: path for path in data.iterdir()}
+    return all(WRITTEN.fullmatch(name) and not path.is_symlink() for name, path in held.items())
+
+
 def _remove_unfinished(place: Path, out: Path) -> None:
-    """Remove what a process that is gone has left, and what it had moved up from there."""
-    if place.parent == out and (place / DATA / MANIFEST).is_file():
+    """Remove what a process that is gone has left, and what it had moved up from there: all but the manifest."""
+    data = place / DATA
+    if place.parent == out and (data / MANIFEST).is_file() and not os.path.lexists(out / MANIFEST):
         with contextlib.suppress(UserError):
-            made = {Path(name).parts[0] for name in read_manifest(place / DATA)[1]["files"]}
-            for path in out.iterdir():
-                if path.name in made:
+            for name, record in read_manifest(data)[1]["files"].items():
+                path = out / name
+                # By its name and by what it holds: whoever writes a manifest can name the files of others.
+                if WRITTEN.fullmatch(Path(name).parts[0]) and path.is_file() and file_record(path) == record:
                     remove(path)
+            with contextlib.suppress(OSError):
+                (out / TOKENIZER_FOLDER).rmdir()
     shutil.rmtree(place, ignore_errors=True)
 
 

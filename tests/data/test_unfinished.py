@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,9 @@ def prepare_stories(source: Path, out: Path) -> dict:
 )
 def test_what_a_dead_process_left_goes_whatever_its_number_was(stories_file: Path, tmp_path: Path, name: str):
     left = tmp_path / name
-    (left / "data").mkdir(parents=True)
-    (left / "data" / "train-00000.bin").write_bytes(b"half")
+    data = left / "data" if "preparation" in name else left
+    data.mkdir(parents=True)
+    (data / "train-00000.bin").write_bytes(b"half")
     (left / ".lock").write_text("process 1 on elsewhere\n")
     other = tmp_path / ".other.unfinished-preparation"
     other.mkdir()
@@ -39,12 +42,12 @@ def test_what_a_dead_process_left_goes_whatever_its_number_was(stories_file: Pat
 def test_what_a_living_process_makes_stays_and_the_second_one_is_refused(stories_file: Path, tmp_path: Path):
     """A lock is another one for each time that its file is opened, in one process too."""
     place = tmp_path / ".out.unfinished-preparation"
-    place.mkdir()
-    (place / "kept").touch()
+    (place / "data").mkdir(parents=True)
+    (kept := place / "data" / "train-00000.bin").touch()
     with RunLock(place):
         with pytest.raises(UserError, match=rf"unfinished-preparation is being written by process {os.getpid()} on "):
             prepare_stories(stories_file, tmp_path / "out")
-        assert (place / "kept").exists() and not (tmp_path / "out").exists()
+        assert kept.exists() and not (tmp_path / "out").exists()
 
 
 def test_what_a_dead_process_had_moved_into_an_empty_folder_goes_too(stories_file: Path, tmp_path: Path):
@@ -64,16 +67,40 @@ def test_what_a_dead_process_had_moved_into_an_empty_folder_goes_too(stories_fil
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_a_manifest_that_somebody_planted_removes_nothing_elsewhere(stories_file: Path, tmp_path: Path):
-    out, planted = tmp_path / "out", tmp_path / "out" / ".unfinished-x" / "data"
-    prepare_stories(stories_file, tmp_path / "whole")
-    planted.mkdir(parents=True)
-    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+@pytest.mark.parametrize("name", [".unfinished-x", ".unfinished-preparation", ".unfinished-7"])
+def test_a_manifest_that_somebody_planted_removes_nothing(stories_file: Path, tmp_path: Path, name: str):
+    """Neither elsewhere nor in ``out``: not under another name, nor under one of ours where the content is another."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    prepare_stories(stories_file, whole)
+    (planted := out / name / "data").mkdir(parents=True)
+    kept = [out / each for each in ("mine.txt", "train-00000.bin", "tokenizer/notes.txt")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["files"] |= {
+        "mine.txt": {"bytes": 8, "sha256": sha256(b"precious").hexdigest()},
+        "tokenizer/notes.txt": {},
+    }
     manifest["files"] |= {f"../{stories_file.name}": {"bytes": 1, "sha256": "0"}, str(stories_file): {}}
     (planted / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / ".out.unfinished-link").symlink_to(tmp_path / "whole")
-    prepare_stories(stories_file, out)
-    assert stories_file.exists() and (tmp_path / "whole" / "manifest.json").exists()
+    (tmp_path / ".out.unfinished-link").symlink_to(whole)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        prepare_stories(stories_file, out)
+    assert stories_file.exists() and (whole / "manifest.json").exists()
+    assert [path.read_text() for path in kept] == ["precious"] * 3
+
+
+@pytest.mark.parametrize("place", ["beside", "within"])
+@pytest.mark.parametrize("name", [".unfinished-notes", ".unfinished-preparation", ".unfinished-7"])
+def test_a_hidden_folder_of_somebody_else_stays(stories_file: Path, tmp_path: Path, name: str, place: str):
+    out = tmp_path / "out"
+    theirs = (out / name if place == "within" else tmp_path / f".out{name}") / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("precious")
+    with contextlib.suppress(UserError):  # where it is in the way, that is said
+        prepare_stories(stories_file, out)
+    assert theirs.read_text() == "precious"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -148,6 +148,12 @@ def sequence(of: str, *steps: dict) -> dict:
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 EACH = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+# A chain that no text reaches but by the one letter that its first step leaves.
+NONE_OF_THESE = {"type": "Replace", "pattern": {"Regex": "[жюэщ]"}, "content": ""}
+CHAIN = [
+    {"type": "Replace", "pattern": {"Regex": "Ѭ"}, "content": "ж" * 64},
+    *({"type": "Replace", "pattern": {"String": old}, "content": new * 64} for old, new in ("жю", "юэ", "эщ")),
+]
 EMPTY = {"type": "Replace", "pattern": {"Regex": ""}, "content": "▁"}
 BERT = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": True}
 
@@ -171,6 +177,8 @@ def tokenizer_with(data_folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ("normalizer", sequence("normalizers", *[sequence("normalizers", *[replace("ζ", "ζζ")] * 20)] * 2)),
         ("normalizer", sequence("normalizers", *[replace("word", "wordword")] * 20)),
         ("normalizer", sequence("normalizers", *[EMPTY] * 20)),
+        ("normalizer", sequence("normalizers", NONE_OF_THESE, *CHAIN)),
+        ("decoder", sequence("decoders", NONE_OF_THESE, *CHAIN)),
         ("normalizer", sequence("normalizers", *[{"type": "ByteLevel"}] * 20)),
         ("normalizer", sequence("normalizers", *[replace("a", "ﷺ"), {"type": "NFKC"}, replace("ل", "a")] * 9)),
         ("pre_tokenizer", sequence("pretokenizers", *[BYTE_LEVEL] * 20)),
