@@ -23,7 +23,8 @@ from rich.text import Text
 from .console import Console
 from .data import PreparedData, prepare
 from .data.dataset import MANIFEST, read_manifest
-from .durable import refuse_link, remove, replace_file
+from .data.unfinished import remove_left
+from .durable import refuse_link, replace_file
 from .errors import RunStopped, UserError
 from .inert import backticks_around, markdown_code, one_line, visible
 from .lock import LOCK, RunLock
@@ -124,8 +125,7 @@ def _is_left_over(name: str) -> bool:
 def _run_demo(source: str, out: Path, seed: int, quiet: bool) -> dict:
     """What is still to be done of it, in a folder that no other process writes."""
     console, started = Console(quiet=quiet), time.monotonic()
-    for path in out.glob(".data.unfinished-*"):
-        remove(path)
+    remove_left(out / "data")
     is_new = not (out / "data").exists()
     try:
         if is_new:

@@ -39,10 +39,7 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
         RunFailed: ``out`` has changed meanwhile.
         RunStopped: SIGTERM or SIGHUP, in the main thread.
     """
-    for left in (*out.parent.glob(f".{glob.escape(out.name)}.unfinished-*"), *out.glob(".unfinished-*")):
-        if _is_ours(left):
-            with contextlib.suppress(UserError), RunLock(left):  # not what a living one is writing
-                _remove_unfinished(left, out)
+    remove_left(out)
     if os.path.exists(out) and not (out.is_dir() and _is_empty(out)):
         raise UserError(f"out: {out} exists and is not empty; a new or empty folder is expected")
     missing_parents = [parent for parent in out.parents if not os.path.exists(parent)]  # innermost first
@@ -80,6 +77,14 @@ def all_or_nothing(out: Path) -> Iterator[Path]:
             reason = error.strerror
             raise RunFailed(f"out: {out} is no longer as it was ({reason}); what was made is {folder}") from error
         shutil.rmtree(place, ignore_errors=True)
+
+
+def remove_left(out: Path) -> None:
+    """Remove what processes that are gone have left of making ``out``."""
+    for left in (*out.parent.glob(f".{glob.escape(out.name)}.unfinished-*"), *out.glob(".unfinished-*")):
+        if _is_ours(left):
+            with contextlib.suppress(UserError), RunLock(left):  # not what a living one is writing
+                _remove_unfinished(left, out)
 
 
 @contextlib.contextmanager
