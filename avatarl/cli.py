@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunFailed, RunStopped, UserError, nearest_name
-from .inert import inert_output, one_line
 from .options import add_recipe, make_parser, one_line_of, option_in, parse
 from .process import end_with_parent, set_up_process
+from .sanitise import one_line, sanitised_output
 from .version import __version__
 
 USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NOBODY_READS
 
 
-@inert_output()
+@sanitised_output()
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -150,20 +150,22 @@ def critic_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--critic", required=True, help="a run folder, a model folder or a hub id")
     parser.add_argument("--data", required=True, help="a prepared data folder; both splits are read")
     parser.add_argument("--out", required=True, help="folder to make; the same command goes on after an interruption")
-    parser.add_argument("--block", type=int, default=256, help="tokens in a window, as in the runs that will use it")
+    parser.add_argument(
+        "--block_size", type=int, default=256, help="tokens in a window, as in the runs that will use it"
+    )
     parser.add_argument("--kind", default="top", help="top, its most likely tokens, or sample, tokens drawn from it")
     parser.add_argument("--bytes_per_token", type=int, default=134, help="budget of a position (6 + 4 or 2 a token)")
     parser.add_argument("--keep_top", type=int, default=0, help="with sample: so many most likely tokens besides")
     parser.add_argument("--train_windows", type=int | None, help="as in the runs that will use it (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="decides the drawn tokens")
-    parser.add_argument("--batch_windows", type=int, default=16, help="windows in a forward pass")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="windows in a forward pass")
     parser.add_argument("--precision", default="auto", help="bf16, fp32 or auto, as in the runs that will use it")
     parser.add_argument("--critic_quantization", type=dict[str, Any] | None, help="as a recipe has it")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     settings = parse(parser, list(arguments[1:]) if action == "cache" else ["--help"])
     manifest = cache_critic(**settings)
     if not _process():
-        tokens = manifest["block"] * sum(manifest["windows"].values())
+        tokens = manifest["block_size"] * sum(manifest["windows"].values())
         state = "finished" if "files" in manifest else "this process's part of it is finished"
         print(
             f"{settings['out']}: {state}; {tokens:,} tokens at {manifest['bytes_per_token']} bytes: "
@@ -216,7 +218,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", help="a prepared data folder: likelihood, accuracy and calibration on its text")
     parser.add_argument("--critic", nargs="+", help="critics: adds the reward metrics on data")
     parser.add_argument("--split", help="of data: valid (default) or train")
-    parser.add_argument("--block", type=int, help="of data: tokens in a window (default: the model's context)")
+    parser.add_argument("--block_size", type=int, help="of data: tokens in a window (default: the model's context)")
     parser.add_argument("--max_windows", type=int, help="of data: look at the first so many windows only")
     parser.add_argument("--pairs", help="minimal pairs: a .jsonl file or a folder of them")
     parser.add_argument("--tasks", help="tasks of the lm-evaluation-harness: NAME,NAME")
@@ -243,7 +245,7 @@ def _check_what_to_evaluate(settings: dict) -> None:
     """Refuse an evaluation on nothing, and an option of one that is not asked for."""
     if not {"data", "pairs", "tasks"} & settings.keys():
         raise UserError("nothing to evaluate on; expected data (a prepared folder), pairs (.jsonl) or tasks (by name)")
-    options = {"data": ("critic", "split", "block", "max_windows"), "tasks": ("include_path",)}
+    options = {"data": ("critic", "split", "block_size", "max_windows"), "tasks": ("include_path",)}
     for what, names in options.items():
         for name in names:
             if what not in settings and name in settings:
@@ -271,9 +273,9 @@ def inspect_command(arguments: Sequence[str]) -> None:
     """what each candidate of a text was paid: in the terminal, as a page, as JSON"""
     from .console import Console
     from .objective import AvataRLConfig
-    from .outside import check_writable
     from .results.inspector import Inspector, read_text, trained_with
     from .results.payouts import kind_of, print_inspection, write_inspection
+    from .untrusted import check_writable
 
     parser = _parser("inspect")
     parser.add_argument("--player", required=True, help="a run folder, a model folder or a hub id")

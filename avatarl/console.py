@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from .inert import InertStream, visible
+from .sanitise import InertStream, visible
 
 
 class Console(RichConsole):

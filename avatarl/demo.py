@@ -26,15 +26,15 @@ from .data.dataset import MANIFEST, read_manifest
 from .data.unfinished import remove_left
 from .durable import refuse_link, replace_file
 from .errors import RunStopped, UserError
-from .inert import backticks_around, markdown_code, one_line, visible
 from .lock import LOCK, RunLock
 from .models import PlayerConfig
 from .objective.config import require_whole
-from .outside import check_place, refusing
 from .results import draw_curves, evaluate, generate
 from .results.prompts import held_out_prompts
+from .run_dir.identity import check_run_folder
+from .sanitise import backticks_around, markdown_code, one_line, visible
 from .training import OptimConfig, TrainConfig, train
-from .training.folder.identity import check_run_folder
+from .untrusted import check_place, refusing
 
 RUNS, PAGES = {"critic", "avatarl", "cross_entropy"}, {"results.md", "curves.png", "samples.md"}
 PLAYER = TrainConfig(
@@ -44,8 +44,8 @@ PLAYER = TrainConfig(
     critic="runs/demo/critic",
     player=PlayerConfig(preset="1m"),
     optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=20, final_lr_fraction=0.05),
-    block=256,
-    batch_windows=8,
+    block_size=256,
+    micro_batch_size=8,
     steps=256,
     eval_every_steps=32,
     eval_windows=16,
@@ -182,12 +182,12 @@ def demo_configs(out: Path, data: PreparedData, seed: int) -> dict[str, TrainCon
         UserError: The text is too short for one window of training or validation.
     """
     shortest = min(len(data.train), len(data.valid))
-    if shortest <= PLAYER.block:
+    if shortest <= PLAYER.block_size:
         raise UserError(
             f"the text gives {len(data.train):,} training and {len(data.valid):,} validation tokens; "
-            f"expected more than {PLAYER.block} of each"
+            f"expected more than {PLAYER.block_size} of each"
         )
-    epoch_steps = max(1, (len(data.train) - 1) // PLAYER.block // PLAYER.windows_per_step)
+    epoch_steps = max(1, (len(data.train) - 1) // PLAYER.block_size // PLAYER.windows_per_step)
     steps = min(PLAYER.steps, MOST_EPOCHS * epoch_steps)
     player = dataclasses.replace(
         PLAYER, data=str(out / "data"), out=str(out / "avatarl"), critic=str(out / "critic"), steps=steps, seed=seed

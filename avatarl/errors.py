@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .inert import one_line
+from .sanitise import one_line
 
 
 class UserError(ValueError):

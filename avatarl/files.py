@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import RunFailed
-from .inert import one_line
-from .outside import read_regular_file
+from .sanitise import one_line
+from .untrusted import read_regular_file
 
 LOG = logging.getLogger(__name__)
 READ_AT_ONCE = 1 << 20

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from .errors import UserError, nearest_name
-from .outside import check_recipe, check_yaml
+from .untrusted import check_recipe, check_yaml
 
 
 def make_parser(prog: str, description: str | None):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .outside import read_json, read_yaml
+from .untrusted import read_json, read_yaml
 
 CONFIG, ENVIRONMENT, COMPARISON = "config.yaml", "environment.json", "comparison.yaml"
 PATHS = ("data", "critic", "pairs")  # settings, also of groups, that name files, or may

@@ -1,7 +1,7 @@
 """A whole optimiser step: AvataRL, cross-entropy with the same player, and what its parts cost.
 
     python benchmarks/step.py
-    python benchmarks/step.py --player 124m --critic 30m --vocab 50257 --block 1024 --batch 16 --compile     # a GPU
+    python benchmarks/step.py --player 124m --critic 30m --vocab 50257 --block_size 1024 --batch 16 --compile  # a GPU
 
 benchmarks/README.md says what is measured, and how. The step is the trainer's: the same batches, precision, clipping
 and optimisers, around random tokens and random weights.
@@ -74,8 +74,8 @@ class Case:
     player: str
     critic: str
     vocabulary: int
-    block: int
-    batch_windows: int
+    block_size: int
+    micro_batch_size: int
     optimiser: str
     dtype: str
     compile: bool
@@ -105,8 +105,10 @@ class Training:
         self.compiled: Callable = torch.compile if case.compile else lambda module: module
         self.impl = "compiled" if case.impl == "auto" and case.compile else case.impl
         vocabulary = Vocabulary(case.vocabulary)
-        self.player = build_player(PlayerConfig(case.player), vocabulary, case.block, seed=1).to(case.device).train()
-        critic = build_player(PlayerConfig(case.critic), vocabulary, case.block, seed=2)
+        self.player = (
+            build_player(PlayerConfig(case.player), vocabulary, case.block_size, seed=1).to(case.device).train()
+        )
+        critic = build_player(PlayerConfig(case.critic), vocabulary, case.block_size, seed=2)
         self.critic = critic.to(case.device, torch.bfloat16 if is_bf16 else None).eval().requires_grad_(False)
         self.optimisers = build_optimisers(self.player, OptimConfig(case.optimiser), total_steps=10**6)
         self.guard = Guard(GuardConfig(), torch.device(case.device))
@@ -115,8 +117,8 @@ class Training:
 
     def batch(self, cache: CriticCache | None = None) -> Batch:
         """Inputs and targets (B, T), each time others, and what a cache holds of them."""
-        indices = self._order.indices(self._position, self.case.batch_windows)
-        self._position += self.case.batch_windows
+        indices = self._order.indices(self._position, self.case.micro_batch_size)
+        self._position += self.case.micro_batch_size
         stored = [cache.rows("train", indices)] if cache else []
         return Batch(*self._windows.batch(indices), None, stored, None).to(torch.device(self.case.device))
 
@@ -139,7 +141,7 @@ class Training:
         model = RewardedPlayer(
             self.player, made, [critic] if made.needs_critic else [], self.case.vocabulary, self.impl
         )
-        model, num_valid = self.compiled(model), self.case.block * self.case.batch_windows
+        model, num_valid = self.compiled(model), self.case.block_size * self.case.micro_batch_size
         return lambda batch: model(batch.inputs, batch.targets, num_valid, *batch[2:])[0]
 
     def step(
@@ -279,11 +281,11 @@ def build(name: str, case: Case) -> Ready:
 
 def random_windows(case: Case) -> Windows:
     """Random tokens, on disk as prepared ones are."""
-    tokens = np.random.default_rng(0).integers(case.vocabulary, size=NUM_WINDOWS * case.block + 1)
+    tokens = np.random.default_rng(0).integers(case.vocabulary, size=NUM_WINDOWS * case.block_size + 1)
     with tempfile.NamedTemporaryFile(delete=False) as file:
         file.write(tokens.astype(DTYPES["uint32"]).tobytes())
     atexit.register(Path(file.name).unlink)
-    return Windows(TokenStream([Path(file.name)], DTYPES["uint32"]), case.block)
+    return Windows(TokenStream([Path(file.name)], DTYPES["uint32"]), case.block_size)
 
 
 def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Windows) -> CriticCache:
@@ -292,7 +294,7 @@ def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Window
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     record = RecordFormat.within(kind, CACHED_BYTES, 0, case.vocabulary)
     manifest = {
-        "block": case.block,
+        "block_size": case.block_size,
         "bytes_per_token": record.dtype.itemsize,
         "windows": {"train": len(windows)},
         **dataclasses.asdict(record),
@@ -301,7 +303,7 @@ def random_cache(case: Case, kind: str, critic: PreTrainedModel, windows: Window
     np.full(case.vocabulary, -np.log(case.vocabulary), "<f4").tofile(folder / FREQUENCIES)
     parts = list(parts_of(manifest))
     for part in parts:
-        fill_part(folder, part, windows, critic, record, 1, case.batch_windows, precision, lambda _: None)
+        fill_part(folder, part, windows, critic, record, 1, case.micro_batch_size, precision, lambda _: None)
     files = {name: File(folder / name) for name in (FREQUENCIES, *(part.name for part in parts))}
     return CriticCache(folder, manifest, "", SimpleNamespace(train=windows.stream, valid=windows.stream), files)
 
@@ -312,10 +314,10 @@ def operations(name: str, case: Case) -> tuple[float | None, float | None]:
         return 2 * MATMUL_SIZE[case.device] ** 3 / 1e9, 0.0
     if name not in WHOLE:
         return None, None
-    training, gigatokens = make_training(case), case.block * case.batch_windows / 1e9
-    player = gigatokens * training_flops_per_token(training.player, case.block)
+    training, gigatokens = make_training(case), case.block_size * case.micro_batch_size / 1e9
+    player = gigatokens * training_flops_per_token(training.player, case.block_size)
     uses_critic = name in (AVATARL, FLOOR)
-    critic = gigatokens * forward_flops_per_token(training.critic, case.block) if uses_critic else 0.0
+    critic = gigatokens * forward_flops_per_token(training.critic, case.block_size) if uses_critic else 0.0
     return player + critic, critic
 
 
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--player", default="5m", choices=PRESETS)
     parser.add_argument("--critic", default="1m", choices=PRESETS)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--block", type=int, default=256, help="tokens in a window")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens in a window")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--optimiser", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="as the trainer's")
@@ -341,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked.player,
         asked.critic,
         asked.vocab,
-        asked.block,
+        asked.block_size,
         asked.batch,
         asked.optimiser,
         "bfloat16" if precision == "bf16" else "float32",

@@ -111,7 +111,7 @@ def sweep_tables(rows: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
-STEP = ("player", "critic", "vocabulary", "block", "batch_windows", "optimiser", "dtype", "compile", "impl")
+STEP = ("player", "critic", "vocabulary", "block_size", "micro_batch_size", "optimiser", "dtype", "compile", "impl")
 
 
 def step_tables(rows: list[Row]) -> str:
@@ -123,7 +123,7 @@ def step_tables(rows: list[Row]) -> str:
         found = by_name(group)
         product = found[MATMUL]
         peak = float(product["gflop"]) / float(product["p20_ms"])  # TFLOP/s
-        tokens = int(group[0]["block"]) * int(group[0]["batch_windows"])
+        tokens = int(group[0]["block_size"]) * int(group[0]["micro_batch_size"])
         lines = []
         for name, row in found.items():
             if name.startswith(PART) or name == MATMUL or not row["median_ms"]:
@@ -137,7 +137,8 @@ def step_tables(rows: list[Row]) -> str:
         row = group[0]
         shape = (
             f"player {row['player']}, critic {row['critic']}, V = {int(row['vocabulary']):,}, "
-            f"{row['batch_windows']} windows of {row['block']}, {row['optimiser']}, {row['dtype']}, loss {row['impl']}"
+            f"{row['micro_batch_size']} windows of {row['block_size']}, {row['optimiser']}, {row['dtype']}, "
+            f"loss {row['impl']}"
             f"{', torch.compile' if row['compile'] == 'True' else ''}"
         )
         tables += [caption(group, shape), markdown(header, lines), parts_line(found, peak)]

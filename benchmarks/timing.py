@@ -193,7 +193,7 @@ def _process_status_mib(entry: str) -> float:
 @functools.cache  # the rows of one command share their date
 def circumstances(device: str) -> dict[str, object]:
     """When, what and where: date, revision, device and versions."""
-    from avatarl.training.folder.environment import describe_environment
+    from avatarl.run_dir.environment import describe_environment
     from avatarl.training.processes import Processes
 
     found = describe_environment(torch.device(device), precision="", processes=Processes(), identity={"data": ""})

@@ -31,7 +31,7 @@ def main(folder: str, names: list[str]) -> None:
             log_probs = torch.stack([of_targets(critic(inputs).logits, targets) for critic in critics])
         mean = log_probs.logsumexp(0, keepdim=True) - math.log(len(critics))
         sums -= torch.cat([log_probs, mean]).double().sum(dim=(1, 2)).cpu()
-    for name, total in zip([*names, f"mean of {len(names)}"], sums / (len(windows) * windows.block), strict=True):
+    for name, total in zip([*names, f"mean of {len(names)}"], sums / (len(windows) * windows.block_size), strict=True):
         print(f"{total:.4f}  {name}")
 
 

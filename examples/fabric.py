@@ -11,19 +11,25 @@ from avatarl.training.rewarded_player import RewardedPlayer
 
 
 def main(
-    data: str, critic: str, steps: int = 100, block: int = 128, batch: int = 8, devices: int = 1, precision: str = "32"
+    data: str,
+    critic: str,
+    steps: int = 100,
+    block_size: int = 128,
+    batch: int = 8,
+    devices: int = 1,
+    precision: str = "32",
 ) -> list[float]:
     """Train a player of a million parameters; return the cross-entropy of each step (nats per token)."""
     fabric = Fabric(devices=devices, precision=precision)
     fabric.launch()
     prepared = PreparedData.open(data)
     tokenizer = prepared.load_tokenizer()
-    windows = Windows(prepared.train, block)
+    windows = Windows(prepared.train, block_size)
     order = WindowOrder(len(windows), seed=1)
     share = batch // fabric.world_size  # as many windows for each process, so that a mean of means is right
 
     judge = load_critic(critic, tokenizer, device=fabric.device)
-    player = build_player(PlayerConfig(preset="1m"), tokenizer, block, seed=1)
+    player = build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1)
     # The loss is computed inside of what Fabric wraps: outside, gradients would not be averaged over processes.
     model = RewardedPlayer(player, make_objective("avatarl", AvataRLConfig.article()), [judge], len(tokenizer))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
@@ -31,7 +37,7 @@ def main(
     cross_entropies = []
     for step in range(steps):
         mine = order.indices(step * batch + fabric.global_rank * share, share)
-        inputs, targets = (tensor.to(fabric.device) for tensor in windows.batch(mine))  # (share, block) each
+        inputs, targets = (tensor.to(fabric.device) for tensor in windows.batch(mine))  # (share, block_size) each
         loss, metrics = model(inputs, targets)
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)

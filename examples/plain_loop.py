@@ -13,23 +13,23 @@ from avatarl.models import CriticCache, PlayerConfig, build_player, load_critic
 from avatarl.models.critic_cache import is_cache
 
 
-def main(data: str, critic: str, steps: int = 100, block: int = 128, batch: int = 8) -> list[float]:
+def main(data: str, critic: str, steps: int = 100, block_size: int = 128, batch: int = 8) -> list[float]:
     """Train a player of a million parameters; return the cross-entropy of each step (nats per token)."""
     prepared = PreparedData.open(data)
     tokenizer = prepared.load_tokenizer()
-    windows = Windows(prepared.train, block)
+    windows = Windows(prepared.train, block_size)
     order = WindowOrder(len(windows), seed=1)
 
-    judge = CriticCache.open(critic, prepared, block) if is_cache(critic) else load_critic(critic, tokenizer)
-    player = build_player(PlayerConfig(preset="1m"), tokenizer, block, seed=1)
+    judge = CriticCache.open(critic, prepared, block_size) if is_cache(critic) else load_critic(critic, tokenizer)
+    player = build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1)
     optimizer = torch.optim.AdamW(player.parameters(), lr=1e-3)
     settings = AvataRLConfig.article()
 
     cross_entropies = []
     for step in range(steps):
         indices = order.indices(step * batch, batch)
-        inputs, targets = windows.batch(indices)  # (batch, block) each
-        hidden = player.base_model(input_ids=inputs).last_hidden_state  # (batch, block, width)
+        inputs, targets = windows.batch(indices)  # (batch, block_size) each
+        hidden = player.base_model(input_ids=inputs).last_hidden_state  # (batch, block_size, width)
         if isinstance(judge, CriticCache):
             opinion = judge.rows("train", indices), None
         else:

@@ -10,13 +10,13 @@ from avatarl.models import PlayerConfig, build_player
 
 
 def main(
-    data: str, critic: str, out: str, steps: int = 100, block: int = 128, batch: int = 8, bf16: bool = False
+    data: str, critic: str, out: str, steps: int = 100, block_size: int = 128, batch: int = 8, bf16: bool = False
 ) -> dict[str, float]:
     """Train a player of a million parameters; return its evaluation (docs/metrics.md, each name after ``eval_``)."""
     prepared = PreparedData.open(data)
     tokenizer = prepared.load_tokenizer()
     trainer = AvataRLTrainer(
-        build_player(PlayerConfig(preset="1m"), tokenizer, block, seed=1),
+        build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1),
         TrainingArguments(
             out,
             max_steps=steps,
@@ -31,8 +31,8 @@ def main(
         critics=critic,
         avatarl=AvataRLConfig.article(),
         processing_class=tokenizer,
-        train_dataset=PreparedWindows(prepared, "train", block),
-        eval_dataset=PreparedWindows(prepared, "valid", block),
+        train_dataset=PreparedWindows(prepared, "train", block_size),
+        eval_dataset=PreparedWindows(prepared, "valid", block_size),
     )
     trainer.train()
     trainer.save_model()  # an ordinary model folder with its tokenizer

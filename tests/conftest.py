@@ -93,7 +93,13 @@ def critic_cache(tmp_path_factory: pytest.TempPathFactory, data_folder: Path, cr
     folder = tmp_path_factory.mktemp("cache") / "critic"
     every_token = 6 + 4 * 300
     cache_critic(
-        str(critic_folder), data_folder, folder, block=BLOCK, bytes_per_token=every_token, precision="fp32", quiet=True
+        str(critic_folder),
+        data_folder,
+        folder,
+        block_size=BLOCK,
+        bytes_per_token=every_token,
+        precision="fp32",
+        quiet=True,
     )
     return folder
 
@@ -111,8 +117,8 @@ def tiny_config(data_folder: Path, critic_folder: Path) -> Callable[..., TrainCo
             baseline=BaselineConfig(samples=3, ppo_refresh_every=3),
             player=TINY_PLAYER,
             optim=OptimConfig(learning_rate=1e-2, warmup_steps=2),
-            block=BLOCK,
-            batch_windows=4,
+            block_size=BLOCK,
+            micro_batch_size=4,
             steps=8,
             precision="fp32",
             device="cpu",

@@ -98,7 +98,7 @@ def test_commands_record_what_tables_show(tmp_path: Path, monkeypatch: pytest.Mo
     where = ["--results", str(tmp_path), "--device", "cpu", "--seconds", "0"]
     monkeypatch.setattr(loss, "LOSSES", {name: loss.LOSSES[name] for name in (loss.PLAIN, "avatarl chunked")})
     loss.main(["--shape", "20", "1500", "16", "8", "16", *where])
-    step.main(["--player", "1m", "--critic", "1m", "--vocab", "64", "--block", "8", "--batch", "2", *where])
+    step.main(["--player", "1m", "--critic", "1m", "--vocab", "64", "--block_size", "8", "--batch", "2", *where])
     estimators.main(["--positions", "4", "--vocab", "50", "--draws", "2", "--figure", str(tmp_path / "e.png"), *where])
     assert (tmp_path / "e.png").stat().st_size > 0
 

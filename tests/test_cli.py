@@ -24,8 +24,8 @@ from avatarl.results import evaluate, generate
 from .conftest import BLOCK, TINY, write_documents
 
 RECIPE = {
-    "block": BLOCK,
-    "batch_windows": 4,
+    "block_size": BLOCK,
+    "micro_batch_size": 4,
     "steps": 4,
     "precision": "fp32",
     "device": "cpu",
@@ -184,7 +184,7 @@ def test_print_config_is_a_recipe(here: Path, tmp_path: Path, recipe, capsys):
     path = recipe(steps=7)
     assert status_of("train", "--config", path, "--avatarl.top_k", "9", "--print_config") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert (printed["steps"], printed["avatarl"]["top_k"], printed["block"]) == (7, 9, BLOCK)
+    assert (printed["steps"], printed["avatarl"]["top_k"], printed["block_size"]) == (7, 9, BLOCK)
     assert printed["optim"]["learning_rate"] > 0
     (tmp_path / "printed.yaml").write_text(yaml.safe_dump(printed), encoding="utf-8")
     assert main(["train", "--config", str(tmp_path / "printed.yaml"), "--steps", "1"]) == 0
@@ -210,8 +210,8 @@ def test_options_are_not_abbreviated(refused):
 
 
 def test_an_unknown_key_of_a_recipe_has_its_nearest_named(refused, recipe):
-    line = refused("train", "--config", recipe(batch_window=3))
-    assert "batch_window is not a setting of avatarl train; did you mean 'batch_windows'?" in line
+    line = refused("train", "--config", recipe(micro_batch_sise=3))
+    assert "micro_batch_sise is not a setting of avatarl train; did you mean 'micro_batch_size'?" in line
     line = refused("train", "--config", recipe(avatarl={"smothing": 0.2}))
     assert "avatarl.smothing is not a setting of avatarl train; did you mean 'avatarl.smoothing'?" in line
     assert "names 'hiden_size'" in refused("train", "--config", recipe(player={"settings": {"hiden_size": 8}}))
@@ -221,7 +221,7 @@ def test_an_unknown_key_of_a_recipe_has_its_nearest_named(refused, recipe):
     ("settings", "message"),
     [
         ({"steps": "many"}, "steps is 'many'; expected int or null"),
-        ({"block": 2.5}, "block is '2.5'; expected int"),
+        ({"block_size": 2.5}, "block_size is '2.5'; expected int"),
         ({"data": 5}, "data is '5'; expected str"),
         ({"optim": {"learning_rate": "fast"}}, "optim.learning_rate is 'fast'; expected float"),
         ({"optim": None}, "optim is None; expected its settings by name"),
@@ -232,7 +232,7 @@ def test_an_unknown_key_of_a_recipe_has_its_nearest_named(refused, recipe):
         ({"avatarl": {"critic_weight": [0.2, -1]}}, "critic_weight is -1.0; expected a number of at least 0"),
         ({"avatarl": {"critic_weight": [0.2, 0.1]}}, "critic_weight has 2 entries for 1 critics"),
         ({"avatarl": {"top_k": 1000}}, "top_k is 1000; expected at most the vocabulary's"),
-        ({"block": 10**6}, "block: 1000000 needs at least 1000001 tokens, but the train split has"),
+        ({"block_size": 10**6}, "block_size: 1000000 needs at least 1000001 tokens, but the train split has"),
         ({"objective": "cross-entropy"}, "did you mean 'cross_entropy'?"),
         ({"player": {"preset": "125m"}}, "player.preset is '125m'; expected one of 1m"),
         ({"critic": None}, "objective 'avatarl' needs a critic, and critic is empty"),
@@ -290,7 +290,7 @@ def test_a_validation_split_that_is_too_small_is_refused(refused, recipe, tmp_pa
 
     prepare([str(tmp_path / "short.txt")], tmp_path / "short", tokenizer=str(data_folder / "tokenizer"), quiet=True)
     line = refused("train", "--config", recipe(data=str(tmp_path / "short")))
-    assert f"block: {BLOCK} needs at least {BLOCK + 1} tokens, but the valid split has" in line
+    assert f"block_size: {BLOCK} needs at least {BLOCK + 1} tokens, but the valid split has" in line
 
 
 def test_a_tampered_prepared_folder_is_refused(refused, recipe, tmp_path: Path, data_folder: Path, critic_folder: Path):
@@ -367,7 +367,7 @@ def test_a_critic_with_another_vocabulary_is_refused(refused, recipe, tmp_path: 
 
 def test_values_of_the_readers_are_named(refused, data_folder: Path, critic_folder: Path):
     assert "split is 'test'" in refused("evaluate", critic_folder, "--data", data_folder, "--split", "test")
-    assert "block is 0" in refused("evaluate", critic_folder, "--data", data_folder, "--block", 0)
+    assert "block_size is 0" in refused("evaluate", critic_folder, "--data", data_folder, "--block_size", 0)
     judged = ("evaluate", critic_folder, "--data", data_folder, "--critic", critic_folder)
     assert "top_k is 1000; expected at most" in refused(*judged, "--avatarl.top_k", 1000)
     assert "temperature is -1.0" in refused("generate", critic_folder, "--temperature", -1)

@@ -31,7 +31,7 @@ def shell_texts() -> dict[str, str]:
     sky = yaml.safe_load(SKYPILOT.read_text(encoding="utf-8"))
     texts |= {f"skypilot.yaml {part}": sky[part] for part in ("setup", "run")}
     blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    return texts | {f"many-processes.md {number}": block for number, block in enumerate(blocks, 1)}
+    return texts | {f"many-processes.md {number}": text for number, text in enumerate(blocks, 1)}
 
 
 def commands(text: str) -> list[list[str]]:

@@ -15,7 +15,8 @@ from avatarl.data import PreparedData
 from .conftest import write_documents
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "openwebtext.sh"
-TINY = "--player.preset 1m --block 32 --batch_windows 2 --accumulate_steps 1 --steps 3 --eval_windows 2 --device cpu"
+TINY = "--player.preset 1m --block_size 32 --micro_batch_size 2 --gradient_accumulation_steps 1"
+TINY += " --steps 3 --eval_windows 2 --device cpu"
 TINY += " --compile false --precision fp32 --tensorboard false"
 RUNS = ["critic-30m", "article-30m", "cross-entropy-30m"]
 

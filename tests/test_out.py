@@ -19,8 +19,8 @@ from .conftest import BLOCK, TINY, write_documents
 TRAIN = {
     "objective": "cross_entropy",
     "player": {"settings": TINY},
-    "block": BLOCK,
-    "batch_windows": 4,
+    "block_size": BLOCK,
+    "micro_batch_size": 4,
     "steps": 2,
     "device": "cpu",
     "precision": "fp32",
@@ -35,7 +35,16 @@ def commands(tmp_path: Path, data_folder: Path, critic_folder: Path) -> dict[str
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({**TRAIN, "data": str(data_folder)}))
     arms = {"data": str(data_folder), "base": TRAIN, "arms": {"cross_entropy": {}}, "seeds": [1]}
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(arms))
-    cache = ["--critic", str(critic_folder), "--data", str(data_folder), "--block", str(BLOCK), "--precision", "fp32"]
+    cache = [
+        "--critic",
+        str(critic_folder),
+        "--data",
+        str(data_folder),
+        "--block_size",
+        str(BLOCK),
+        "--precision",
+        "fp32",
+    ]
     return {
         "prepare": ["prepare", str(source), "--tokenizer", str(data_folder / "tokenizer")],
         "critic cache": ["critic", "cache", *cache, "--device", "cpu"],

@@ -19,8 +19,8 @@ from avatarl.models.critic_cache import CriticCache
 from avatarl.places import kept, located
 from avatarl.results.inspector import settings_and_critics
 from avatarl.results.report import report
-from avatarl.training.folder.checkpoint import manifest_text
-from avatarl.training.folder.identity import settings_digest
+from avatarl.run_dir.checkpoint import manifest_text
+from avatarl.run_dir.identity import settings_digest
 from avatarl.training.optim import Optimisers
 
 from .conftest import BLOCK, TINY, write_documents
@@ -32,8 +32,8 @@ RECIPE = {
     "avatarl": {"top_k": 4, "threshold": "none"},
     "player": {"settings": TINY},
     "optim": {"learning_rate": 0.01, "warmup_steps": 2},
-    "block": BLOCK,
-    "batch_windows": 4,
+    "block_size": BLOCK,
+    "micro_batch_size": 4,
     "steps": 8,
     "precision": "fp32",
     "device": "cpu",
@@ -234,7 +234,7 @@ def test_ids_of_the_hub_stay_as_they_are(tmp_path: Path):
 @pytest.fixture
 def cached(tree: Path) -> Callable[..., int]:
     def cache(*options: str, critic: str = "critics/small", data: str = "data", out: str = "caches/small") -> int:
-        words = ["--critic", critic, "--data", data, "--out", out, "--block", str(BLOCK), "--precision", "fp32"]
+        words = ["--critic", critic, "--data", data, "--out", out, "--block_size", str(BLOCK), "--precision", "fp32"]
         return main(["critic", "cache", *words, "--device", "cpu", *options])
 
     assert cache() == 0

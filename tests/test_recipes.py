@@ -35,7 +35,7 @@ def needs_critic(config: TrainConfig) -> bool:
 
 
 def tokens_of(config: TrainConfig) -> int:
-    return config.steps * config.windows_per_step * config.block
+    return config.steps * config.windows_per_step * config.block_size
 
 
 def test_the_recipes_are_where_they_are_looked_for():

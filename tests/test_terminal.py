@@ -87,7 +87,7 @@ def test_a_process_is_what_the_environment_says(
         return
     for start in (
         lambda: train(tiny_config(tmp_path), quiet=True),
-        lambda: cache_critic(str(critic_folder), data_folder, tmp_path / "cache", block=BLOCK, quiet=True),
+        lambda: cache_critic(str(critic_folder), data_folder, tmp_path / "cache", block_size=BLOCK, quiet=True),
     ):
         with pytest.raises(UserError, match=expected):
             start()
@@ -97,7 +97,7 @@ def test_a_process_is_what_the_environment_says(
 def test_a_cache_is_whole_whatever_rank_a_process_alone_has(monkeypatch, tmp_path: Path, critic_folder, data_folder):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "")
-    done = cache_critic(str(critic_folder), data_folder, tmp_path / "cache", block=BLOCK, device="cpu", quiet=True)
+    done = cache_critic(str(critic_folder), data_folder, tmp_path / "cache", block_size=BLOCK, device="cpu", quiet=True)
     assert "files" in done
 
 

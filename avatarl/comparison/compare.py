@@ -15,9 +15,9 @@ from avatarl.data import PreparedData
 from avatarl.durable import refuse_link, replace_file
 from avatarl.errors import RunFailed, UserError
 from avatarl.lock import RunLock
-from avatarl.outside import check_place, refusing
 from avatarl.places import COMPARISON, kept
 from avatarl.results.minimal_pairs import read_pairs
+from avatarl.untrusted import check_place, refusing
 
 from .config import ComparisonConfig
 from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_rows

@@ -19,14 +19,14 @@ from avatarl.models.loading import resolve_model
 from avatarl.objective import AvataRLConfig, Objective, make_objective
 from avatarl.objective.config import require_whole
 from avatarl.options import make_parser, parse_settings
-from avatarl.outside import require_unicode
 from avatarl.places import read_recipe
 from avatarl.training import TrainConfig
+from avatarl.untrusted import require_unicode
 
 from .search import middle
 
 # What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
-SHARED = ("out", "data", "seed", "block", "eval_windows")
+SHARED = ("out", "data", "seed", "block_size", "eval_windows")
 PRESETS = ("article", "released", "dense")
 FIRST_CRITIC_SEED = 1001
 CACHE_OPTIONS = {"kind": "top", "bytes_per_token": 134, "keep_top": 0, "seed": 1}  # of `avatarl critic cache`

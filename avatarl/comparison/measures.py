@@ -19,10 +19,10 @@ from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.critic_cache.read import read_manifest, training_flops
-from avatarl.outside import read_json, refusing
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
+from avatarl.untrusted import read_json, refusing
 
 from .config import ComparisonConfig, Settings, by_dotted_names, critics_of
 from .progress import Member, Tuned

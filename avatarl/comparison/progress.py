@@ -23,11 +23,11 @@ from avatarl.models.critic_cache.parts import LARGEST_MANIFEST_BYTES
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
-from avatarl.outside import read_json, refusing
+from avatarl.run_dir.identity import check_run_folder, identities_of_run
+from avatarl.run_dir.log import evaluations_of
 from avatarl.training import TrainConfig
 from avatarl.training.config import idle_settings
-from avatarl.training.folder.identity import check_run_folder, identities_of_run
-from avatarl.training.folder.log import evaluations_of
+from avatarl.untrusted import read_json, refusing
 
 from .config import ComparisonConfig, Settings, critics_of, make_run
 from .search import Point, search
@@ -219,7 +219,7 @@ class Progress:
                 self._read["cache", name] = True
             return str(cache)
         run = make_run(settings, folder, seed=0)
-        words = {"critic": folder, "data": run.data, "out": cache, "block": run.block, **options}
+        words = {"critic": folder, "data": run.data, "out": cache, "block_size": run.block_size, **options}
         words |= {"precision": run.precision, "device": run.device}
         windows = self.comparison.cached_windows(name)
         if windows is not None:

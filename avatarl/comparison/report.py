@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from avatarl.durable import remove, replace_file
-from avatarl.inert import one_line
 from avatarl.results.charts import Style
 from avatarl.results.pages import read_source, render_markdown, render_page, render_picture
 from avatarl.results.runs import read_runs
 from avatarl.results.tables import Table, settings_table
+from avatarl.sanitise import one_line
 from avatarl.version import __version__
 
 from .measures import BETWEEN_SETTINGS, SEVERAL, Row, read_rows, setting_text

@@ -29,7 +29,7 @@ from avatarl.data.python_docs import python_documents
 from avatarl.data.readers import Part, Piece, read_parts
 from avatarl.errors import UserError, nearest_name
 from avatarl.hub import require_on_hub
-from avatarl.outside import Allowance, Unpacking, refusing
+from avatarl.untrusted import Allowance, Unpacking, refusing
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

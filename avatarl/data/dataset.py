@@ -17,7 +17,7 @@ from torch import Tensor
 
 from avatarl.errors import UserError
 from avatarl.files import File, ask
-from avatarl.outside import parse_json, read_regular_file, refusing
+from avatarl.untrusted import parse_json, read_regular_file, refusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -286,25 +286,26 @@ def spread(total: int, count: int | None) -> np.ndarray:
 
 
 class Windows:
-    """The non-overlapping windows of a stream: window i predicts tokens i * block + 1 to (i + 1) * block.
+    """The non-overlapping windows of a stream: window i predicts tokens i * block_size + 1 to (i + 1) * block_size.
 
     Of a part of them, window i is the i-th of that part.
     """
 
-    def __init__(self, stream: TokenStream, block: int, count: int | None = None) -> None:
-        """Cut ``stream`` into windows of ``block`` predictions; UserError where it is too short for one.
+    def __init__(self, stream: TokenStream, block_size: int, count: int | None = None) -> None:
+        """Cut ``stream`` into windows of ``block_size`` predictions; UserError where it is too short for one.
 
         ``count`` leaves so many of them, spread evenly (None: all).
         """
-        if block < 1:
-            raise UserError(f"block: found {block}; a whole number of at least 1 is expected")
-        if len(stream) < block + 1:
+        if block_size < 1:
+            raise UserError(f"block_size: found {block_size}; a whole number of at least 1 is expected")
+        if len(stream) < block_size + 1:
             raise UserError(
-                f"block: {block} needs at least {block + 1} tokens, but the {stream.split} split has {len(stream)}"
+                f"block_size: {block_size} needs at least {block_size + 1} tokens, but the {stream.split} split has "
+                f"{len(stream)}"
             )
         self.stream = stream
-        self.block = block
-        self._total = (len(stream) - 1) // block
+        self.block_size = block_size
+        self._total = (len(stream) - 1) // block_size
         # Of each window its place among all of the stream's, where it is another.
         self._places = None if count is None else spread(self._total, count)
 
@@ -312,13 +313,13 @@ class Windows:
         return self._total if self._places is None else len(self._places)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each int64 (B, block); a target is the token after its input."""
-        windows = np.empty((len(indices), self.block + 1), dtype=np.int64)  # (B, block + 1)
+        """Inputs and targets, each int64 (B, block_size); a target is the token after its input."""
+        windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)  # (B, block_size + 1)
         for row, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index} of {len(self)}")
-            start = int(index if self._places is None else self._places[index]) * self.block
-            windows[row] = self.stream.slice(start, start + self.block + 1)
+            start = int(index if self._places is None else self._places[index]) * self.block_size
+            windows[row] = self.stream.slice(start, start + self.block_size + 1)
         tokens = torch.from_numpy(windows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

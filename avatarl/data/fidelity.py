@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from avatarl.data.readers import Piece
-from avatarl.outside import refusing
+from avatarl.untrusted import refusing
 
 # Decoding takes about as long as encoding. So much is always decoded, and of a longer text a part that lies spread.
 DECODED_CHARACTERS, DECODED_SHARE = 1_000_000, 1 / 32

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from avatarl.errors import UserError
-from avatarl.outside import read_json
+from avatarl.untrusted import read_json
 
 LARGEST_TOKENIZER_BYTES = 1 << 28
 MOST_STEPS = 64

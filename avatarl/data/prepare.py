@@ -30,7 +30,7 @@ from avatarl.data.tokenizer import (
 )
 from avatarl.data.unfinished import all_or_nothing
 from avatarl.errors import UserError
-from avatarl.outside import check_place
+from avatarl.untrusted import check_place
 
 DEFAULT_TOKENIZER = "bpe:4096"
 

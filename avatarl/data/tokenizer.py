@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from avatarl.data.growth import PROBE, check_growth
 from avatarl.errors import UserError
 from avatarl.hub import require_on_hub
-from avatarl.outside import check_library_folder, refusing
+from avatarl.untrusted import check_library_folder, refusing
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 256 + 1  # every byte, and the end of a text
@@ -259,7 +259,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Open a tokenizer folder or a Hub id, and have it encode and decode a few words before it is believed.
 
     Raises:
-        Exception: of many kinds, Rust's panics among them; callers use :func:`avatarl.outside.refusing`.
+        Exception: of many kinds, Rust's panics among them; callers use :func:`avatarl.untrusted.refusing`.
     """
     if os.path.isdir(name):
         check_library_folder(Path(name))

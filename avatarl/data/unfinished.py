@@ -18,7 +18,7 @@ from avatarl.data.dataset import MANIFEST, TOKENIZER_FOLDER, file_record, read_m
 from avatarl.durable import remove
 from avatarl.errors import RunFailed, RunStopped, UserError
 from avatarl.lock import LOCK, RunLock
-from avatarl.outside import refusing
+from avatarl.untrusted import refusing
 
 STOPPED = "stopped, and nothing is left of it; the same command begins anew"
 PATIENCE_SECONDS = 1.0

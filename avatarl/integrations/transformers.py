@@ -29,7 +29,7 @@ from avatarl.objective import (
     make_objective,
 )
 from avatarl.objective.config import require_choice
-from avatarl.outside import refusing
+from avatarl.untrusted import refusing
 
 from .batch import IGNORED, SPLITS, ask, count_valid, labels_of, last_hidden_of, name_of, reads_of, targets_of
 
@@ -42,19 +42,19 @@ Critic = PreTrainedModel | CriticCache | str | Path
 class PreparedWindows(Dataset):
     """The windows of a prepared folder as Trainer reads them; two neighbours share a token, which the first predicts.
 
-    An item holds ``input_ids`` and ``labels``, the same (block + 1,) int64, and ``window``, (2,) int64, the number of
-    the split and of the window in it.
+    An item holds ``input_ids`` and ``labels``, the same (block_size + 1,) int64, and ``window``, (2,) int64, the number
+    of the split and of the window in it.
     """
 
-    def __init__(self, data: PreparedData, split: str, block: int):
-        """Cut a split, ``train`` or ``valid``, into windows of ``block`` predictions.
+    def __init__(self, data: PreparedData, split: str, block_size: int):
+        """Cut a split, ``train`` or ``valid``, into windows of ``block_size`` predictions.
 
         Raises:
             UserError: There is no such split, or it is too short for one window.
         """
         require_choice("split", split, SPLITS)
         self.split = split
-        self.windows = Windows(data.train if split == "train" else data.valid, block)
+        self.windows = Windows(data.train if split == "train" else data.valid, block_size)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -168,7 +168,7 @@ class AvataRLTrainer(Trainer):
 
     def _load(self, critic: str) -> PreTrainedModel:
         if is_cache(critic):
-            raise UserError(f"critic {critic} is a cache; expected CriticCache.open({critic!r}, data, block)")
+            raise UserError(f"critic {critic} is a cache; expected CriticCache.open({critic!r}, data, block_size)")
         if critic.startswith("ema:"):
             raise UserError(
                 f"critic {critic} is an average of the player, which Trainer does not keep; expected a model, or "

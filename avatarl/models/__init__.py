@@ -1,23 +1,15 @@
 """Players, the models that learn, and critics, the frozen ones that judge. Both are transformers models."""
 
-from .counting import ParameterCount, count_parameters, forward_flops_per_token, training_flops_per_token
-from .critic_cache import CriticCache, cache_critic
-from .critics import check_same_vocabulary, load_critic
-from .loading import load_model, load_tokenizer
-from .players import PRESETS, PlayerConfig, build_player
+from avatarl.lazy import lazy_exports
 
-__all__ = [
-    "PRESETS",
-    "CriticCache",
-    "ParameterCount",
-    "PlayerConfig",
-    "build_player",
-    "cache_critic",
-    "check_same_vocabulary",
-    "count_parameters",
-    "forward_flops_per_token",
-    "load_critic",
-    "load_model",
-    "load_tokenizer",
-    "training_flops_per_token",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "config": ("PRESETS", "PlayerConfig"),
+        "counting": ("ParameterCount", "count_parameters", "forward_flops_per_token", "training_flops_per_token"),
+        "critic_cache": ("CriticCache", "cache_critic"),
+        "critics": ("check_same_vocabulary", "load_critic"),
+        "loading": ("load_model", "load_tokenizer"),
+        "players": ("build_player",),
+    },
+)

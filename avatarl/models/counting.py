@@ -36,17 +36,17 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
     return ParameterCount(sum(unique.values()), sum(embedding.values()))
 
 
-def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
-    """Floating-point operations of one forward pass per token, head included, in sequences of ``block`` tokens.
+def forward_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
+    """Floating-point operations of one forward pass per token, head included, in sequences of ``block_size`` tokens.
 
     Two per weight of every matrix that multiplies, as often as it does, plus causal attention where the model really
-    has it: scores and weighted values cost four per channel and earlier token, and a token has (block + 1) / 2 of those
-    on average; a window that attention is confined to is not subtracted. Norms, activations, scans of state-space
+    has it: scores and weighted values cost four per channel and earlier token, and a token has (block_size + 1) / 2 of
+    those on average; a window that attention is confined to is not subtracted. Norms, activations, scans of state-space
     layers and the softmax over the vocabulary are left out, as is usual (Kaplan et al., 2020, appendix B). Of experts,
     which lie stacked in one weight, a token meets ``num_experts_per_tok``.
     """
     met = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    rows, per_pair = _tried(model, block)
+    rows, per_pair = _tried(model, block_size)
     products = 0
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -57,16 +57,16 @@ def forward_flops_per_token(model: PreTrainedModel, block: int) -> int:
                 is_stack = met and weight.dim() == 3 and not isinstance(module, nn.Conv1d)
                 if weight.dim() > 1 and not name.endswith("bias"):
                     products += weight.numel() * met // len(weight) if is_stack else weight.numel()
-    return 2 * products + per_pair * (block + 1) // 2
+    return 2 * products + per_pair * (block_size + 1) // 2
 
 
 @torch.no_grad()
-def _tried(model: PreTrainedModel, block: int) -> tuple[dict[nn.Module, int], int]:
+def _tried(model: PreTrainedModel, block_size: int) -> tuple[dict[nn.Module, int], int]:
     """How often each matrix multiplies a token, and what a pair of tokens costs in attention: of a short forward pass.
 
     Configurations name neither: hybrids attend in some layers only, and some models go through their layers again.
     """
-    length = min(TRIED_TOKENS, block)
+    length = min(TRIED_TOKENS, block_size)
     rows: Counter[nn.Module] = Counter()
 
     def count(matrix: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
@@ -108,6 +108,6 @@ def _products(matrix: nn.Linear | Conv1D) -> int:
     return matrix.nx * matrix.nf if isinstance(matrix, Conv1D) else matrix.in_features * matrix.out_features
 
 
-def training_flops_per_token(model: PreTrainedModel, block: int) -> int:
+def training_flops_per_token(model: PreTrainedModel, block_size: int) -> int:
     """Forward and backward: three times :func:`forward_flops_per_token`. A critic adds one forward pass of its own."""
-    return 3 * forward_flops_per_token(model, block)
+    return 3 * forward_flops_per_token(model, block_size)

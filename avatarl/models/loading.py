@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from avatarl.data.tokenizer import open_tokenizer
 from avatarl.errors import UserError
 from avatarl.hub import require_on_hub
-from avatarl.outside import check_library_folder, read_json, refusing
+from avatarl.untrusted import check_library_folder, read_json, refusing
 
 from .quantisation import QUANTISERS, is_quantised, plain_tensors, quantisation_options
 
@@ -263,16 +263,16 @@ def check_model(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def check_window(model: PreTrainedModel, block: int, name: str) -> None:
-    """Refuse a model that cannot read a window of ``block`` tokens.
+def check_window(model: PreTrainedModel, block_size: int, name: str) -> None:
+    """Refuse a model that cannot read a window of ``block_size`` tokens.
 
     Not every architecture says how many it reads, so it is tried.
 
     Raises:
         UserError: naming what it says of such a window.
     """
-    window = (torch.arange(block, device=model.device) % len(model.get_input_embeddings().weight)).unsqueeze(0)
-    with evaluating(model), refusing(f"{name} cannot read a window of {block} tokens: "):
+    window = (torch.arange(block_size, device=model.device) % len(model.get_input_embeddings().weight)).unsqueeze(0)
+    with evaluating(model), refusing(f"{name} cannot read a window of {block_size} tokens: "):
         last_hidden(model, window)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from avatarl.errors import UserError, nearest_name
-from avatarl.objective.config import require_kinds
 
+from .config import PRESETS, PlayerConfig
 from .loading import (
     check_implementations,
     check_loss,
@@ -24,92 +23,46 @@ from .loading import (
 )
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The size of a decoder; feed-forward width is that of a gated (SwiGLU) layer."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-
-
-# As Llama with tied embeddings. `1m` and `5m` name the parameters outside the embedding (1,004,928 and 4,967,680), the
-# others all parameters with GPT-2's 50,257 tokens, as the article counts (29,920,512; 123,551,232; 250,726,400).
-PRESETS = {
-    "1m": Shape(hidden_size=128, num_hidden_layers=5, num_attention_heads=4, intermediate_size=352),
-    "5m": Shape(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=736),
-    "30m": Shape(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024),
-    "124m": Shape(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048),
-    "250m": Shape(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, intermediate_size=2688),
-}
-
-
-@dataclass(frozen=True)
-class PlayerConfig:
-    """Which model to build.
+def build_player(
+    config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
+) -> PreTrainedModel:
+    """A player in float32; its random weights depend on ``config``, vocabulary, ``block_size`` and ``seed`` alone.
 
     Args:
-        preset: The size, one of ``1m``, ``5m``, ``30m``, ``124m``, ``250m``.
-        architecture: A causal language model of the transformers library by its model type: llama, gpt2, qwen3, …
-        settings: Fields of that architecture's configuration that replace the preset's, as
-            ``{"attention_dropout": 0.1}``.
-    """
-
-    preset: str = "1m"
-    architecture: str = "llama"
-    settings: dict[str, int | float | bool | str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        require_kinds(self, "player.")
-        if self.preset not in PRESETS:
-            raise UserError(
-                f"player.preset is {self.preset!r}; expected one of {', '.join(PRESETS)}"
-                f"{nearest_name(self.preset, PRESETS)}"
-            )
-        if self.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise UserError(
-                f"player.architecture is {self.architecture!r}; expected a causal language model of transformers, such "
-                f"as llama, gpt2 or qwen3{nearest_name(self.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
-            )
-
-
-def build_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int, seed: int) -> PreTrainedModel:
-    """A player in float32 with random weights that depend on ``config``, the vocabulary, ``block`` and ``seed`` alone.
-
-    Args:
-        block: The longest sequence it must read, tokens.
+        block_size: The longest sequence it must read, tokens.
 
     Raises:
-        UserError: The architecture does not know a setting, cannot be built with it or cannot read ``block`` tokens
-            then, adds to its own loss, or its logits are not ``hidden @ head.T``.
+        UserError: The architecture does not know a setting, cannot be built with it or cannot read ``block_size``
+            tokens then, adds to its own loss, or its logits are not ``hidden @ head.T``.
     """
     name = f"player.architecture {config.architecture!r}"
     with explaining(config):
-        player = random_player(config, tokenizer, block, seed)
+        player = random_player(config, tokenizer, block_size, seed)
         check_model(player, name)
-        check_size(player, len(tokenizer), block)
+        check_size(player, len(tokenizer), block_size)
         check_loss(player, f"{name}: player.settings")
-        check_window(player, block, f"{name} with player.settings {config.settings}")
+        check_window(player, block_size, f"{name} with player.settings {config.settings}")
     return player
 
 
-def random_player(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int, seed: int) -> PreTrainedModel:
+def random_player(
+    config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
+) -> PreTrainedModel:
     """What :func:`build_player` builds, before anything is asked of it."""
     with torch.random.fork_rng(devices=[]):
-        model_config = _model_config(config, tokenizer, block)
+        model_config = _model_config(config, tokenizer, block_size)
         torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
         return model_from_config(model_config)
 
 
-def player_shape(config: PlayerConfig, vocab_size: int, block: int) -> PreTrainedConfig:
+def player_shape(config: PlayerConfig, vocab_size: int, block_size: int) -> PreTrainedConfig:
     """The architecture's configuration that :func:`build_player` takes for a vocabulary of ``vocab_size`` tokens.
 
     Raises:
         UserError: The architecture does not know a setting or refuses its value.
     """
     with explaining(config):
-        return _model_config(config, _Vocabulary(vocab_size), block)
+        return _model_config(config, _Vocabulary(vocab_size), block_size)
 
 
 def model_from_config(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -143,18 +96,25 @@ def explaining(config: PlayerConfig) -> Iterator[None]:
         ) from error
 
 
-def check_size(player: PreTrainedModel, vocabulary: int, block: int) -> None:
+def check_size(player: PreTrainedModel, vocabulary: int, block_size: int) -> None:
     """Refuse settings that leave tokens without an embedding or positions without a place."""
     rows = head_weight(player).shape[0]
     if rows < vocabulary:
         raise UserError(f"player.settings: vocab_size is {rows}; expected at least the tokenizer's {vocabulary}")
     longest = longest_sequence(player)
-    if longest is not None and longest < block:
-        raise UserError(f"player.settings: max_position_embeddings is {longest}; expected at least block, {block}")
+    if longest is not None and longest < block_size:
+        raise UserError(
+            f"player.settings: max_position_embeddings is {longest}; expected at least block_size, {block_size}"
+        )
 
 
-def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block: int):
+def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int):
     """The preset's shape in the words of the architecture."""
+    if config.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"player.architecture is {config.architecture!r}; expected a causal language model of transformers, such "
+            f"as llama, gpt2 or qwen3{nearest_name(config.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        )
     shape = PRESETS[config.preset]
     template = AutoConfig.for_model(config.architecture)
     if template.is_encoder_decoder or template.get_text_config() is not template:
@@ -166,7 +126,7 @@ def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, bloc
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
         "num_attention_heads": shape.num_attention_heads,
-        "max_position_embeddings": block,
+        "max_position_embeddings": block_size,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from avatarl.errors import UserError, nearest_name
-from avatarl.outside import refusing
+from avatarl.untrusted import refusing
 
 # The methods that run on a CPU too, where they are tested, by the package that each is in; with settings as an example.
 QUANTISERS = {

@@ -1,27 +1,17 @@
 """The method: rewards for a few candidate tokens, and the losses made of them. Pure torch."""
 
-from . import baselines as baselines
-from .config import AvataRLConfig, BaselineConfig
-from .fused import linear_avatarl_loss, linear_objective_loss
-from .losses import AvataRL, avatarl_loss
-from .protocol import OBJECTIVES, Objective, make_objective, objective_loss
-from .rewards import RewardLandscape, reward_landscape
-from .schedule import Scheduled
-from .stored import StoredCritic
+from avatarl.lazy import lazy_exports
 
-__all__ = [
-    "OBJECTIVES",
-    "AvataRL",
-    "AvataRLConfig",
-    "BaselineConfig",
-    "Objective",
-    "RewardLandscape",
-    "Scheduled",
-    "StoredCritic",
-    "avatarl_loss",
-    "linear_avatarl_loss",
-    "linear_objective_loss",
-    "make_objective",
-    "objective_loss",
-    "reward_landscape",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "config": ("AvataRLConfig", "BaselineConfig"),
+        "fused": ("linear_avatarl_loss", "linear_objective_loss"),
+        "losses": ("AvataRL", "avatarl_loss"),
+        "baselines": ("OBJECTIVES", "make_objective"),
+        "protocol": ("Objective", "objective_loss"),
+        "rewards": ("RewardLandscape", "reward_landscape"),
+        "schedule": ("Scheduled",),
+        "stored": ("StoredCritic",),
+    },
+)

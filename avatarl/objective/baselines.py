@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from .losses import RewardedObjective
+from .protocol import OBJECTIVES as OBJECTIVES
 from .protocol import Objective, Policy, Rows, Scores, register
+from .protocol import make_objective as make_objective
 from .schedule import distillation_shares, entropy_coef
 from .stored import StoredCritic
 

@@ -26,11 +26,11 @@ from avatarl.models.critic_cache import RecordFormat
 from avatarl.models.players import check_size, explaining, model_from_config
 from avatarl.objective import StoredCritic, kernels, make_objective
 from avatarl.objective.fused import chunked
-from avatarl.outside import refusing
 from avatarl.training.config import TrainConfig
 from avatarl.training.optim import Optimisers, build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
 from avatarl.training.rewarded_player import FrozenModel, RewardedPlayer
+from avatarl.untrusted import refusing
 
 PLAYERS_ACTIVATIONS, CRITICS_ACTIVATIONS = "player's activations", "critics' activations"
 # The parts of memory, in the order of a plan.
@@ -103,7 +103,7 @@ def dry_run(
         device_type: ``cpu`` or ``cuda``: whose chunks of logits are held.
 
     Raises:
-        UserError: The player is too small for the vocabulary or ``block``, a model cannot be built or run with its
+        UserError: The player is too small for the vocabulary or ``block_size``, a model cannot be built or run with its
             sizes, or what it does depends on its data in a way that cannot be known without computing.
     """
     live = LiveBytes()
@@ -114,7 +114,7 @@ def dry_run(
         live.part = "weights"
         with explaining(config.player):
             player = model_from_config(player_config)
-            check_size(player, vocab_size, config.block)
+            check_size(player, vocab_size, config.block_size)
         live.part = "critics"
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         asked = []
@@ -127,11 +127,11 @@ def dry_run(
         player_name = f"player.architecture {config.player.architecture!r}"
         player_settings = f" (player.settings {config.player.settings})"
         with _planning(player_name, player_settings):
-            player_flops = forward_flops_per_token(player, config.block)
+            player_flops = forward_flops_per_token(player, config.block_size)
         critic_flops = []
         for name, critic in zip(config.critics, asked, strict=False):
             with _planning(f"critic {name}"):
-                critic_flops.append(forward_flops_per_token(critic.model, config.block) if critic else 0)
+                critic_flops.append(forward_flops_per_token(critic.model, config.block_size) if critic else 0)
         objective = make_objective(config.objective, config.avatarl, config.baseline)
         live.part = "snapshot"
         snapshot = FrozenModel(model_from_config(player_config)) if objective.needs_snapshot else None
@@ -139,7 +139,7 @@ def dry_run(
         _follow_parts(live, player, [*critics, *([snapshot] if snapshot else [])])
 
         live.part = "batches"
-        tokens = torch.zeros(windows, config.block, dtype=torch.int64)
+        tokens = torch.zeros(windows, config.block_size, dtype=torch.int64)
         draws = torch.zeros(tokens.numel(), objective.num_draws) if objective.num_draws else None
         formats = [shape for shape in critic_configs if isinstance(shape, RecordFormat)]
         stored = [empty_record(form, tokens) for form in formats]

@@ -17,9 +17,9 @@ from avatarl.training.config import TrainConfig
 from avatarl.training.processes import Processes
 from avatarl.training.schedule import Schedules
 
+from .assumptions import critic_shape, data_facts
 from .dry_run import DryRun, dry_run
 from .hardware import Hardware, find_hardware
-from .suppositions import critic_shape, data_facts
 
 # The share of a device's peak FLOP/s that a run is supposed to reach, counting the models' FLOPs alone. Small models on
 # large GPUs stay below it, large ones in compiled code come above; the first lines of a run tell.
@@ -147,7 +147,7 @@ def plan(
     objective = make_objective(config.objective, config.avatarl, config.baseline)
     critic_names = config.critics if objective.needs_critic else []
     critics = [critic_shape(name, vocab_size, config, critic_preset, recipe, warnings) for name in critic_names]
-    stand_in = player_shape(PlayerConfig(settings=_STAND_IN), vocab_size, config.block)
+    stand_in = player_shape(PlayerConfig(settings=_STAND_IN), vocab_size, config.block_size)
     stored = [(critic.num_top, critic.num_draws) for critic in critics if isinstance(critic, RecordFormat)]
     start_steps = [parse_ema_critic(name)[1] if name.startswith("ema:") else 0 for name in critic_names]
     try:
@@ -160,7 +160,7 @@ def plan(
     precision = hardware.precision(config.precision)
     if precision not in hardware.flops:
         raise UserError(f"precision is {precision!r}, which {hardware.name} has not natively; expected fp32 or auto")
-    shape = player_shape(config.player, vocab_size, config.block)
+    shape = player_shape(config.player, vocab_size, config.block_size)
     shapes = [critic or stand_in for critic in critics]
     averaged = [name.startswith("ema:") for name in critic_names]
     step = dry_run(config, shape, shapes, averaged, vocab_size, windows, micro_batches, precision, hardware.kind)
@@ -168,9 +168,9 @@ def plan(
     if not any(critics):  # what stood in for them is none of the run's
         memory["critics"] = memory["critics' activations"] = 0
 
-    tokens = steps * config.windows_per_step * config.block
+    tokens = steps * config.windows_per_step * config.block_size
     critic_flops = sum(
-        schedules.steps_of(place) * config.windows_per_step * config.block * step.critic_flops[place]
+        schedules.steps_of(place) * config.windows_per_step * config.block_size * step.critic_flops[place]
         for place, critic in enumerate(critics)
         if critic
     )
@@ -206,7 +206,7 @@ def share_of_step(config: TrainConfig, processes: int) -> tuple[int, int]:
         UserError: The processes cannot share a step's windows evenly.
     """
     share = len(Processes(count=processes).share(range(config.windows_per_step)))
-    passes = math.ceil(share / config.batch_windows)
+    passes = math.ceil(share / config.micro_batch_size)
     return math.ceil(share / passes), passes
 
 

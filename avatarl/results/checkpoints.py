@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from avatarl.data import PreparedData
 from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig, build_player, load_tokenizer
-from avatarl.outside import refusing
 from avatarl.places import CONFIG, require_found
-from avatarl.training.folder.checkpoint import (
+from avatarl.run_dir.checkpoint import (
     CHECKPOINTS,
     damage_of,
     is_complete,
@@ -20,8 +19,9 @@ from avatarl.training.folder.checkpoint import (
     step_folder,
     steps_found,
 )
-from avatarl.training.folder.model_card import write_model_folder
-from avatarl.training.folder.tensors import load_player, tensors_of_model
+from avatarl.run_dir.model_card import write_model_folder
+from avatarl.run_dir.tensors import load_player, tensors_of_model
+from avatarl.untrusted import refusing
 
 from .runs import read_settings
 
@@ -81,7 +81,7 @@ def write_checkpoint_model(run: Path, checkpoint: Path, out: Path) -> None:
     settings = read_settings(run)
     tokenizer = _tokenizer_of(run, settings)
     with refusing(f"{run / CONFIG} is not what a run writes (", ")"):
-        player = build_player(PlayerConfig(**settings["player"]), tokenizer, settings["block"], seed=0)
+        player = build_player(PlayerConfig(**settings["player"]), tokenizer, settings["block_size"], seed=0)
     with refusing(f"{checkpoint} holds no player of this run (", ")"):
         load_player([checkpoint / name for name in read_manifest(checkpoint)["files"]], player)
     write_model_folder(out, player, tensors_of_model(player), tokenizer, pages={})

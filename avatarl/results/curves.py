@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from avatarl.inert import visible
+from avatarl.sanitise import visible
 
 from .runs import number_of, read_metrics
 

@@ -45,7 +45,7 @@ def evaluate(
     critic: str | Sequence[str] | None = None,
     avatarl: AvataRLConfig | None = None,
     split: str = "valid",
-    block: int | None = None,
+    block_size: int | None = None,
     max_windows: int | None = None,
     device: str = "auto",
 ) -> dict:
@@ -57,7 +57,7 @@ def evaluate(
         critic: A critic or its cache, or several: adds ``rewards``, the metrics of the AvataRL objective.
         avatarl: Settings of those rewards; the article's when None.
         split: ``valid`` or ``train``.
-        block: Tokens in a window; the model's own context when None.
+        block_size: Tokens in a window; the model's own context when None.
         max_windows: Look at the first so many windows only.
         device: ``cpu``, ``cuda`` or ``auto``.
 
@@ -66,7 +66,7 @@ def evaluate(
         None bits_per_byte_missing says why), top1_accuracy and top16_accuracy, expected_calibration_error with its
         reliability table (bins of equal width over the top token's probability), top16_calibration_error with its
         top16_reliability (the same of the 16 most likely tokens, each a forecast of its own, in bins of halving
-        width), tokens, bytes, windows, block, split, and with a critic ``rewards`` and ``reward_settings``.
+        width), tokens, bytes, windows, block_size, split, and with a critic ``rewards`` and ``reward_settings``.
 
     Raises:
         UserError: The model, data or critic cannot be used, or do not fit each other.
@@ -78,11 +78,11 @@ def evaluate(
     chosen = pick_device(device)
     player = load_model(model, torch.float32, chosen)
     check_rows(player, tokenizer, str(model))
-    block = context_length(player) if block is None else block
-    require_whole("block", block, minimum=1)
+    block_size = context_length(player) if block_size is None else block_size
+    require_whole("block_size", block_size, minimum=1)
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
     critics = [
-        CriticCache.open(name, prepared, block, splits=[split])
+        CriticCache.open(name, prepared, block_size, splits=[split])
         if is_cache(name)
         else load_critic(name, tokenizer, device=chosen)
         for name in critic_names
@@ -97,11 +97,11 @@ def evaluate(
 
     for name, opened in zip([model, *critic_names], [player, *critics], strict=True):
         longest = None if isinstance(opened, CriticCache) else longest_sequence(opened)
-        if longest is not None and longest < block:
-            raise UserError(f"block is {block}; expected at most {longest}, what {name} was made to read")
+        if longest is not None and longest < block_size:
+            raise UserError(f"block_size is {block_size}; expected at most {longest}, what {name} was made to read")
         if not isinstance(opened, CriticCache):
-            check_window(opened, block, name)
-    windows = Windows(prepared.train if split == "train" else prepared.valid, block)
+            check_window(opened, block_size, name)
+    windows = Windows(prepared.train if split == "train" else prepared.valid, block_size)
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     require_whole("max_windows", count, minimum=1)
 
@@ -128,18 +128,18 @@ def evaluate(
                     targets,
                     config,
                     vocab_size=len(tokenizer),
-                    num_valid=count * block,
+                    num_valid=count * block_size,
                     uniforms=torch.rand(targets.numel(), 1, generator=draws).to(chosen),
                 )
                 for name, value in metrics.items():
                     rewards[name] = rewards.get(name, 0.0) + value.item()
     positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
     if unknown := int(positions.cross_entropy.isnan().sum()):
-        raise UserError(f"{model}: its logits are NaN at {unknown:,} of {count * block:,} positions")
+        raise UserError(f"{model}: its logits are NaN at {unknown:,} of {count * block_size:,} positions")
     if math.isnan(rewards.get("loss", 0.0)):
         raise UserError(f"critic {', '.join(critic_names)}: logits are NaN in the {count:,} windows")
-    num_bytes = prepared.text_bytes(split, 1, count * block + 1, tokenizer)  # windows lie one after the other
-    result = summarise(positions, num_bytes) | {"windows": count, "block": block, "split": split}
+    num_bytes = prepared.text_bytes(split, 1, count * block_size + 1, tokenizer)  # windows lie one after the other
+    result = summarise(positions, num_bytes) | {"windows": count, "block_size": block_size, "split": split}
     if not num_bytes:
         unknown = f"{data} was prepared before the bytes of such tokens were kept; prepare it anew"
         result["bits_per_byte_missing"] = unknown if num_bytes is None else "the targets stand for no text"
@@ -247,5 +247,7 @@ def context_length(model) -> int:
     """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not length:
-        raise UserError("block is not given and the model's configuration states no context length; give block")
+        raise UserError(
+            "block_size is not given and the model's configuration states no context length; give block_size"
+        )
     return length

@@ -16,7 +16,7 @@ from avatarl.errors import UserError, nearest_name
 from avatarl.hub import require_on_hub
 from avatarl.models import load_model, load_tokenizer
 from avatarl.models.loading import check_rows
-from avatarl.outside import refusing
+from avatarl.untrusted import refusing
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

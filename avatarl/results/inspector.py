@@ -25,15 +25,15 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from avatarl.data.tokenizer import encode_texts, encode_with_bytes, end_of_text_id
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.inert import visible
 from avatarl.models import load_critic, load_model, load_tokenizer
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence, resolve_model
 from avatarl.objective import AvataRL, AvataRLConfig, RewardLandscape, reward_landscape
 from avatarl.objective.critics import proposals
 from avatarl.objective.protocol import Rows
-from avatarl.outside import read_regular_file, refusing
 from avatarl.places import CONFIG, require_found
+from avatarl.sanitise import visible
+from avatarl.untrusted import read_regular_file, refusing
 
 from .evaluate import context_length
 from .runs import read_settings
@@ -149,7 +149,7 @@ class Inspector:
         self.names = tuple(names)
         self.shown = cache(partial(shown_token, tokenizer))
         limits = [longest_sequence(critic) for critic in critics]
-        self.block = min([context_length(player), *(limit for limit in limits if limit is not None)])
+        self.block_size = min([context_length(player), *(limit for limit in limits if limit is not None)])
 
     @classmethod
     def open(
@@ -211,9 +211,9 @@ class Inspector:
         return Inspection(self.names[0], self.names[1:], self.config, tuple(positions), summary, tuple(answers), texts)
 
     def _windows(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Windows of at most ``block`` + 1 tokens, each beginning with the last one of the window before."""
-        for start in range(0, len(ids) - 1, self.block):
-            yield torch.tensor(ids[start : start + self.block + 1], device=self.player.device)
+        """Windows of at most ``block_size`` + 1 tokens, each beginning with the last one of the window before."""
+        for start in range(0, len(ids) - 1, self.block_size):
+            yield torch.tensor(ids[start : start + self.block_size + 1], device=self.player.device)
 
     @torch.no_grad()
     def _judge(self, window: Tensor) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:

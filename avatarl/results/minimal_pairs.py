@@ -23,7 +23,7 @@ from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.models import load_model, load_tokenizer
 from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
-from avatarl.outside import parse_json
+from avatarl.untrusted import parse_json
 
 from .evaluate import score_positions
 

@@ -15,9 +15,9 @@ from rich.text import Text
 from avatarl.console import Console
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
-from avatarl.inert import one_line
 from avatarl.objective import AvataRLConfig
-from avatarl.outside import refusing
+from avatarl.sanitise import one_line
+from avatarl.untrusted import refusing
 
 from .inspector import Action, Answers, Inspection
 from .pages import read_source, render_page

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.inert import one_line
 from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
 from avatarl.models.loading import check_rows
 from avatarl.objective import AvataRLConfig
 from avatarl.objective.config import require_whole
+from avatarl.sanitise import one_line
 
 from .checkpoints import model_of, players_of
 from .evaluate import context_length
@@ -65,7 +65,7 @@ element.addEventListener("keydown", (event) => {
 """
 # The candidates may be below the window; how much of it they take is their style's.
 SHOW = """
-watch("value", () => element.querySelector("h2")?.scrollIntoView({block: "nearest", behavior: "smooth"}));
+watch("value", () => element.querySelector("h2")?.scrollIntoView({block_size: "nearest", behavior: "smooth"}));
 """
 
 

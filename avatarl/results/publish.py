@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from avatarl.errors import RunFailed, UserError
-from avatarl.inert import one_line
 from avatarl.models.loading import check_rows, load_model, load_tokenizer, resolve_model
+from avatarl.sanitise import one_line
 
 
 def push_to_hub(model: str | Path, repo: str, private: bool = False) -> str:

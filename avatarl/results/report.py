@@ -21,10 +21,10 @@ from avatarl.data.dataset import read_manifest
 from avatarl.device import pick_device
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
-from avatarl.inert import one_line
 from avatarl.objective.config import require_whole
-from avatarl.outside import check_writable, refusing
 from avatarl.places import CONFIG, require_found
+from avatarl.sanitise import one_line
+from avatarl.untrusted import check_writable, refusing
 from avatarl.version import __version__
 
 from .charts import CHARTED, MOST_POINTS, Style, chart_data, reliability_data
@@ -104,13 +104,13 @@ def report(
         read_manifest(Path(data))
     findings = [_find_data(run, data) for run in opened]
     if evaluate:
-        block = _common_block(opened)
+        block_size = _common_block_size(opened)
         prompts = _default_prompts(findings) if prompts is None else list(prompts)
         for run, found in zip(opened, findings, strict=True):
             if not quiet:
                 print(f"{run.name}: {found.trouble or 'evaluating and sampling'}", file=sys.stderr, flush=True)
             if not found.trouble:
-                _examine(run, found, block, max_windows, prompts, sample_tokens, device)
+                _examine(run, found, block_size, max_windows, prompts, sample_tokens, device)
     values = _values(opened, findings, chosen, prompts if evaluate else [], evaluate)
     content = _page(values) if out.suffix == ".html" else render_markdown("report.md", **values)
     with refusing(f"out is {out}, which cannot be written (", ")"):
@@ -161,9 +161,9 @@ def _find_data(run: Run, given: str | Path | None) -> Findings:
     return found
 
 
-def _common_block(runs: Sequence[Run]) -> int | None:
+def _common_block_size(runs: Sequence[Run]) -> int | None:
     """The shortest context of the runs, so that all are evaluated on the same windows; None where none says."""
-    blocks = [block for run in runs if type(block := run.settings.get("block")) is int]
+    blocks = [block_size for run in runs if type(block_size := run.settings.get("block_size")) is int]
     return min(blocks, default=None)
 
 
@@ -181,7 +181,7 @@ def _default_prompts(findings: Sequence[Findings]) -> list[str]:
 def _examine(
     run: Run,
     found: Findings,
-    block: int | None,
+    block_size: int | None,
     max_windows: int,
     prompts: Sequence[str],
     sample_tokens: int,
@@ -189,7 +189,9 @@ def _examine(
 ) -> None:
     """Evaluate a run's best player, and let it continue the prompts."""
     try:
-        found.evaluation = evaluate_model(run.folder, found.data, block=block, max_windows=max_windows, device=device)
+        found.evaluation = evaluate_model(
+            run.folder, found.data, block_size=block_size, max_windows=max_windows, device=device
+        )
         for prompt in prompts:
             (text,) = generate(run.folder, prompt, max_new_tokens=sample_tokens, device=device)
             found.samples.append(text)

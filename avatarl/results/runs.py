@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from avatarl.errors import UserError
-from avatarl.inert import one_line
-from avatarl.outside import parse_json, read_json, refusing
 from avatarl.places import CONFIG, ENVIRONMENT, located
 from avatarl.places import read_settings as settings_in
+from avatarl.run_dir.identity import flatten
+from avatarl.run_dir.log import METRICS
+from avatarl.sanitise import one_line
 from avatarl.training.config import idle_settings
-from avatarl.training.folder.identity import flatten
-from avatarl.training.folder.log import METRICS
+from avatarl.untrusted import parse_json, read_json, refusing
 
 LONGEST_LINE = 1 << 20
 LARGEST_NUMBER = 1e30  # far beyond what a run logs, and far below where the arithmetic of axes overflows

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from avatarl.inert import one_line
+from avatarl.sanitise import one_line
 
 from .runs import LARGEST_NUMBER, Run, same_data, same_rewards, sizes_of_record
 
@@ -231,7 +231,7 @@ def _of_log(run: Run) -> dict[str, float]:
 
 def _validated_alike(run: Run, other: Run) -> bool:
     """Whether two runs' own evaluations read the same tokens."""
-    settings = ("block", "eval_windows")
+    settings = ("block_size", "eval_windows")
     return same_data(run, other) and all(run.settings.get(name) == other.settings.get(name) for name in settings)
 
 

@@ -1,6 +1,11 @@
 """One readable loop for every objective, on native PyTorch."""
 
-from .config import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig
-from .trainer import train
+from avatarl.lazy import lazy_exports
 
-__all__ = ["GuardConfig", "OptimConfig", "Schedule", "ScheduleConfig", "TrainConfig", "train"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "config": ("GuardConfig", "OptimConfig", "Schedule", "ScheduleConfig", "TrainConfig"),
+        "trainer": ("train",),
+    },
+)

@@ -182,10 +182,10 @@ class TrainConfig:
         player: Which model to train.
         optim: Optimiser and learning rate.
         guard: Updates that are not taken.
-        block: Tokens in a window.
-        batch_windows: The most windows in one forward pass of a process.
-        accumulate_steps: Forward passes in one optimiser step on one process. Several processes share the step's
-            ``batch_windows · accumulate_steps`` windows.
+        block_size: Tokens in a window.
+        micro_batch_size: The most windows in one forward pass of a process.
+        gradient_accumulation_steps: Forward passes in one optimiser step on one process. Several processes share the
+            step's ``micro_batch_size · gradient_accumulation_steps`` windows.
         steps: Optimiser steps. Give this or ``epochs``.
         epochs: Passes over the training windows. Give this or ``steps``.
         train_windows: Train on so many windows of the training split only, spread evenly over it, the same for every
@@ -222,9 +222,9 @@ class TrainConfig:
     player: PlayerConfig = field(default_factory=PlayerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    block: int = 256
-    batch_windows: int = 16
-    accumulate_steps: int = 1
+    block_size: int = 256
+    micro_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     steps: int | None = None
     epochs: float | None = None
     train_windows: int | None = None
@@ -258,9 +258,9 @@ class TrainConfig:
                 f"{nearest_name(self.objective, OBJECTIVES)}"
             )
         for name in (
-            "block",
-            "batch_windows",
-            "accumulate_steps",
+            "block_size",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
             "eval_every_steps",
             "log_every_steps",
             "checkpoint_every_steps",
@@ -285,7 +285,7 @@ class TrainConfig:
     @property
     def windows_per_step(self) -> int:
         """Windows in one optimiser step."""
-        return self.batch_windows * self.accumulate_steps
+        return self.micro_batch_size * self.gradient_accumulation_steps
 
     def total_steps(self, train_windows: int, taken: int = 0, windows_read: int = 0) -> int:
         """Optimiser steps of the run, given the number of training windows and what of ``epochs`` is done already.

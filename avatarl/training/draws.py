@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def uniform_draws(
-    seed: int, windows: Iterable[int], block: int, samples: int, evaluation: bool = False
+    seed: int, windows: Iterable[int], block_size: int, samples: int, evaluation: bool = False
 ) -> Tensor | None:
-    """Uniform numbers in [0, 1) for each position of each window, float32 (windows · block, samples).
+    """Uniform numbers in [0, 1) for each position of each window, float32 (windows · block_size, samples).
 
     A training window is known by its place in the endless order of training, which fixes step and window at once; an
     evaluation window by its index. None when ``samples`` is 0.
@@ -22,7 +22,7 @@ def uniform_draws(
     # Philox is a counter-based generator: this counter names the window, and no state is carried from one to the next.
     drawn = [
         np.random.Generator(np.random.Philox(key=seed, counter=[0, int(evaluation), int(window), 0])).random(
-            (block, samples), dtype=np.float32
+            (block_size, samples), dtype=np.float32
         )
         for window in windows
     ]

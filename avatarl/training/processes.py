@@ -74,8 +74,8 @@ class Processes:
         """
         if len(windows) % self.count:
             raise UserError(
-                f"batch_windows times accumulate_steps is {len(windows)}, which {self.count} processes cannot share; "
-                f"expected a multiple of {self.count}"
+                f"micro_batch_size times gradient_accumulation_steps is {len(windows)}, which {self.count} processes "
+                f"cannot share; expected a multiple of {self.count}"
             )
         size = len(windows) // self.count
         return windows[self.rank * size : (self.rank + 1) * size]

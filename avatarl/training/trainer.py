@@ -22,13 +22,9 @@ from safetensors import SafetensorError
 from avatarl.console import Console
 from avatarl.errors import RunFailed, RunStopped, UserError
 from avatarl.lock import RunLock
-
-from .assembly import Assembly, Reached, assemble
-from .config import TrainConfig, idle_settings
-from .draws import seed_dropout
-from .folder.checkpoint import STATE, Checkpoints, newest_good_checkpoint, read_manifest
-from .folder.environment import describe_environment
-from .folder.identity import (
+from avatarl.run_dir.checkpoint import STATE, Checkpoints, newest_good_checkpoint, read_manifest
+from avatarl.run_dir.environment import describe_environment
+from avatarl.run_dir.identity import (
     CONFIG,
     changed_identity,
     check_run_folder,
@@ -41,14 +37,18 @@ from .folder.identity import (
     write_resumption,
     write_start,
 )
-from .folder.log import MetricSums, RunLog, without_traceback_of_tensorboard
-from .folder.state import check_state, start_of_run
-from .folder.tensors import load_run, run_state
-from .folder.tracker import check_tracker
+from avatarl.run_dir.log import MetricSums, RunLog, without_traceback_of_tensorboard
+from avatarl.run_dir.state import check_state, start_of_run
+from avatarl.run_dir.tensors import load_run, run_state
+from avatarl.run_dir.tracker import check_tracker
+
+from .artifacts import check_players, describe_folder, leave_evaluation, leave_for_study, write_player
+from .config import TrainConfig, idle_settings
+from .draws import seed_dropout
 from .guard import Guard
 from .optim import clip_gradients
-from .outcome import check_players, describe_folder, leave_evaluation, leave_for_study, write_player
 from .processes import Processes, gradients_are_summed_later, lost_another
+from .setup import Reached, Setup, set_up
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
@@ -88,7 +88,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
     ):
         processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
         processes.ask_main(lambda: check_tracker(config.tracker))
-        parts = assemble(config, processes)
+        parts = set_up(config, processes)
         with _written_by_one_run(run, processes):
             # Once more, now that nobody else can have begun to write it meanwhile.
             changes = processes.ask_main(lambda: check_run_folder(run, config, resume, allow_changes))
@@ -115,7 +115,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
 
 
 def find_checkpoint(
-    run: Path, parts: Assembly, changes: list[str], allow_changes: bool, report: Callable[[str], None]
+    run: Path, parts: Setup, changes: list[str], allow_changes: bool, report: Callable[[str], None]
 ) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, None for the start, and all that has changed since the run was last started.
 
@@ -131,7 +131,7 @@ def find_checkpoint(
     return checkpoint, changes
 
 
-def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard, is_same_run: bool = True) -> dict:
+def load_checkpoint(checkpoint: Path, parts: Setup, guard: Guard, is_same_run: bool = True) -> dict:
     """Put everything back as it was; return how far the run is.
 
     Where settings, data or critics are others, losses and metrics of the steps before say nothing about those to come.
@@ -166,7 +166,7 @@ def load_checkpoint(checkpoint: Path, parts: Assembly, guard: Guard, is_same_run
     return progress
 
 
-def run_steps(parts: Assembly, progress: dict, guard: Guard, stop: StopRequest, quiet: bool) -> dict:
+def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, quiet: bool) -> dict:
     """The loop: from ``progress`` to the end of the run, or to where it is stopped; returns the summary."""
     config, processes, player, total_steps = parts.config, parts.processes, parts.player, parts.total_steps
     run = Path(config.out)

@@ -10,11 +10,11 @@ import torch
 from avatarl.data import Windows, spread
 from avatarl.models import CriticCache
 from avatarl.objective import Scheduled
+from avatarl.run_dir.log import MetricSums
 
 from .batch import Batch
 from .config import TrainConfig
 from .draws import uniform_draws
-from .folder.log import MetricSums
 from .processes import Processes
 from .rewarded_player import RewardedPlayer
 from .schedule import Stage
@@ -48,7 +48,7 @@ class Validation:
             with autocast:
                 _, metrics = model(batch.inputs, batch.targets, 1, batch.draws, batch.stored, batch.scheduled)
             sums.add(metrics)
-        positions = len(self._chosen) * self._config.block / self._processes.count
+        positions = len(self._chosen) * self._config.block_size / self._processes.count
         return {name: value / positions for name, value in sums.over(self._processes).items()}
 
     def _batches(self, stage: Stage, scheduled: Scheduled | None) -> Iterator[Batch]:
@@ -57,12 +57,12 @@ class Validation:
         caches = [self._caches[i] for i in stage.critics if i in self._caches]
         mine = self._chosen[processes.rank :: processes.count]
         most = len(self._chosen[:: processes.count])
-        for start in range(0, most, config.batch_windows):
-            indices = mine[start : start + config.batch_windows]
+        for start in range(0, most, config.micro_batch_size):
+            indices = mine[start : start + config.micro_batch_size]
             is_ignored = len(indices) == 0
             if is_ignored:
                 indices = self._chosen[:1]
-            draws = uniform_draws(config.seed, indices, config.block, stage.objective.num_draws, evaluation=True)
+            draws = uniform_draws(config.seed, indices, config.block_size, stage.objective.num_draws, evaluation=True)
             inputs, targets = self._windows.batch(indices)
             if is_ignored:
                 targets.fill_(IGNORED)

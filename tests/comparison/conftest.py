@@ -16,8 +16,8 @@ from avatarl.comparison.config import Settings, make_run
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
+from avatarl.run_dir.identity import settings_digest, write_start
 from avatarl.training import TrainConfig, train
-from avatarl.training.folder.identity import settings_digest, write_start
 
 from ..conftest import BLOCK, TINY
 
@@ -25,8 +25,8 @@ BASE: dict[str, Any] = {
     "avatarl": {"top_k": 4, "threshold": "none"},
     "player": {"settings": TINY},
     "optim": {"learning_rate": 1e-2, "warmup_steps": 1},
-    "block": BLOCK,
-    "batch_windows": 4,
+    "block_size": BLOCK,
+    "micro_batch_size": 4,
     "steps": 4,
     "precision": "fp32",
     "device": "cpu",

@@ -333,9 +333,9 @@ def test_an_arm_changes_nothing_that_all_share(name: str):
 
 
 def test_a_critic_has_its_own_seed_and_shares_the_rest():
-    given = comparison(critics={"one": {"seed": 7, "cache": {}, "steps": 9}, "two": {"block": 8}})
+    given = comparison(critics={"one": {"seed": 7, "cache": {}, "steps": 9}, "two": {"block_size": 8}})
     assert given.changes_of("critic", "one") == {"steps": 9}
-    with pytest.raises(UserError, match="critic two changes block"):
+    with pytest.raises(UserError, match="critic two changes block_size"):
         given.changes_of("critic", "two")
 
 

@@ -212,7 +212,7 @@ def test_a_cache_is_of_the_windows_that_the_runs_read(compared: Compared, data: 
             "critic": str(out / "critics" / "teacher"),
             "data": str(data.path),
             "out": str(out / "caches" / "teacher"),
-            "block": str(BLOCK),
+            "block_size": str(BLOCK),
             **{name: str(value) for name, value in options.items()},
         }
         expected |= {} if train_windows is None else {"train_windows": "24"}
@@ -230,8 +230,8 @@ def test_a_cache_of_a_critic_that_read_more_is_of_its_pupils_windows(compared: C
 
 
 def test_an_unknown_option_of_a_cache_is_named(compared: Compared, data: PreparedData):
-    comparison = compared(arms={"cross_entropy": {"critic": "t"}}, critics={"t": {"cache": {"block": 3}}})
-    with pytest.raises(UserError, match="critic t: cache.block; expected kind, bytes_per_token, keep_top, seed"):
+    comparison = compared(arms={"cross_entropy": {"critic": "t"}}, critics={"t": {"cache": {"block_size": 3}}})
+    with pytest.raises(UserError, match="critic t: cache.block_size; expected kind, bytes_per_token, keep_top, seed"):
         complete(comparison, data, pretender(data))
 
 

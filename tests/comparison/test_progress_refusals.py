@@ -167,7 +167,10 @@ def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData
     [
         ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "critic": "t"}}, "critics": {"t": {}}}, "stepz"),
         ({"arms": {"cross_entropy": {}, "b": {"stepz": 1, "tuned_as": "cross_entropy"}}, "tuning": TUNING}, "stepz"),
-        ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block": 3}}}}, "cache.block"),
+        (
+            {"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": {"block_size": 3}}}},
+            "cache.block_size",
+        ),
         ({"arms": {"cross_entropy": {"critic": "t"}}, "critics": {"t": {"cache": True}}}, "cache is True"),
         (
             {"arms": {"cross_entropy": {}, "b": {"critic": "t"}}, "critics": {"t": {"cache": {"kind": "sample"}}}},

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from avatarl import UserError
 from avatarl.comparison.measures import read_rows
 from avatarl.comparison.report import curve_data, page_values, write_reports
-from avatarl.inert import OBEYED, one_line
+from avatarl.sanitise import OBEYED, one_line
 
 from ..results.reports import HOSTILE, Page, write_run
 from ..results.test_report_outside import ELEMENTS
@@ -71,7 +71,7 @@ def test_the_settings_are_those_in_which_the_arms_differ(tmp_path: Path):
     assert page.tables["Settings"][""] == ["cross_entropybaseline", "article"]
     assert page.tables["Settings"]["seed"] == ["1", "1"]  # of each arm's first run
     assert "out" not in page.tables["Settings"]  # which differs, and says nothing
-    assert "| objective | `cross_entropy` | avatarl |" in markdown and "| block |" not in markdown
+    assert "| objective | `cross_entropy` | avatarl |" in markdown and "| block_size |" not in markdown
 
 
 def test_page_and_markdown_have_the_same_tables(tmp_path: Path):
@@ -341,7 +341,7 @@ def test_hostile_words_are_code_in_markdown(hostile: Path):
     assert "<script" not in outside and "<b>" not in outside and "&amp;" not in outside
     headings = [line for line in outside.splitlines() if line.startswith("#")]
     assert len(headings) == 7
-    tables = [block for block in outside.split("\n\n") if block.startswith("| ")]
+    tables = [text for text in outside.split("\n\n") if text.startswith("| ")]
     assert len(tables) == 6
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.strip().splitlines()}) == 1

@@ -132,7 +132,7 @@ def test_the_search_decides_by_the_best_evaluation(finished: Finished, data: Pre
 def test_arms_read_the_cache_of_their_windows(finished: Finished):
     out = Path(finished.comparison.out)
     cache = json.loads((out / "caches" / "teacher" / "cache.json").read_text())
-    assert (cache["block"], cache["windows"]["train"], cache["bytes_per_token"]) == (BLOCK, 24, 58)
+    assert (cache["block_size"], cache["windows"]["train"], cache["bytes_per_token"]) == (BLOCK, 24, 58)
     saved = yaml.safe_load((out / "runs" / "pupil" / "seed-1" / "config.yaml").read_text())
     assert saved["critic"] == str(out / "caches" / "teacher") and saved["train_windows"] == 24
 

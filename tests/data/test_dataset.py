@@ -35,14 +35,14 @@ def test_a_slice_beyond_the_stream_is_an_error(stream, start, stop):
         stream.slice(start, stop)
 
 
-@pytest.mark.parametrize(("block", "windows"), [(1, 99), (9, 11), (10, 9), (33, 3), (99, 1)])
-def test_windows_do_not_overlap_and_targets_are_inputs_shifted(stream, block, windows):
-    view = Windows(stream, block)
-    assert len(view) == windows == (100 - 1) // block
+@pytest.mark.parametrize(("block_size", "windows"), [(1, 99), (9, 11), (10, 9), (33, 3), (99, 1)])
+def test_windows_do_not_overlap_and_targets_are_inputs_shifted(stream, block_size, windows):
+    view = Windows(stream, block_size)
+    assert len(view) == windows == (100 - 1) // block_size
     inputs, targets = view.batch(range(windows))
-    assert inputs.shape == targets.shape == (windows, block)
+    assert inputs.shape == targets.shape == (windows, block_size)
     assert inputs.dtype == targets.dtype == torch.int64
-    assert inputs.flatten().tolist() == list(range(windows * block))
+    assert inputs.flatten().tolist() == list(range(windows * block_size))
     assert torch.equal(targets, inputs + 1)
 
 
@@ -54,9 +54,9 @@ def test_windows_come_in_the_order_asked_for(stream):
 
 
 def test_a_stream_too_short_for_one_window_is_the_users_to_mend(stream):
-    with pytest.raises(UserError, match="block: 100 needs at least 101 tokens, but the data split has 100"):
+    with pytest.raises(UserError, match="block_size: 100 needs at least 101 tokens, but the data split has 100"):
         Windows(stream, 100)
-    with pytest.raises(UserError, match="block: found 0; a whole number of at least 1"):
+    with pytest.raises(UserError, match="block_size: found 0; a whole number of at least 1"):
         Windows(stream, 0)
 
 

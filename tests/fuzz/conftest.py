@@ -43,7 +43,7 @@ def good_cache(tmp_path_factory, data_folder: Path, critic_folder: Path) -> Path
     """A small cache of both kinds of tokens."""
     folder = tmp_path_factory.mktemp("good-cache") / "cache"
     settings = dict(kind="sample", keep_top=4, bytes_per_token=30, precision="fp32", quiet=True)
-    cache_critic(str(critic_folder), data_folder, folder, block=BLOCK, **settings)
+    cache_critic(str(critic_folder), data_folder, folder, block_size=BLOCK, **settings)
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from avatarl.training.folder.checkpoint import describe, manifest_text
+from avatarl.run_dir.checkpoint import describe, manifest_text
 
 from .harness import EXPLOITED
 from .mutations import HOSTILE_TEXTS, PICKLE, damaged_bytes, damaged_json, damaged_tree, hostile_value, nested

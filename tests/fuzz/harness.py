@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from avatarl import UserError
-from avatarl.inert import LONGEST_LINE, OBEYED
+from avatarl.sanitise import LONGEST_LINE, OBEYED
 
 SECONDS_PER_CASE = 20
 # More address space than any case needs; where a library asks for terabytes, it is told no instead of the machine.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avatarl.inert import OBEYED
+from avatarl.sanitise import OBEYED
 
 from .damages import HOSTILE_RECIPES, damage_model, damage_prepared, damage_recipe, sign_again
 from .harness import EXPLOITED, contents_of
@@ -68,7 +68,7 @@ def with_pipe(folder: Path) -> None:
 def all_cases(data: Path, model: Path, sources: Path, recipe: Path, run: Path) -> list[Case]:
     """Sixty-odd cases; a few of the damages do no harm, and those commands work."""
     # Windows longer than the data: where the damage is harmless, training is refused by these.
-    settings = {"data": "prepared", "out": "run", "critic": "model", "steps": 1, "block": 100_000, "device": "cpu"}
+    settings = {"data": "prepared", "out": "run", "critic": "model", "steps": 1, "block_size": 100_000, "device": "cpu"}
     harmless_recipe = yaml.safe_dump(settings).encode()
     train = ["train", "--config", "recipe.yaml"]
     in_recipe = ["train", "--config", "recipe/recipe.yaml"]

@@ -23,17 +23,17 @@ from avatarl.data.tokenizer import (
     token_byte_lengths,
 )
 from avatarl.errors import UserError
-from avatarl.inert import OBEYED
 from avatarl.models import CriticCache, load_model, load_tokenizer
 from avatarl.models.critic_cache import is_cache
 from avatarl.results import draw_curves, evaluate, generate, read_metrics
 from avatarl.results.report import report
+from avatarl.run_dir.checkpoint import newest_good_checkpoint
+from avatarl.run_dir.identity import check_run_folder, identities_of_run
+from avatarl.sanitise import OBEYED
 from avatarl.training import TrainConfig
-from avatarl.training.assembly import assemble
-from avatarl.training.folder.checkpoint import newest_good_checkpoint
-from avatarl.training.folder.identity import check_run_folder, identities_of_run
 from avatarl.training.guard import Guard
 from avatarl.training.processes import Processes
+from avatarl.training.setup import set_up
 from avatarl.training.trainer import load_checkpoint
 
 from ..conftest import BLOCK
@@ -242,7 +242,7 @@ def test_reports(good_run_folder: Path, size, tmp_path, watch, monkeypatch):
 
 @sizes
 def test_run_folders(good_run_folder: Path, run_config: TrainConfig, size, tmp_path, watch, monkeypatch):
-    parts = assemble(run_config, Processes())
+    parts = set_up(run_config, Processes())
 
     def read(folder: Path) -> None:
         config = dataclasses.replace(run_config, out=str(folder))

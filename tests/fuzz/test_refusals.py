@@ -19,8 +19,8 @@ from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.tokenizer import encode_texts, resolve_tokenizer
 from avatarl.models import load_model, load_tokenizer
-from avatarl.outside import check_recipe, read_yaml
 from avatarl.results import generate
+from avatarl.untrusted import check_recipe, read_yaml
 
 from .damages import sign_again
 from .mutations import PICKLE

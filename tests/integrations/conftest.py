@@ -41,8 +41,8 @@ def arguments_of(config: TrainConfig, out: Path, **settings) -> TrainingArgument
     return TrainingArguments(
         **{
             "output_dir": str(out),
-            "per_device_train_batch_size": config.batch_windows,
-            "gradient_accumulation_steps": config.accumulate_steps,
+            "per_device_train_batch_size": config.micro_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "max_steps": config.steps,
             "max_grad_norm": config.optim.clip_norm,
             "bf16": config.precision == "bf16",
@@ -59,7 +59,7 @@ def arguments_of(config: TrainConfig, out: Path, **settings) -> TrainingArgument
 
 def windows_of(config: TrainConfig, data: PreparedData) -> Dataset:
     """The windows of a native run, in its order."""
-    windows = PreparedWindows(data, "train", config.block)
+    windows = PreparedWindows(data, "train", config.block_size)
     order = WindowOrder(len(windows), config.seed)
     return Subset(windows, order.indices(0, config.steps * config.windows_per_step).tolist())
 
@@ -68,7 +68,7 @@ def trainer_of(config: TrainConfig, out: Path, settings: dict | None = None, **r
     """A Trainer that is to take the steps of a native run; ``settings`` are Trainer's, ``replaced`` its parts."""
     data = PreparedData.open(config.data)
     tokenizer = data.load_tokenizer()
-    player = build_player(config.player, tokenizer, config.block, config.seed)
+    player = build_player(config.player, tokenizer, config.block_size, config.seed)
     optimiser = build_optimisers(player, config.optim, config.steps).optimisers[0]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: learning_rate_factor(step, config.optim, config.steps)
@@ -81,7 +81,7 @@ def trainer_of(config: TrainConfig, out: Path, settings: dict | None = None, **r
         baseline=config.baseline,
         processing_class=tokenizer,
         train_dataset=windows_of(config, data),
-        eval_dataset=PreparedWindows(data, "valid", config.block),
+        eval_dataset=PreparedWindows(data, "valid", config.block_size),
         optimizers=(optimiser, schedule),
     )
     return AvataRLTrainer(**{"model": player, **parts, **replaced})

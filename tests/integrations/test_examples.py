@@ -15,7 +15,7 @@ from avatarl.results import evaluate
 from ..conftest import BLOCK
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SIZES = dict(steps=4, block=BLOCK, batch=4)
+SIZES = dict(steps=4, block_size=BLOCK, batch=4)
 
 
 def main_of(name: str):

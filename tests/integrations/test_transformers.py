@@ -46,7 +46,7 @@ def assert_same_weights(trainer: AvataRLTrainer, expected: dict[str, Tensor], to
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_takes_the_steps_of_the_native_loop(tiny_config, tmp_path: Path, cache: CriticCache, case: str):
     config = tiny_config(
-        tmp_path, accumulate_steps=2, log_every_steps=1, eval_every_steps=4, eval_windows=None, **CASES[case]
+        tmp_path, gradient_accumulation_steps=2, log_every_steps=1, eval_every_steps=4, eval_windows=None, **CASES[case]
     )
     parts = {}
     if case == "two critics":
@@ -75,7 +75,7 @@ def test_evaluation_is_that_of_avatarl_evaluate(make_trainer, tmp_path: Path, da
     found = trainer.evaluate()
     trainer.save_model(tmp_path / "player")
     settings = AvataRLConfig(top_k=4, threshold="none")
-    expected = evaluate(tmp_path / "player", data_folder, critic=str(critic_folder), avatarl=settings, block=BLOCK)
+    expected = evaluate(tmp_path / "player", data_folder, critic=str(critic_folder), avatarl=settings, block_size=BLOCK)
     assert expected["windows"] % 5
     assert {name: found[f"eval_{name}"] for name in expected["rewards"]} == pytest.approx(expected["rewards"], rel=1e-5)
     assert found["eval_cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
@@ -315,7 +315,9 @@ def test_a_cached_critic_judges_shuffled_windows_as_the_critic_itself(
 def test_a_cache_refuses_what_it_does_not_know(make_trainer, rows: Rows, data_folder: Path, cache: CriticCache):
     with pytest.raises(UserError, match="a batch has input_ids, labels; a cached critic needs window too"):
         make_trainer(train_dataset=rows, critics=cache).train()
-    with pytest.raises(UserError, match=r"critic is a cache; expected CriticCache.open\('.*critic', data, block\)"):
+    with pytest.raises(
+        UserError, match=r"critic is a cache; expected CriticCache.open\('.*critic', data, block_size\)"
+    ):
         make_trainer(critics=cache.path)
     data = PreparedData.open(data_folder)
     for windows in (PreparedWindows(data, "train", BLOCK // 2), Moved(data, "train", BLOCK)):

@@ -12,7 +12,7 @@ from avatarl.models.critic_cache import parts
 
 from ..conftest import BLOCK
 
-COMMON = dict(block=BLOCK, precision="fp32", device="cpu", quiet=True)
+COMMON = dict(block_size=BLOCK, precision="fp32", device="cpu", quiet=True)
 
 
 @pytest.fixture(scope="module")

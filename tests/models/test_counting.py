@@ -36,7 +36,9 @@ def tiny_model(architecture: str, settings: dict) -> PreTrainedModel:
 )
 def test_attention_costs_where_a_model_has_it(architecture: str, settings: dict, per_pair: int):
     model = tiny_model(architecture, settings)
-    assert [forward_flops_per_token(model, block) - forward_flops_per_token(model, 1) for block in (31, 2047)] == [
+    assert [
+        forward_flops_per_token(model, block_size) - forward_flops_per_token(model, 1) for block_size in (31, 2047)
+    ] == [
         15 * per_pair,
         1023 * per_pair,
     ]
@@ -48,13 +50,15 @@ def test_a_model_is_not_tried_on_more_tokens_than_it_is_to_read():
 
 
 def test_layers_that_are_gone_through_again_cost_again():
-    block, model = 32, tiny_model("hrm_text", SMALL)
+    block_size, model = 32, tiny_model("hrm_text", SMALL)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.arange(block).unsqueeze(0), use_cache=False)
+        model(input_ids=torch.arange(block_size).unsqueeze(0), use_cache=False)
     per_pair = forward_flops_per_token(model, 3) - forward_flops_per_token(model, 1)
-    masked_pairs = block * block - block * (block + 1) // 2
-    assert counter.get_total_flops() - per_pair * masked_pairs == block * forward_flops_per_token(model, block)
+    masked_pairs = block_size * block_size - block_size * (block_size + 1) // 2
+    assert counter.get_total_flops() - per_pair * masked_pairs == block_size * forward_flops_per_token(
+        model, block_size
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_layers_that_are_gone_through_again_cost_again():
     [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("gpt_oss", "num_local_experts")],
 )
 def test_of_experts_a_token_meets_a_few(architecture: str, count: str):
-    block, experts = 32, {"num_experts_per_tok": 2, count: 8}
+    block_size, experts = 32, {"num_experts_per_tok": 2, count: 8}
     settings = {
         name: value for name, value in TINY.items() if architecture == "gpt_oss" or name != "head_dim"
     } | experts
@@ -70,9 +74,9 @@ def test_of_experts_a_token_meets_a_few(architecture: str, count: str):
     model.set_attn_implementation("eager")  # whose products, and those of
     model.set_experts_implementation("eager")  # experts one by one, are ordinary ones that PyTorch counts
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.arange(block).unsqueeze(0), use_cache=False)
-    masked_pairs = block * block - block * (block + 1) // 2
-    expected = block * forward_flops_per_token(model, block)
+        model(input_ids=torch.arange(block_size).unsqueeze(0), use_cache=False)
+    masked_pairs = block_size * block_size - block_size * (block_size + 1) // 2
+    expected = block_size * forward_flops_per_token(model, block_size)
     assert counter.get_total_flops() - 4 * 16 * masked_pairs == expected
 
 

@@ -187,7 +187,7 @@ def test_training_and_validation_draw_apart():
 
 def test_another_seed_draws_other_tokens_and_the_same_one_the_same(tmp_path, caches, data_folder, critic_folder):
     again = dict(kind="sample", bytes_per_token=54, **COMMON)
-    cache_critic(str(critic_folder), data_folder, tmp_path / "same", batch_windows=3, **again)
+    cache_critic(str(critic_folder), data_folder, tmp_path / "same", micro_batch_size=3, **again)
     cache_critic(str(critic_folder), data_folder, tmp_path / "other", seed=2, **again)
     same, other = ((tmp_path / name / "train-00000.bin").read_bytes() for name in ("same", "other"))
     records = np.frombuffer((caches["sample"] / "train-00000.bin").read_bytes(), np.uint8)
@@ -242,7 +242,7 @@ def test_two_starts_of_one_command_do_not_disturb_each_other(
     tmp_path, caches, data_folder, critic_folder, data, monkeypatch
 ):
     """The second begins in the middle of the first one's part, and is killed in the middle of its own."""
-    settings = dict(bytes_per_token=54, batch_windows=64, **COMMON)
+    settings = dict(bytes_per_token=54, micro_batch_size=64, **COMMON)
     real, calls = write.answers_of, []
 
     def answers(*arguments):
@@ -323,7 +323,9 @@ def test_answers_that_are_no_numbers(advice, tmp_path, data_folder, critic_folde
 
 def test_the_command(tmp_path, data_folder, critic_folder, capsys):
     arguments = ["--critic", str(critic_folder), "--data", str(data_folder), "--out", str(tmp_path / "cache")]
-    assert main(["critic", "cache", *arguments, "--block", "16", "--bytes_per_token", "70", "--device", "cpu"]) == 0
+    assert (
+        main(["critic", "cache", *arguments, "--block_size", "16", "--bytes_per_token", "70", "--device", "cpu"]) == 0
+    )
     assert "finished; 7,984 tokens at 70 bytes: 16 most likely and 0 drawn tokens a position" in capsys.readouterr().out
     assert main(["critic", "cash"]) == 2
     assert (

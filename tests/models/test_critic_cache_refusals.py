@@ -56,7 +56,7 @@ def test_files_that_are_cut_or_missing(caches, tmp_path, data):
         {"critic": {}},
         {"files": {}},
         {"files": {"../../etc/passwd": {"bytes": 1, "sha256": "0"}}},
-        {"block": 0},
+        {"block_size": 0},
     ],
 )
 def test_a_manifest_that_says_other_things(caches, tmp_path, data, changes):
@@ -114,7 +114,9 @@ def test_a_frequency_that_is_none_in_a_cache_that_is_signed(caches, tmp_path, da
 
 
 def test_other_data_tokenizer_or_windows(caches, tmp_path, data_folder, data):
-    with pytest.raises(UserError, match="a cache of windows of 16 tokens; expected block, 8; make it anew with .* 8"):
+    with pytest.raises(
+        UserError, match="a cache of windows of 16 tokens; expected block_size, 8; make it anew with .* 8"
+    ):
         CriticCache.open(caches["top"], data, 8)
     source = write_documents(tmp_path / "documents.jsonl", count=60, seed=2)
     prepare([str(source)], tmp_path / "other", tokenizer=str(data_folder / "tokenizer"), quiet=True)
@@ -147,8 +149,8 @@ def test_a_critic_that_has_changed_since(tmp_path, data_folder, critic_folder, d
         (dict(bytes_per_token=9), "bytes_per_token is 9; expected at least 10 for one token of kind 'top'"),
         (dict(kind="sample", keep_top=301), "bytes_per_token is 54; expected at least 1212 for one token of kind 'sa"),
         (dict(keep_top=2), "keep_top is 2, which kind='sample' uses"),
-        (dict(block=0), "block is 0; expected a whole number of at least 1"),
-        (dict(block=17), "block is 17; expected at most 16, what critic .* was made to read"),
+        (dict(block_size=0), "block_size is 0; expected a whole number of at least 1"),
+        (dict(block_size=17), "block_size is 17; expected at most 16, what critic .* was made to read"),
         (dict(precision="fp16"), "precision is 'fp16'; expected one of 'auto', 'bf16', 'fp32'"),
     ],
 )

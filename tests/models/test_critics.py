@@ -199,7 +199,7 @@ def test_a_padded_critic_says_the_same_as_without_padding(tmp_path: Path, critic
 def test_a_critic_that_reads_less_than_a_block_is_refused(tmp_path: Path, tiny_config, tokenizer):
     build_player(TINY_PLAYER, tokenizer, BLOCK // 2, seed=3).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
-    with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block, 16"):
+    with pytest.raises(UserError, match="reads at most 8 tokens; expected at least block_size, 16"):
         train(tiny_config(tmp_path, critic=str(tmp_path / "short")), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -229,7 +229,9 @@ def test_a_critic_without_attention_judges(tmp_path: Path, tiny_config, tokenize
     train(config, quiet=True)
     per_token = forward_flops_per_token(load_critic(critic, tokenizer), BLOCK)
     assert plan(config).flops["critic"] == 2 * 4 * BLOCK * per_token
-    cache_critic(critic, config.data, tmp_path / "cache", block=BLOCK, bytes_per_token=54, precision="fp32", quiet=True)
+    cache_critic(
+        critic, config.data, tmp_path / "cache", block_size=BLOCK, bytes_per_token=54, precision="fp32", quiet=True
+    )
     manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert manifest["critic"]["flops_per_token"] == per_token
 
@@ -243,8 +245,8 @@ def test_a_critic_that_cannot_read_a_block_is_refused_in_one_line(tmp_path: Path
     for judge in (
         lambda: train(config, quiet=True),
         lambda: plan(config),
-        lambda: cache_critic(critic, config.data, tmp_path / "cache", block=BLOCK, bytes_per_token=54, quiet=True),
-        lambda: evaluate(critic, config.data, block=BLOCK),
+        lambda: cache_critic(critic, config.data, tmp_path / "cache", block_size=BLOCK, bytes_per_token=54, quiet=True),
+        lambda: evaluate(critic, config.data, block_size=BLOCK),
     ):
         with pytest.raises(UserError, match="cannot (read a window of 16 tokens|be planned.*)") as refusal:
             judge()

@@ -18,7 +18,7 @@ from avatarl.models import (
     training_flops_per_token,
 )
 from avatarl.models.loading import check_model, head_weight, last_hidden
-from avatarl.models.players import _model_config
+from avatarl.models.players import _model_config, player_shape
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER
 
@@ -35,10 +35,10 @@ class TokenizerOfSize:
         return self.size
 
 
-def model_without_weights(config: PlayerConfig, vocabulary: int, block: int) -> PreTrainedModel:
+def model_without_weights(config: PlayerConfig, vocabulary: int, block_size: int) -> PreTrainedModel:
     """The model on the meta device, where a parameter has a shape and no memory."""
     with torch.device("meta"):
-        model_config = _model_config(config, TokenizerOfSize(vocabulary), block)
+        model_config = _model_config(config, TokenizerOfSize(vocabulary), block_size)
         return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
 
 
@@ -89,7 +89,7 @@ def test_each_architecture_builds_in_float32_and_reads_a_block(tokenizer, archit
 @pytest.mark.parametrize("architecture", SETTINGS)
 def test_the_shortest_block_builds(tokenizer, architecture: str):
     config = PlayerConfig(architecture=architecture, settings=SETTINGS[architecture])
-    build_player(config, tokenizer, block=1, seed=1)
+    build_player(config, tokenizer, block_size=1, seed=1)
 
 
 def test_a_later_token_does_not_change_an_earlier_state(tokenizer):
@@ -127,7 +127,7 @@ def test_building_leaves_the_global_generator_alone(tokenizer):
 )
 def test_an_unknown_name_is_refused_with_the_nearest(settings: dict, message: str):
     with pytest.raises(UserError, match=message):
-        PlayerConfig(**settings)
+        player_shape(PlayerConfig(**settings), vocab_size=3, block_size=8)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,11 @@ def test_an_unknown_name_is_refused_with_the_nearest(settings: dict, message: st
         ("llama", {**TINY, "_attn_implementation": "owner/kernel"}, "is 'owner/kernel'; code from the Hub is not run"),
         ("llama", {"hidden_size": "wide"}, "'llama' cannot be built with player.settings.*wide"),
         ("llama", {**TINY, "vocab_size": 10}, "vocab_size is 10; expected at least the tokenizer's 3"),
-        ("llama", {**TINY, "max_position_embeddings": 8}, "max_position_embeddings is 8; expected at least block, 16"),
+        (
+            "llama",
+            {**TINY, "max_position_embeddings": 8},
+            "max_position_embeddings is 8; expected at least block_size, 16",
+        ),
         ("bert", {name: TINY[name] for name in ("hidden_size", "num_hidden_layers")}, "'bert'"),
         # Built, and not to be run: with the preset's sizes, without other inputs, or on as many tokens.
         ("codegen", SETTINGS["gpt2"], "'codegen' cannot be built with player.settings {'hidden_size': 16.*shape"),
@@ -242,23 +246,23 @@ def test_flops_agree_with_pytorchs_counter(tokenizer, architecture: str):
 
     After that correction both count the same products, so the tolerance is none.
     """
-    block = 32
+    block_size = 32
     player = build_player(
-        PlayerConfig(architecture=architecture, settings=SETTINGS[architecture]), tokenizer, block, seed=1
+        PlayerConfig(architecture=architecture, settings=SETTINGS[architecture]), tokenizer, block_size, seed=1
     ).eval()
     player.set_attn_implementation("eager")  # whose products are ordinary matrix products, which the counter sees
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        player(input_ids=torch.zeros(1, block, dtype=torch.long), use_cache=False)
+        player(input_ids=torch.zeros(1, block_size, dtype=torch.long), use_cache=False)
     channels, layers = 16, 1
-    masked_pairs = block * block - block * (block + 1) // 2
-    expected = block * forward_flops_per_token(player, block)
+    masked_pairs = block_size * block_size - block_size * (block_size + 1) // 2
+    expected = block_size * forward_flops_per_token(player, block_size)
     assert counter.get_total_flops() - 4 * layers * channels * masked_pairs == expected
-    assert training_flops_per_token(player, block) == 3 * forward_flops_per_token(player, block)
+    assert training_flops_per_token(player, block_size) == 3 * forward_flops_per_token(player, block_size)
 
 
 def test_a_model_that_reads_ahead_is_refused(tokenizer):
     """Its hidden states are made to know the last token, as those of a bidirectional model do."""
-    player = build_player(PlayerConfig(settings=TINY), tokenizer, block=16, seed=1)
+    player = build_player(PlayerConfig(settings=TINY), tokenizer, block_size=16, seed=1)
     embed = player.get_input_embeddings()
     embed.register_forward_hook(lambda module, inputs, output: output + output[:, -1:])
     with pytest.raises(UserError, match="depend on later tokens"):
@@ -267,6 +271,6 @@ def test_a_model_that_reads_ahead_is_refused(tokenizer):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
 def test_dropout_is_off_unless_asked_for(architecture, tokenizer):
-    player = build_player(PlayerConfig(architecture=architecture), tokenizer, block=16, seed=1).train()
+    player = build_player(PlayerConfig(architecture=architecture), tokenizer, block_size=16, seed=1).train()
     ids = torch.arange(16).unsqueeze(0)
     assert torch.equal(last_hidden(player, ids), last_hidden(player, ids))

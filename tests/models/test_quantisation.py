@@ -19,8 +19,8 @@ from avatarl.models import PlayerConfig, build_player, forward_flops_per_token, 
 from avatarl.models.digest import digest_of_model
 from avatarl.models.loading import head_weight
 from avatarl.models.quantisation import is_quantised, plain_tensors
+from avatarl.run_dir.identity import identities_of_run
 from avatarl.training import TrainConfig, train
-from avatarl.training.folder.identity import identities_of_run
 
 from ..conftest import BLOCK
 

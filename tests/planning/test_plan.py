@@ -26,7 +26,7 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_gpus(tiny_config, tmp_path: Path, processes: int, **overrides) -> Plan:
     """A plan of eight windows a step on that many H100."""
-    return plan(tiny_config(tmp_path, device="H100", accumulate_steps=2, **overrides), processes)
+    return plan(tiny_config(tmp_path, device="H100", gradient_accumulation_steps=2, **overrides), processes)
 
 
 def test_fsdp_divides_what_ddp_repeats(tiny_config, tmp_path: Path):
@@ -52,18 +52,18 @@ def test_processes_share_the_windows_of_a_step(tiny_config, tmp_path: Path):
 
 
 def test_processes_on_a_cpu_share_it(tiny_config, tmp_path: Path):
-    config = tiny_config(tmp_path, batch_windows=2, accumulate_steps=2)
+    config = tiny_config(tmp_path, micro_batch_size=2, gradient_accumulation_steps=2)
     one, two = plan(config), plan(config, processes=2)
     assert two.tokens_per_second == pytest.approx(one.tokens_per_second)
     assert two.needed_memory > 1.9 * one.needed_memory
 
 
 def test_what_does_not_fit_is_said(tiny_config, tmp_path: Path):
-    large = {"player": PlayerConfig("30m"), "block": 1024, "batch_windows": 64, "critic": "random:1m:1"}
+    large = {"player": PlayerConfig("30m"), "block_size": 1024, "micro_batch_size": 64, "critic": "random:1m:1"}
     planned = plan(tiny_config(tmp_path, device="T4", **large))
     assert not planned.fits
     assert "DOES NOT FIT in 14.60 GiB" in plan_table(planned)
-    fitting = plan(tiny_config(tmp_path, device="T4", **{**large, "batch_windows": 1}))
+    fitting = plan(tiny_config(tmp_path, device="T4", **{**large, "micro_batch_size": 1}))
     assert fitting.fits and "fits in 14.60 GiB" in plan_table(fitting)
 
 

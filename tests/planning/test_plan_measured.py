@@ -20,8 +20,8 @@ from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
 from avatarl.planning import plan
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.assembly import assemble
 from avatarl.training.processes import Processes
+from avatarl.training.setup import set_up
 
 from ..conftest import TINY
 
@@ -52,7 +52,7 @@ def wide_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_critic(tmp_path_factory: pytest.TempPathFactory, wide_data: Path) -> Path:
     """A critic of a million parameters for it."""
     folder, tokenizer = tmp_path_factory.mktemp("critic"), PreparedData.open(wide_data).load_tokenizer()
-    build_player(PlayerConfig("1m"), tokenizer, block=1024, seed=3).save_pretrained(folder)
+    build_player(PlayerConfig("1m"), tokenizer, block_size=1024, seed=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -67,8 +67,8 @@ def wide_config(wide_data: Path, wide_critic: Path, tmp_path: Path) -> Callable[
             out=tmp_path / "run",
             critic=wide_critic,
             player=PlayerConfig("5m"),
-            block=256,
-            batch_windows=8,
+            block_size=256,
+            micro_batch_size=8,
             steps=2,
             precision="fp32",
             device="cpu",
@@ -96,7 +96,7 @@ def measured_peak(config: TrainConfig) -> int:
     """Bytes that a training run adds to this process at its highest."""
     tiny = dataclasses.replace(config.player, settings={**config.player.settings, "num_hidden_layers": 1})
     # What a process loads and sets up once in its life is there after a tiny run.
-    train(dataclasses.replace(config, out=f"{config.out}-tiny", player=tiny, batch_windows=1, steps=1), quiet=True)
+    train(dataclasses.replace(config, out=f"{config.out}-tiny", player=tiny, micro_batch_size=1, steps=1), quiet=True)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = _resident("VmRSS")
@@ -117,16 +117,20 @@ SLOW_MEMORY_CASES = {
     "cross_entropy with muon": {"objective": "cross_entropy", "optim": OptimConfig(name="muon")},
     "gpt2": {"player": PlayerConfig("5m", architecture="gpt2")},
     "avatarl, six layers": {},
-    "accumulation": {"accumulate_steps": 2},
-    "ppo": {"objective": "ppo", "batch_windows": 4},
-    "distillation": {"objective": "distillation", "batch_windows": 4},
-    "reinforce": {"objective": "reinforce", "batch_windows": 4},
-    "bf16": {"precision": "bf16", "batch_windows": 4},
-    "qwen3 with long windows": {"player": PlayerConfig("5m", architecture="qwen3"), "block": 1024, "batch_windows": 2},
-    "few tokens, many weights": {"player": PlayerConfig("30m"), "batch_windows": 1},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "ppo": {"objective": "ppo", "micro_batch_size": 4},
+    "distillation": {"objective": "distillation", "micro_batch_size": 4},
+    "reinforce": {"objective": "reinforce", "micro_batch_size": 4},
+    "bf16": {"precision": "bf16", "micro_batch_size": 4},
+    "qwen3 with long windows": {
+        "player": PlayerConfig("5m", architecture="qwen3"),
+        "block_size": 1024,
+        "micro_batch_size": 2,
+    },
+    "few tokens, many weights": {"player": PlayerConfig("30m"), "micro_batch_size": 1},
     "few tokens, many weights, muon": {
         "player": PlayerConfig("30m"),
-        "batch_windows": 1,
+        "micro_batch_size": 1,
         "optim": OptimConfig(name="muon"),
         "objective": "cross_entropy",
     },
@@ -175,8 +179,8 @@ def test_flops_are_those_of_a_real_step(wide_config, objective: str, models: set
         attention_backward: lambda *shapes, **_: flop_counter.sdpa_backward_flop_count(*shapes[:4]) // 2,
     }
     player = PlayerConfig("1m", architecture=architecture)
-    config = wide_config(player=player, objective=objective, block=128, batch_windows=2, steps=1)
-    parts = assemble(config, Processes())
+    config = wide_config(player=player, objective=objective, block_size=128, micro_batch_size=2, steps=1)
+    parts = set_up(config, Processes())
     inputs, targets, *others = next(parts.batches(1))
     with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         loss, _ = parts.model(inputs, targets, targets.numel(), *others)

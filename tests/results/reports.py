@@ -22,7 +22,7 @@ def write_run(folder: Path, lines: list[dict], record: dict | None = None, **set
     common = {
         "data": "no data",
         "objective": "avatarl",
-        "block": 16,
+        "block_size": 16,
         "steps": 100,
         "seed": 1,
         "optim": {"name": "adamw"},

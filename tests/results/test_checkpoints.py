@@ -15,9 +15,9 @@ from avatarl import UserError
 from avatarl.models import load_model, load_tokenizer
 from avatarl.results import generate
 from avatarl.results.checkpoints import model_of, players_of
+from avatarl.run_dir.checkpoint import CHECKPOINTS, describe, manifest_text, read_manifest
+from avatarl.run_dir.tensors import Held, save_part
 from avatarl.training import train
-from avatarl.training.folder.checkpoint import CHECKPOINTS, describe, manifest_text, read_manifest
-from avatarl.training.folder.tensors import Held, save_part
 
 
 @pytest.fixture(scope="module")

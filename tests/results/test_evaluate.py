@@ -30,12 +30,12 @@ REWARDS = AvataRLConfig(top_k=4, threshold="none", entropy_coef=0.02)
 TABLES = ("reliability", "top16_reliability")
 
 
-def windows_of(data: PreparedData, split: str = "valid", block: int = BLOCK) -> Tensor:
-    """Every window with the token after it, (windows, block + 1), cut out of the stream by hand."""
+def windows_of(data: PreparedData, split: str = "valid", block_size: int = BLOCK) -> Tensor:
+    """Every window with the token after it, (windows, block_size + 1), cut out of the stream by hand."""
     stream = data.valid if split == "valid" else data.train
     ids = stream.slice(0, len(stream))
-    count = (len(ids) - 1) // block
-    return torch.from_numpy(np.stack([ids[i * block : i * block + block + 1] for i in range(count)]))
+    count = (len(ids) - 1) // block_size
+    return torch.from_numpy(np.stack([ids[i * block_size : i * block_size + block_size + 1] for i in range(count)]))
 
 
 def logits_of(folder: Path, inputs: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_the_models_logits(data_folder: Path, player_fo
     assert sum(row["count"] * row["confidence"] for row in result["reliability"]) / result["tokens"] == pytest.approx(
         probs.amax(1).mean().item(), rel=1e-5
     )
-    assert (result["tokens"], result["windows"], result["block"]) == (targets.numel(), len(windows), BLOCK)
+    assert (result["tokens"], result["windows"], result["block_size"]) == (targets.numel(), len(windows), BLOCK)
     assert result["split"] == "valid"
     assert "rewards" not in result
 
@@ -98,7 +98,7 @@ def test_bits_per_byte_are_of_the_text_whatever_the_tokenizer(kind: str, tmp_pat
     tokens = len(data.valid) // data.manifest["documents"]["valid"]  # of each document
     player = save_model(tmp_path / "player", data.load_tokenizer(), seed=5, factor=15)
 
-    result = evaluate(player, tmp_path / "data", block=1, max_windows=3 * tokens - 1, device="cpu")
+    result = evaluate(player, tmp_path / "data", block_size=1, max_windows=3 * tokens - 1, device="cpu")
     first = data.load_tokenizer().decode(data.valid.slice(0, 1)).strip()
     assert text.startswith(first)
     # A mark put before a text takes the place of its first character.
@@ -132,12 +132,12 @@ def test_more_than_one_batch_of_windows_counts_each_once(data_folder: Path, play
 
 
 def test_a_shorter_block_cuts_other_windows(data_folder: Path, player_folder: Path):
-    windows = windows_of(PreparedData.open(data_folder), block=5)
+    windows = windows_of(PreparedData.open(data_folder), block_size=5)
     expected = functional.cross_entropy(
         logits_of(player_folder, windows[:, :-1]).flatten(0, 1), windows[:, 1:].reshape(-1)
     )
-    result = evaluate(player_folder, data_folder, block=5, device="cpu")
-    assert (result["windows"], result["block"]) == (len(windows), 5)
+    result = evaluate(player_folder, data_folder, block_size=5, device="cpu")
+    assert (result["windows"], result["block_size"]) == (len(windows), 5)
     assert result["cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
     assert result["cross_entropy"] != evaluate(player_folder, data_folder, device="cpu")["cross_entropy"]
 
@@ -174,15 +174,15 @@ def test_a_cached_critic_answers_too(data_folder, player_folder, critic_folder, 
     )
     assert cached["rewards"].pop("estimated_share") == 0
     assert cached["rewards"] == pytest.approx(live["rewards"], rel=2e-3)
-    with pytest.raises(UserError, match="a cache of windows of 16 tokens; expected block, 8"):
-        evaluate(player_folder, data_folder, critic=str(critic_cache), block=8)
+    with pytest.raises(UserError, match="a cache of windows of 16 tokens; expected block_size, 8"):
+        evaluate(player_folder, data_folder, critic=str(critic_cache), block_size=8)
 
 
 def test_the_cache_of_a_part_of_the_text_answers_for_its_validation(
     data_folder, player_folder, critic_folder, critic_cache, tmp_path: Path
 ):
     """Which is whole in it, whatever part of the training split it is of."""
-    options = dict(block=16, bytes_per_token=6 + 4 * 300, train_windows=24, precision="fp32", quiet=True)
+    options = dict(block_size=16, bytes_per_token=6 + 4 * 300, train_windows=24, precision="fp32", quiet=True)
     cache_critic(str(critic_folder), data_folder, tmp_path / "part", **options)
     part, whole = (
         evaluate(player_folder, data_folder, critic=str(cache), avatarl=REWARDS)
@@ -278,8 +278,8 @@ def test_a_model_or_critic_with_another_vocabulary_is_refused(
     ("settings", "message"),
     [
         ({"split": "test"}, "split is 'test'; expected one of 'train', 'valid'"),
-        ({"block": 0}, "block is 0; expected a whole number of at least 1"),
-        ({"block": BLOCK + 1}, f"block is {BLOCK + 1}; expected at most {BLOCK}"),
+        ({"block_size": 0}, "block_size is 0; expected a whole number of at least 1"),
+        ({"block_size": BLOCK + 1}, f"block_size is {BLOCK + 1}; expected at most {BLOCK}"),
         ({"max_windows": 0}, "max_windows is 0; expected a whole number of at least 1"),
         ({"max_windows": -2}, "max_windows is -2"),
         ({"device": "abacus"}, "device is 'abacus'"),
@@ -303,7 +303,7 @@ def test_settings_of_the_rewards_that_do_not_fit_are_refused(
 def test_a_critic_with_a_shorter_context_is_refused(tmp_path: Path, data_folder: Path, player_folder: Path, tokenizer):
     build_player(TINY_PLAYER, tokenizer, BLOCK // 2, seed=1).save_pretrained(tmp_path / "short")
     tokenizer.save_pretrained(tmp_path / "short")
-    with pytest.raises(UserError, match=f"block is {BLOCK}; expected at most {BLOCK // 2}, what .*short"):
+    with pytest.raises(UserError, match=f"block_size is {BLOCK}; expected at most {BLOCK // 2}, what .*short"):
         evaluate(player_folder, data_folder, critic=str(tmp_path / "short"), device="cpu")
 
 
@@ -330,7 +330,7 @@ def test_data_that_is_too_short_or_no_data_is_refused(tmp_path: Path, player_fol
     source.write_text("old oak")
     tokenizer = str(data_folder / "tokenizer")
     prepare([str(source)], tmp_path / "short", tokenizer=tokenizer, quiet=True)
-    with pytest.raises(UserError, match=f"block: {BLOCK} needs at least {BLOCK + 1} tokens"):
+    with pytest.raises(UserError, match=f"block_size: {BLOCK} needs at least {BLOCK + 1} tokens"):
         evaluate(player_folder, tmp_path / "short", device="cpu")
     with pytest.raises(UserError, match="manifest.json: no such file"):
         evaluate(player_folder, tmp_path, device="cpu")

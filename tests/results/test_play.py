@@ -181,7 +181,7 @@ def test_a_click_on_no_token_shows_nothing(side, judges, place):
 
 
 def introduction_of(app: gradio.Blocks) -> str:
-    return next(block.value for block in app.blocks.values() if isinstance(block, gradio.HTML))
+    return next(part.value for part in app.blocks.values() if isinstance(part, gradio.HTML))
 
 
 def test_without_a_critic_a_line_says_why_and_players_speak(player_folder, run, tmp_path: Path):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from avatarl import UserError
-from avatarl.inert import OBEYED, one_line
 from avatarl.results.report import report
 from avatarl.results.runs import distinct_names, read_columns
+from avatarl.sanitise import OBEYED, one_line
 
 from .reports import EVALUATION, HOSTILE, Page, line, made_up_lines, report_of, write_hostile_runs, write_run
 

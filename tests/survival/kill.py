@@ -224,7 +224,7 @@ def jobs(data: Path, steps: int) -> dict[str, Job]:
         "ppo": sampled.but(seed=3, objective="ppo"),
         "background": base.but(seed=4, player__settings=with_dropout, checkpoint_in_background=True),
         "dropout": base.but(seed=5, player__settings=with_dropout, keep_last=1, keep_every=30),
-        "muon-accumulate": base.but(seed=6, accumulate_steps=2, optim__name="muon", log_every_steps=5),
+        "muon-accumulate": base.but(seed=6, gradient_accumulation_steps=2, optim__name="muon", log_every_steps=5),
         "background-ppo": sampled.but(
             seed=7, objective="ppo", checkpoint_in_background=True, checkpoint_every_steps=1, keep_last=3
         ),

@@ -28,9 +28,9 @@ KILLS = 5
 
 
 def arguments(critic: Path, data: Path, out: Path) -> list[str]:
-    settings = ["--kind", "sample", "--keep_top", "3", "--bytes_per_token", "70", "--batch_windows", "1"]
+    settings = ["--kind", "sample", "--keep_top", "3", "--bytes_per_token", "70", "--micro_batch_size", "1"]
     where = ["--critic", str(critic), "--data", str(data), "--out", str(out), "--device", "cpu", "--precision", "fp32"]
-    return ["critic", "cache", *where, "--block", str(BLOCK), *settings]
+    return ["critic", "cache", *where, "--block_size", str(BLOCK), *settings]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from avatarl import AvataRLConfig, UserError
 from avatarl.cli import main
 from avatarl.models import cache_critic
 from avatarl.objective import BaselineConfig
-from avatarl.training import assembly, train
+from avatarl.training import setup, train
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
@@ -29,7 +29,7 @@ CASES = {
 
 
 def make_cache(tmp_path: Path, critic: Path, data: Path, **settings) -> str:
-    cache_critic(str(critic), data, tmp_path / "cache", block=BLOCK, precision="fp32", quiet=True, **settings)
+    cache_critic(str(critic), data, tmp_path / "cache", block_size=BLOCK, precision="fp32", quiet=True, **settings)
     return str(tmp_path / "cache")
 
 
@@ -46,9 +46,9 @@ def test_the_losses_of_the_live_critic(tiny_config, tmp_path: Path, critic_cache
 
     With a threshold an action that lies on it may fall to the other side, which moves its position's whole loss.
     """
-    settings = CASES[case] | dict(epochs=1.5, steps=None, batch_windows=64, eval_every_steps=3)
+    settings = CASES[case] | dict(epochs=1.5, steps=None, micro_batch_size=64, eval_every_steps=3)
     train(tiny_config(tmp_path / "live", **settings), quiet=True)
-    monkeypatch.setattr(assembly, "load_critic", None)  # nothing may ask for it
+    monkeypatch.setattr(setup, "load_critic", None)  # nothing may ask for it
     summary = train(tiny_config(tmp_path / "cached", critic=str(critic_cache), **settings), quiet=True)
     assert_close_lines(tmp_path / "cached" / "run", tmp_path / "live" / "run", 2e-2 if case == "article" else 2e-3)
     assert summary["critic_flops"] == 0 and summary["cached_critic_flops"] > 0
@@ -84,7 +84,9 @@ def test_a_cached_and_a_live_critic(tiny_config, tmp_path: Path, critic_cache: P
 
 
 def test_a_resumed_run_knows_its_cache(tiny_config, tmp_path: Path, critic_folder, data_folder, interrupt):
-    settings = dict(critic=make_cache(tmp_path, critic_folder, data_folder, bytes_per_token=70), accumulate_steps=2)
+    settings = dict(
+        critic=make_cache(tmp_path, critic_folder, data_folder, bytes_per_token=70), gradient_accumulation_steps=2
+    )
     train(tiny_config(tmp_path / "whole", **settings), quiet=True)
     interrupt(6)
     with pytest.raises(Interrupted):
@@ -109,7 +111,7 @@ def test_a_resumed_run_knows_its_cache(tiny_config, tmp_path: Path, critic_folde
         (dict(avatarl=AvataRLConfig(**LINEAR, tail="sample")), "needs a cache with drawn tokens"),
         (dict(avatarl=AvataRLConfig(**LINEAR, tail="dense")), "tail='dense' needs the critic itself"),
         (dict(objective="distillation"), "expected a cache of kind sample"),
-        (dict(block=8), "a cache of windows of 16 tokens; expected block, 8"),
+        (dict(block_size=8), "a cache of windows of 16 tokens; expected block_size, 8"),
     ],
 )
 def test_what_a_cache_cannot_do_is_said_before_anything_is_written(

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from avatarl import UserError, durable
 from avatarl.durable import replace_file, replace_folder, tidy
 from avatarl.errors import RunFailed
+from avatarl.run_dir import checkpoint as module
+from avatarl.run_dir.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
+from avatarl.run_dir.tensors import Held
 from avatarl.training import train
-from avatarl.training.folder import checkpoint as module
-from avatarl.training.folder.checkpoint import CHECKPOINTS, Checkpoints, newest_good_checkpoint, steps_found
-from avatarl.training.folder.tensors import Held
 from avatarl.training.processes import Processes
 
 from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
@@ -149,7 +149,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
         raise OSError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr("avatarl.training.folder.checkpoint.save_part", fail)
+        broken.setattr("avatarl.run_dir.checkpoint.save_part", fail)
         with pytest.raises(OSError):
             save(tmp_path, 2, keep_last=1)
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000001"]

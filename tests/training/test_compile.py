@@ -19,7 +19,11 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny_config, tmp_path: Pa
     """In float32 both differ by the order of sums alone, which some steps of the optimiser magnify."""
     for compiled in (False, True):
         config = tiny_config(
-            tmp_path / str(compiled), objective=objective, compile=compiled, accumulate_steps=2, log_every_steps=1
+            tmp_path / str(compiled),
+            objective=objective,
+            compile=compiled,
+            gradient_accumulation_steps=2,
+            log_every_steps=1,
         )
         train(config, quiet=True)
     eager, fast = (lines_of(tmp_path / name / "run") for name in ("False", "True"))
@@ -33,7 +37,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny_config, tmp_path: Pa
 @pytest.mark.slow
 def test_a_compiled_run_resumes_exactly(tiny_config, tmp_path: Path, interrupt):
     """In one process, where the second start compiles again; the kernels may not depend on where a run begins."""
-    settings = dict(objective="avatarl", compile=True, accumulate_steps=2, log_every_steps=1)
+    settings = dict(objective="avatarl", compile=True, gradient_accumulation_steps=2, log_every_steps=1)
     train(tiny_config(tmp_path / "whole", **settings), quiet=True)
     torch.compiler.reset()
     interrupt(7)

@@ -48,11 +48,11 @@ def test_an_optimiser_setting_out_of_range_is_named(field: str, value):
     "field, value",
     [
         ("objective", "avatar"),
-        ("block", 0),
-        ("batch_windows", 0),
-        ("batch_windows", 2.0),
-        ("accumulate_steps", 0),
-        ("accumulate_steps", True),
+        ("block_size", 0),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", 2.0),
+        ("gradient_accumulation_steps", 0),
+        ("gradient_accumulation_steps", True),
         ("steps", 0),
         ("steps", 1.5),
         ("seed", -1),
@@ -110,7 +110,7 @@ def test_the_nearest_objective_is_suggested():
 
 
 def test_epochs_become_steps():
-    config = TrainConfig(data="data", out="run", epochs=1.5, batch_windows=4, accumulate_steps=2)
+    config = TrainConfig(data="data", out="run", epochs=1.5, micro_batch_size=4, gradient_accumulation_steps=2)
     assert config.windows_per_step == 8
     assert config.total_steps(train_windows=80) == 15
     assert config.total_steps(train_windows=1) == 1

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from avatarl import UserError
 from avatarl.durable import open_own, remove_folder, replace_file, replace_folder, tidy
 from avatarl.lock import RunLock
+from avatarl.run_dir.checkpoint import CHECKPOINTS, MANIFEST, STATE, describe, manifest_text, read_manifest
+from avatarl.run_dir.identity import ENVIRONMENT, FINISHED
+from avatarl.run_dir.tensors import HELD, SavedTensors
 from avatarl.training import TrainConfig, train
-from avatarl.training.folder.checkpoint import CHECKPOINTS, MANIFEST, STATE, describe, manifest_text, read_manifest
-from avatarl.training.folder.identity import ENVIRONMENT, FINISHED
-from avatarl.training.folder.tensors import HELD, SavedTensors
 
 from .runs import contents_of
 

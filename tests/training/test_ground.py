@@ -19,8 +19,8 @@ from avatarl.errors import RunFailed, UserError
 from avatarl.files import File
 from avatarl.models import CriticCache, cache_critic, load_model
 from avatarl.models.critic_cache import parts, write
+from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import processes, train
-from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
 from avatarl.training.processes import Processes
 
@@ -108,7 +108,7 @@ def test_data_and_caches_that_change_end_the_run_in_a_line(
 @pytest.mark.parametrize("change", [overwrite, cut])
 @pytest.mark.parametrize("name", ["data/train-00000.bin", "cache/train-00000.bin"])
 def test_no_step_is_taken_on_other_data(tiny_config, tmp_path: Path, ground, after_step, name: str, change):
-    config = dict(data=ground["data"], critic=ground["cache"], log_every_steps=1, batch_windows=200)
+    config = dict(data=ground["data"], critic=ground["cache"], log_every_steps=1, micro_batch_size=200)
     after_step(3, lambda: change(tmp_path / name))
     with pytest.raises(RunFailed, match=f"^{tmp_path / name} has changed while it was in use; put it back as it was"):
         train(tiny_config(tmp_path, **config, checkpoint_every_steps=100), quiet=True)
@@ -126,13 +126,13 @@ def test_data_that_is_removed_is_read_on(tiny_config, tmp_path: Path, ground, af
 def test_a_cache_is_of_the_data_that_was_opened(tmp_path: Path, ground, monkeypatch):
     real = write.draw_uniforms
 
-    def change_and_draw(seed, split, chosen, block):
+    def change_and_draw(seed, split, chosen, block_size):
         if split == "valid":
             overwrite(Path(ground["data"]) / "valid-00000.bin")
-        return real(seed, split, chosen, block)
+        return real(seed, split, chosen, block_size)
 
     monkeypatch.setattr(write, "draw_uniforms", change_and_draw)
-    settings = dict(block=BLOCK, kind="sample", precision="fp32", quiet=True, batch_windows=8)
+    settings = dict(block_size=BLOCK, kind="sample", precision="fp32", quiet=True, micro_batch_size=8)
     with pytest.raises(RunFailed, match="valid-00000.bin has changed while it was in use"):
         cache_critic(ground["critic"], ground["data"], tmp_path / "made", **settings)
     assert not (tmp_path / "made" / "cache.json").exists()
@@ -226,7 +226,7 @@ def test_more_files_than_a_process_may_open(tiny_config, tmp_path: Path, monkeyp
     prepare([str(source)], tmp_path / "data", tokenizer="bpe:300", valid_fraction=0.1, shard_tokens=80, quiet=True)
     save_model(tmp_path / "critic", PreparedData.open(tmp_path / "data").load_tokenizer(), seed=77, factor=20)
     monkeypatch.setattr(parts, "SMALLEST_PART_BYTES", 1)
-    cache_critic(str(tmp_path / "critic"), tmp_path / "data", tmp_path / "cache", block=BLOCK, quiet=True)
+    cache_critic(str(tmp_path / "critic"), tmp_path / "data", tmp_path / "cache", block_size=BLOCK, quiet=True)
     for folder in ("data", "cache"):
         assert len(list((tmp_path / folder).glob("*.bin"))) > 90
     config = tiny_config(tmp_path, data=str(tmp_path / "data"), critic=str(tmp_path / "cache"), player=TINY_PLAYER)

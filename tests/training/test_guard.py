@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from avatarl import UserError
 from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import RunFailed
+from avatarl.run_dir.checkpoint import CHECKPOINTS, steps_found
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, train
-from avatarl.training.folder.checkpoint import CHECKPOINTS, steps_found
 from avatarl.training.guard import Guard
 from avatarl.training.optim import Optimisers
 from avatarl.training.rewarded_player import RewardedPlayer
@@ -211,7 +211,7 @@ def test_losses_before_a_turn_of_the_schedule_say_nothing_about_those_after_it(
         dict(objective="cross_entropy"),
         dict(critic="random:1m:3"),
         dict(optim=OptimConfig(learning_rate=1e-3, warmup_steps=2)),
-        dict(batch_windows=2),
+        dict(micro_batch_size=2),
     ],
     ids=lambda changes: next(iter(changes)),
 )

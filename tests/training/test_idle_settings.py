@@ -13,9 +13,9 @@ from avatarl import AvataRLConfig, UserError
 from avatarl.objective import OBJECTIVES, BaselineConfig, make_objective, objective_loss
 from avatarl.results.inspector import settings_and_critics, trained_with
 from avatarl.results.report import report
+from avatarl.run_dir.identity import flatten, settings_digest
 from avatarl.training import GuardConfig, TrainConfig, train
 from avatarl.training.config import idle_settings
-from avatarl.training.folder.identity import flatten, settings_digest
 
 from .runs import Interrupted, lines_of
 

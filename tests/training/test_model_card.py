@@ -14,13 +14,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from avatarl.data import PreparedData
-from avatarl.inert import OBEYED
+from avatarl.run_dir.curve import HEIGHT, WIDTH, draw_curve
+from avatarl.run_dir.log import evaluations_of
+from avatarl.run_dir.model_card import hub_dataset, model_card
+from avatarl.sanitise import OBEYED
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.assembly import Assembly, assemble
-from avatarl.training.folder.curve import HEIGHT, WIDTH, draw_curve
-from avatarl.training.folder.log import evaluations_of
-from avatarl.training.folder.model_card import hub_dataset, model_card
 from avatarl.training.processes import Processes
+from avatarl.training.setup import Setup, set_up
 
 from ..fuzz.mutations import HOSTILE_TEXTS
 from .runs import SPENT, Interrupted, lines_of
@@ -45,9 +45,9 @@ def copied(finished, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def assembly(finished) -> Assembly:
+def assembly(finished) -> Setup:
     """The parts of the run."""
-    return assemble(finished[0], Processes.of_this_run())
+    return set_up(finished[0], Processes.of_this_run())
 
 
 def card_of(run: Path, name: str = "final") -> str:
@@ -147,7 +147,7 @@ def test_a_run_that_was_interrupted_leaves_the_same_pages(tiny_config, tmp_path:
 EVALUATION = {"step": 6, "tokens": 1, "cross_entropy": 2.0}
 
 
-def with_manifest(parts: Assembly, **entries) -> Assembly:
+def with_manifest(parts: Setup, **entries) -> Setup:
     """The same parts on data whose manifest says something else."""
     return dataclasses.replace(parts, data=dataclasses.replace(parts.data, manifest={**parts.data.manifest, **entries}))
 
@@ -155,7 +155,7 @@ def with_manifest(parts: Assembly, **entries) -> Assembly:
 @pytest.mark.parametrize(
     "text", [*HOSTILE_TEXTS, "a\n---\n# Heading", "```\n\n# Heading"], ids=lambda text: ascii(text)[:30]
 )
-def test_nothing_from_outside_leaves_its_place(assembly: Assembly, text: str):
+def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
     hostile = with_manifest(assembly, sources=[text, {"a": [1]}], tokenizer=text)
     hostile.config, hostile.critic_names = dataclasses.replace(hostile.config, out=text), [text]
     (plain_front, plain), (front, page) = (
@@ -168,12 +168,12 @@ def test_nothing_from_outside_leaves_its_place(assembly: Assembly, text: str):
     assert ModelCard(f"{front}\n---\n{page}").text.strip() == page.strip()
 
 
-def test_a_long_list_of_sources_is_cut(assembly: Assembly):
+def test_a_long_list_of_sources_is_cut(assembly: Setup):
     card = model_card(with_manifest(assembly, sources=list("abcdefg")), EVALUATION)
     assert "\n| data | `a`, `b`, `c`, `d`, `e` and 2 more |\n" in card
 
 
-def test_a_recipe_cannot_leave_its_fence(assembly: Assembly):
+def test_a_recipe_cannot_leave_its_fence(assembly: Setup):
     critics = ["````\n# Heading", "\n```\n"]
     parts = dataclasses.replace(assembly, config=dataclasses.replace(assembly.config, critic=critics))
     card = model_card(parts, EVALUATION)

@@ -19,17 +19,19 @@ from avatarl.errors import RunFailed
 from avatarl.files import File
 from avatarl.objective import OBJECTIVES
 from avatarl.planning.plan import share_of_step
+from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
-from avatarl.training.assembly import assemble
-from avatarl.training.folder.checkpoint import CHECKPOINTS
 from avatarl.training.optim import Optimisers
 from avatarl.training.processes import Processes, meet
+from avatarl.training.setup import set_up
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
 
 # Sixteen windows a step, so that two processes take micro-batches of another size and number than one.
-COMMON = dict(batch_windows=4, accumulate_steps=4, steps=20, log_every_steps=1, eval_every_steps=10, eval_windows=7)
+COMMON = dict(
+    micro_batch_size=4, gradient_accumulation_steps=4, steps=20, log_every_steps=1, eval_every_steps=10, eval_windows=7
+)
 LONG = dict(checkpoint_every_steps=20)
 FALLING = ScheduleConfig(critic_weight=Schedule("linear", end_step=15))
 # The tiny player has one layer and few tokens, and few thresholds to fall to another side of.
@@ -193,7 +195,9 @@ def test_writing_in_the_background_with_two_processes(runs: Path):
 
 
 def test_a_step_that_cannot_be_shared_is_refused():
-    with pytest.raises(UserError, match="batch_windows times accumulate_steps is 8, which 3 processes cannot share"):
+    with pytest.raises(
+        UserError, match="micro_batch_size times gradient_accumulation_steps is 8, which 3 processes cannot share"
+    ):
         Processes(rank=0, count=3).share(range(8))
     assert Processes(rank=1, count=4).share(range(8, 16)) == range(10, 12)
 
@@ -206,8 +210,8 @@ def test_a_share_is_divided_into_few_micro_batches(
     tiny_config, tmp_path: Path, share: int, at_most: int, sizes: list[int]
 ):
     """Of a prime number of windows too; as many processes as there are windows in a micro-batch."""
-    config = tiny_config(tmp_path, batch_windows=at_most, accumulate_steps=share)
-    assembly = assemble(config, Processes())
+    config = tiny_config(tmp_path, micro_batch_size=at_most, gradient_accumulation_steps=share)
+    assembly = set_up(config, Processes())
     whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
     assembly.processes = Processes(rank=at_most - 1, count=at_most)
     mine = [batch.inputs for batch in assembly.batches(3)]
@@ -217,7 +221,7 @@ def test_a_share_is_divided_into_few_micro_batches(
 
 
 def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_config, tmp_path: Path):
-    assembly = assemble(tiny_config(tmp_path, **COMMON), Processes())
+    assembly = set_up(tiny_config(tmp_path, **COMMON), Processes())
     whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
     assert whole.shape == (16, BLOCK)
     for count in (2, 4, 8):

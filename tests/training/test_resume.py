@@ -16,8 +16,8 @@ from avatarl.data.prepare import prepare
 from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES
+from avatarl.run_dir.identity import changed_identity, check_run_folder, settings_digest
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.folder.identity import changed_identity, check_run_folder, settings_digest
 from avatarl.training.validation import Validation
 
 from ..conftest import TINY, write_documents
@@ -32,17 +32,17 @@ def test_the_same_seed_gives_the_same_run(tiny_config, tmp_path: Path):
     assert_same_weights(*(weights_of(tmp_path / name / "run" / "final") for name in ("first", "second")))
 
 
-@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    tiny_config, tmp_path: Path, interrupt, objective: str, accumulate_steps: int
+    tiny_config, tmp_path: Path, interrupt, objective: str, gradient_accumulation_steps: int
 ):
     """With dropout; the checkpoint lies inside an interval of the log, the interruption after it."""
     settings = dict(
         objective=objective,
         player=with_dropout(),
-        batch_windows=2,
-        accumulate_steps=accumulate_steps,
+        micro_batch_size=2,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         log_every_steps=3,
         steps=10,
     )

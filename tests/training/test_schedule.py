@@ -213,7 +213,7 @@ def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):
     weights = {line["step"]: line["critic_weight"] for line in lines if line["event"] == "train"}
     assert weights[3] == 0 and weights[4] == pytest.approx(0.3)
     per_token = summary["player_flops"] / 3 / summary["tokens"]
-    assert summary["critic_flops"] == pytest.approx(per_token * 5 * config.windows_per_step * config.block)
+    assert summary["critic_flops"] == pytest.approx(per_token * 5 * config.windows_per_step * config.block_size)
     spent = [line["critic_flops"] for line in lines if line["event"] == "train"]
     assert spent == [summary["critic_flops"] * judged // 5 for judged in (0, 0, 0, 1, 2, 3, 4, 5)]
     other = tiny_config(tmp_path / "other", critic="ema:0.9:3", log_every_steps=1)

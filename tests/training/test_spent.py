@@ -14,10 +14,10 @@ from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import RunFailed
 from avatarl.results.runs import read_runs
 from avatarl.results.tables import overview_table, what_was_trained
+from avatarl.run_dir.checkpoint import describe, manifest_text, read_manifest
 from avatarl.training import GuardConfig, Schedule, ScheduleConfig, TrainConfig, train
-from avatarl.training.assembly import Assembly
-from avatarl.training.folder.checkpoint import describe, manifest_text, read_manifest
 from avatarl.training.guard import Guard
+from avatarl.training.setup import Setup
 
 from ..conftest import BLOCK
 from .runs import SPENT, Interrupted, lines_of
@@ -28,13 +28,13 @@ FIRST = dict(log_every_steps=3, checkpoint_every_steps=4, eval_every_steps=2)
 @pytest.fixture
 def places(monkeypatch) -> dict[int, range]:
     """The places in the data's order that each step has read, as it was last taken."""
-    read, real = {}, Assembly.batches
+    read, real = {}, Setup.batches
 
-    def batches(self: Assembly, step: int):
+    def batches(self: Setup, step: int):
         read[step] = self.windows_of_step(step)
         return real(self, step)
 
-    monkeypatch.setattr(Assembly, "batches", batches)
+    monkeypatch.setattr(Setup, "batches", batches)
     return read
 
 
@@ -59,9 +59,9 @@ def costs(tiny_config, folder: Path, **settings) -> list[int]:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(batch_windows=2),
-        dict(batch_windows=6, accumulate_steps=2),
-        dict(block=BLOCK // 2),
+        dict(micro_batch_size=2),
+        dict(micro_batch_size=6, gradient_accumulation_steps=2),
+        dict(block_size=BLOCK // 2),
         dict(objective="cross_entropy"),
         dict(critic="random:1m:3"),
         dict(critic="CACHE"),
@@ -77,13 +77,16 @@ def test_steps_before_a_change_are_counted_as_they_were(
     after = FIRST | changes
     summary = train(tiny_config(tmp_path, **after), resume=True, allow_changes=True, quiet=True)
 
-    block, windows = after.get("block", BLOCK), after.get("batch_windows", 4) * after.get("accumulate_steps", 1)
+    block_size, windows = (
+        after.get("block_size", BLOCK),
+        after.get("micro_batch_size", 4) * after.get("gradient_accumulation_steps", 1),
+    )
     assert [places[step] for step in (1, 4)] == [range(4), range(12, 16)]
     # Nothing is read again, and nothing left out.
     assert [places[step] for step in (5, 8)] == [range(16 + i * windows, 16 + (i + 1) * windows) for i in (0, 3)]
     before, now = (costs(tiny_config, tmp_path / name, **of) for name, of in (("before", FIRST), ("now", after)))
     for line in lines_of(tmp_path / "run"):
-        tokens = [min(line["step"], 4) * 4 * BLOCK, max(line["step"] - 4, 0) * windows * block]
+        tokens = [min(line["step"], 4) * 4 * BLOCK, max(line["step"] - 4, 0) * windows * block_size]
         assert line["tokens"] == sum(tokens)
         for name, *each in zip(SPENT[1:], before, now, strict=True):
             assert line[name] == sum(count * cost for count, cost in zip(tokens, each, strict=True)), name
@@ -96,12 +99,12 @@ def test_two_changes_on_the_way(tiny_config, tmp_path: Path, places, stop, inter
     stop(tiny_config(tmp_path, **FIRST))
     interrupt(2)
     with pytest.raises(Interrupted):
-        train(tiny_config(tmp_path, batch_windows=9, **FIRST), resume=True, allow_changes=True, quiet=True)
-    settings = FIRST | dict(batch_windows=2, steps=12)
+        train(tiny_config(tmp_path, micro_batch_size=9, **FIRST), resume=True, allow_changes=True, quiet=True)
+    settings = FIRST | dict(micro_batch_size=2, steps=12)
     interrupt(6)
     with pytest.raises(Interrupted):
         train(tiny_config(tmp_path, **settings), resume=True, allow_changes=True, quiet=True)
-    train(tiny_config(tmp_path, **settings | dict(batch_windows=5)), resume=True, allow_changes=True, quiet=True)
+    train(tiny_config(tmp_path, **settings | dict(micro_batch_size=5)), resume=True, allow_changes=True, quiet=True)
     assert [places[step] for step in (4, 5, 8, 9, 12)] == [
         range(*ends) for ends in ((12, 16), (16, 18), (22, 24), (24, 29), (39, 44))
     ]
@@ -129,8 +132,8 @@ def test_caches_that_were_asked_before_a_change_are_paid_for(tiny_config, tmp_pa
     assert float(shown.replace(",", "")) > 0
 
 
-@pytest.mark.parametrize("batch_windows, steps", [(2, 4 + 16), (8, 4 + 4), (4, 12)])
-def test_epochs_are_of_what_was_read(tiny_config, tmp_path: Path, monkeypatch, stop, batch_windows: int, steps: int):
+@pytest.mark.parametrize("micro_batch_size, steps", [(2, 4 + 16), (8, 4 + 4), (4, 12)])
+def test_epochs_are_of_what_was_read(tiny_config, tmp_path: Path, monkeypatch, stop, micro_batch_size: int, steps: int):
     """Two of 24 windows; sixteen of them were read in four steps."""
     settings = dict(epochs=2.0, train_windows=24, eval_every_steps=100, checkpoint_every_steps=4)
     stop(tiny_config(tmp_path, **settings | dict(steps=None)))
@@ -142,7 +145,7 @@ def test_epochs_are_of_what_was_read(tiny_config, tmp_path: Path, monkeypatch, s
         return real(self, indices)
 
     monkeypatch.setattr(Windows, "batch", batch)
-    config = tiny_config(tmp_path, **settings | dict(steps=None, batch_windows=batch_windows))
+    config = tiny_config(tmp_path, **settings | dict(steps=None, micro_batch_size=micro_batch_size))
     summary = train(config, resume=True, allow_changes=True, quiet=True)
     assert (summary["steps"], summary["tokens"]) == (steps, 48 * BLOCK)
     read.update(WindowOrder(24, config.seed).indices(0, 16).tolist())
@@ -152,7 +155,7 @@ def test_epochs_are_of_what_was_read(tiny_config, tmp_path: Path, monkeypatch, s
 def test_speed_is_of_the_tokens_that_were_read(tiny_config, tmp_path: Path, stop):
     """The line after the change is of a step of four windows and two of one, whose time is kept too."""
     stop(tiny_config(tmp_path, **FIRST))
-    train(tiny_config(tmp_path, batch_windows=1, **FIRST), resume=True, allow_changes=True, quiet=True)
+    train(tiny_config(tmp_path, micro_batch_size=1, **FIRST), resume=True, allow_changes=True, quiet=True)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["unlogged"]["since_tokens"] == 3 * 4 * BLOCK
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -180,7 +183,7 @@ def test_refused_windows_after_a_change_are_those_that_were_read(
     stop(tiny_config(tmp_path, **FIRST))
     real = Guard.judge
     monkeypatch.setattr(Guard, "judge", lambda self, step, loss, norm: real(self, step, loss * float("nan"), norm))
-    config = tiny_config(tmp_path, batch_windows=2, guard=GuardConfig(stop_after=2), **FIRST)
+    config = tiny_config(tmp_path, micro_batch_size=2, guard=GuardConfig(stop_after=2), **FIRST)
     with pytest.raises(RunFailed, match="at step 6, 2 refused"):
         train(config, resume=True, allow_changes=True, quiet=True)
     windows = Windows(PreparedData.open(data_folder).train, BLOCK)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from avatarl import UserError
+from avatarl.run_dir.tracker import RECORD, check_tracker, read_record
 from avatarl.training import TrainConfig, train
-from avatarl.training.folder.tracker import RECORD, check_tracker, read_record
 from avatarl.training.validation import Validation
 
 from .runs import Interrupted, lines_of

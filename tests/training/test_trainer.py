@@ -197,7 +197,7 @@ def test_validation_is_the_mean_over_its_windows_without_dropout(tiny_config, tm
     config = tiny_config(tmp_path, objective="cross_entropy", player=with_dropout(), eval_windows=None, steps=5)
     train(config, quiet=True)
     windows = Windows(PreparedData.open(data_folder).valid, BLOCK)
-    assert len(windows) % config.batch_windows  # the last batch is a smaller one
+    assert len(windows) % config.micro_batch_size  # the last batch is a smaller one
     inputs, targets = windows.batch(range(len(windows)))
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_every_objective_sees_the_same_data_from_the_same_weights(tiny_config, t
 
 def test_an_epoch_is_every_training_window_once(tiny_config, tmp_path: Path, data_folder: Path, record_inputs):
     windows = Windows(PreparedData.open(data_folder).train, BLOCK)
-    config = tiny_config(tmp_path, objective="cross_entropy", steps=None, epochs=2.0, batch_windows=1)
+    config = tiny_config(tmp_path, objective="cross_entropy", steps=None, epochs=2.0, micro_batch_size=1)
     config = TrainConfig(**{**vars(config), "eval_every_steps": 1000, "checkpoint_every_steps": 1000})
     assert config.total_steps(len(windows)) == 2 * len(windows)
     train(config, quiet=True)
@@ -270,7 +270,9 @@ def test_one_batch_of_eight_is_eight_batches_of_one(tiny_config, tmp_path: Path,
     weights = []
     for batch, accumulate in ((8, 1), (1, 8), (2, 4)):
         folder = tmp_path / f"{batch}x{accumulate}"
-        config = tiny_config(folder, objective=objective, batch_windows=batch, accumulate_steps=accumulate, steps=4)
+        config = tiny_config(
+            folder, objective=objective, micro_batch_size=batch, gradient_accumulation_steps=accumulate, steps=4
+        )
         train(config, quiet=True)
         weights.append(weights_of(folder / "run" / "final"))
         if len(weights) > 1:
@@ -333,9 +335,9 @@ def test_out_that_is_a_file_or_lies_in_one_is_refused(tiny_config, tmp_path: Pat
 def test_data_too_short_for_a_window_is_refused(tiny_config, tmp_path: Path, data_folder: Path):
     data = PreparedData.open(data_folder)
     assert len(data.valid) < len(data.train)
-    for block in (len(data.valid), len(data.train) + 1):  # validation alone is too short; everything is
-        with pytest.raises(UserError, match=f"block: {block} needs at least {block + 1} tokens"):
-            train(tiny_config(tmp_path, block=block), quiet=True)
+    for block_size in (len(data.valid), len(data.train) + 1):  # validation alone is too short; everything is
+        with pytest.raises(UserError, match=f"block_size: {block_size} needs at least {block_size + 1} tokens"):
+            train(tiny_config(tmp_path, block_size=block_size), quiet=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from avatarl.data import PreparedData, Windows
 from avatarl.data.dataset import file_record
 from avatarl.errors import RunFailed, UserError
-from avatarl.outside import read_json
+from avatarl.untrusted import read_json
 
 FORMAT_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1 << 28
@@ -49,9 +49,9 @@ class Part(NamedTuple):
         return f"{self.split}-{self.number:05d}.bin"
 
 
-def windows_of(data: PreparedData, block: int, train_windows: int | None) -> dict[str, Windows]:
+def windows_of(data: PreparedData, block_size: int, train_windows: int | None) -> dict[str, Windows]:
     """The windows that a cache is of: so many of the training split, spread evenly, and all of the validation split."""
-    return {"train": Windows(data.train, block, train_windows), "valid": Windows(data.valid, block)}
+    return {"train": Windows(data.train, block_size, train_windows), "valid": Windows(data.valid, block_size)}
 
 
 def parts_of(identity: dict) -> Iterator[Part]:
@@ -60,7 +60,7 @@ def parts_of(identity: dict) -> Iterator[Part]:
     Raises:
         ValueError: There would be more than any disk holds.
     """
-    bytes_per_window = identity["block"] * identity["bytes_per_token"]
+    bytes_per_window = identity["block_size"] * identity["bytes_per_token"]
     all_windows = sum(identity["windows"].values())
     size = max(
         SMALLEST_PART_BYTES // bytes_per_window, min(LARGEST_PART_BYTES // bytes_per_window, all_windows // PARTS)
@@ -92,7 +92,7 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
         write_whole(out / UNFINISHED, json.dumps(identity, indent=1).encode())
     tidy(out)
     missing = sum(len(part.windows) for part in parts if not is_done(out, part))
-    needed = missing * identity["block"] * identity["bytes_per_token"]
+    needed = missing * identity["block_size"] * identity["bytes_per_token"]
     free = shutil.disk_usage(out).free
     if needed > free:
         raise RunFailed(

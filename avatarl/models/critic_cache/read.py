@@ -15,7 +15,7 @@ from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.objective import StoredCritic
-from avatarl.outside import parse_json, read_json, read_regular_file
+from avatarl.untrusted import parse_json, read_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
 from .parts import (
@@ -48,7 +48,7 @@ class CriticCache:
         self.path, self.manifest, self.digest, self._files = path, manifest, digest, files
         self.record = record_format(manifest)
         self._log_frequencies = torch.from_numpy(np.frombuffer(_whole(files[FREQUENCIES]), "<f4").copy())
-        self._windows = windows_of(data, manifest["block"], manifest["windows"]["train"])
+        self._windows = windows_of(data, manifest["block_size"], manifest["windows"]["train"])
         self._parts: dict[str, list[File]] = {split: [] for split in SPLITS}
         for part in parts_of(manifest):
             self._parts[part.split].append(files[part.name])
@@ -58,7 +58,7 @@ class CriticCache:
         cls,
         path: str | Path,
         data: PreparedData,
-        block: int,
+        block_size: int,
         train_windows: int | None = None,
         splits: Collection[str] = SPLITS,
         *,
@@ -71,7 +71,7 @@ class CriticCache:
         Args:
             path: The folder that ``avatarl critic cache`` made.
             data: What it has to be of.
-            block: Tokens in the windows that will be asked for.
+            block_size: Tokens in the windows that will be asked for.
             train_windows: How many of the training split these are, spread evenly (None: all).
             splits: Those that will be asked for. Validation is whole in the cache of any part of the training split.
             verified: The ``digest`` of the cache that another process of this run has just opened. Of the same one
@@ -87,13 +87,13 @@ class CriticCache:
         if manifest["data"] != data.digest:
             also = " and another tokenizer" if manifest["tokenizer"] != digest_of_tokenizer(data) else ""
             raise UserError(f"{path}: a cache of other data{also} than {data.path}; {AGAIN}")
-        if manifest["block"] != block:
+        if manifest["block_size"] != block_size:
             raise UserError(
-                f"{path}: a cache of windows of {manifest['block']} tokens; expected block, {block}; {AGAIN}, --block "
-                f"{block}"
+                f"{path}: a cache of windows of {manifest['block_size']} tokens; expected block_size, {block_size}; "
+                f"{AGAIN}, --block_size {block_size}"
             )
         count = train_windows if "train" in splits else manifest["windows"]["train"]
-        windows = {split: len(of_split) for split, of_split in windows_of(data, block, count).items()}
+        windows = {split: len(of_split) for split, of_split in windows_of(data, block_size, count).items()}
         if manifest["windows"] != windows:
             found = manifest["windows"]
             raise UserError(
@@ -125,7 +125,7 @@ class CriticCache:
         windows = self._windows[split]
         if not 0 <= index < len(windows):
             raise IndexError(f"window {index} of {len(windows)}")
-        parts, size = self._parts[split], windows.block * self.record.dtype.itemsize
+        parts, size = self._parts[split], windows.block_size * self.record.dtype.itemsize
         number, start = divmod(index * size, parts[0].stamp.size)  # all but the last are of one size
         return np.frombuffer(parts[number].read(start, size), self.record.dtype)
 
@@ -178,7 +178,7 @@ def training_flops(manifest: dict) -> int:
 
     Those on validation windows are left out: they serve evaluations, which cost a run with a live critic nothing.
     """
-    return manifest["critic"]["flops_per_token"] * manifest["windows"]["train"] * manifest["block"]
+    return manifest["critic"]["flops_per_token"] * manifest["windows"]["train"] * manifest["block_size"]
 
 
 def unfinished(path: Path) -> str:
@@ -195,12 +195,12 @@ def unfinished(path: Path) -> str:
 
 def check_kinds(manifest: dict) -> None:
     """Raise a ValueError, KeyError or TypeError unless everything is of the kind that is written."""
-    numbers = ("block", "num_top", "num_draws", "vocab_size", "bytes_per_token")
+    numbers = ("block_size", "num_top", "num_draws", "vocab_size", "bytes_per_token")
     counts = [*(manifest[name] for name in numbers), *(manifest["windows"][split] for split in SPLITS)]
     counts += [manifest["critic"]["flops_per_token"]]
     if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
         raise ValueError("a count is no whole number")
-    if min(manifest["block"], manifest["vocab_size"]) < 1 or manifest["num_top"] > manifest["vocab_size"]:
+    if min(manifest["block_size"], manifest["vocab_size"]) < 1 or manifest["num_top"] > manifest["vocab_size"]:
         raise ValueError("a count is out of range")
     if manifest["num_draws"] > 1 << 16 or record_format(manifest).dtype.itemsize != manifest["bytes_per_token"]:
         raise ValueError("bytes_per_token is another")
@@ -218,7 +218,7 @@ def check_kinds(manifest: dict) -> None:
 
 def open_files(path: Path, manifest: dict) -> dict[str, File]:
     """The files of a cache by name; UserError names one that is missing or of another size."""
-    per_window, files = manifest["block"] * manifest["bytes_per_token"], {}
+    per_window, files = manifest["block_size"] * manifest["bytes_per_token"], {}
     sizes = {part.name: len(part.windows) * per_window for part in parts_of(manifest)}
     for name, size in {**sizes, FREQUENCIES: 4 * manifest["vocab_size"]}.items():
         if not os.path.isfile(path / name):

@@ -21,13 +21,13 @@ from avatarl.console import Console
 from avatarl.data import PreparedData, Windows
 from avatarl.device import launched_as, pick_device, pick_precision
 from avatarl.errors import RunFailed, UserError
-from avatarl.inert import one_line
 from avatarl.objective import StoredCritic
 from avatarl.objective.config import require_choice, require_whole
 from avatarl.objective.critics import LiveCritic
 from avatarl.objective.fused.chunked import chunk_rows
 from avatarl.objective.kernels import PLAIN
-from avatarl.outside import check_place
+from avatarl.sanitise import one_line
+from avatarl.untrusted import check_place
 
 from ..counting import count_parameters, forward_flops_per_token
 from ..critics import load_critic
@@ -57,13 +57,13 @@ def cache_critic(
     data: str | Path,
     out: str | Path,
     *,
-    block: int = 256,
+    block_size: int = 256,
     kind: str = "top",
     bytes_per_token: int = 134,
     keep_top: int = 0,
     train_windows: int | None = None,
     seed: int = 1,
-    batch_windows: int = 16,
+    micro_batch_size: int = 16,
     precision: str = "auto",
     critic_quantization: Mapping[str, Any] | None = None,
     device: str = "auto",
@@ -77,14 +77,14 @@ def cache_critic(
         critic: A run folder, a model folder, a hub id, or ``random:PRESET:SEED``.
         data: A prepared data folder; both splits are read.
         out: The folder to make.
-        block: Tokens in a window, as in the runs that will use it.
+        block_size: Tokens in a window, as in the runs that will use it.
         kind: ``top``, the critic's most likely tokens and the mass of the rest, or ``sample``, tokens drawn from its
             distribution: an unbiased estimate of it (Anshumann et al., "Sparse Logit Sampling", arXiv 2503.16870).
         bytes_per_token: The budget of a position; :mod:`.record` says what it buys.
         keep_top: With ``sample``, keep so many most likely tokens exactly, and draw from the rest.
         train_windows: How many windows of the training split, as in the runs that will use it (None: all).
         seed: Decides the drawn tokens.
-        batch_windows: Windows in a forward pass.
+        micro_batch_size: Windows in a forward pass.
         precision: ``bf16``, ``fp32`` or ``auto``, as in the runs that will use it.
         critic_quantization: Holds the critic's weights in fewer bits; see :func:`~avatarl.models.load_model`.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -101,11 +101,11 @@ def cache_critic(
     check_place(out)
     require_choice("kind", kind, KINDS)
     for name, value, minimum in (
-        ("block", block, 1),
+        ("block_size", block_size, 1),
         ("bytes_per_token", bytes_per_token, 1),
         ("keep_top", keep_top, 0),
         ("seed", seed, 0),
-        ("batch_windows", batch_windows, 1),
+        ("micro_batch_size", micro_batch_size, 1),
         *((("train_windows", train_windows, 1),) if train_windows is not None else ()),
     ):
         require_whole(name, value, minimum)
@@ -118,7 +118,7 @@ def cache_critic(
     require_choice("precision", precision, ("auto", "bf16", "fp32"))
     rank, count, local_rank = launched_as()
     prepared = PreparedData.open(data)
-    splits = windows_of(prepared, block, train_windows)
+    splits = windows_of(prepared, block_size, train_windows)
     record = RecordFormat.within(kind, bytes_per_token, keep_top, prepared.vocab_size)
     chosen = pick_device(device, local_rank)
     precision = pick_precision(precision, chosen)
@@ -127,9 +127,11 @@ def cache_critic(
     files = weight_files(critic)
     model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen, critic_quantization)
     longest = longest_sequence(model)
-    if longest is not None and longest < block:
-        raise UserError(f"block is {block}; expected at most {longest}, what critic {critic} was made to read")
-    check_window(model, block, f"critic {critic}")
+    if longest is not None and longest < block_size:
+        raise UserError(
+            f"block_size is {block_size}; expected at most {longest}, what critic {critic} was made to read"
+        )
+    check_window(model, block_size, f"critic {critic}")
     identity = identity_of_cache(prepared, splits, record, precision, critic, model, files)
     if os.path.exists(critic):  # wherever both are found later; its SHA-256 says whether it is the same
         identity["critic"] |= {"name": os.path.abspath(critic), "place": os.path.relpath(critic, out)}
@@ -138,9 +140,9 @@ def cache_critic(
     with _failures_in_one_line(out):
         start(out, identity, parts, log_frequencies)
         todo = [part for part in parts[rank::count] if not is_done(out, part)]
-        with _progress(out, parts[rank::count], todo, block, quiet or rank > 0) as advance:
+        with _progress(out, parts[rank::count], todo, block_size, quiet or rank > 0) as advance:
             for part in todo:
-                fill_part(out, part, splits[part.split], model, record, seed, batch_windows, precision, advance)
+                fill_part(out, part, splits[part.split], model, record, seed, micro_batch_size, precision, advance)
         return finish(out, identity, parts)
 
 
@@ -154,10 +156,10 @@ def identity_of_cache(
     files: dict[str, dict] | None,
 ) -> dict:
     """All that decides what is stored, and what it is tied to."""
-    block = splits["train"].block
+    block_size = splits["train"].block_size
     return {
         "format_version": FORMAT_VERSION,
-        "block": block,
+        "block_size": block_size,
         "num_top": record.num_top,
         "num_draws": record.num_draws,
         "bytes_per_token": record.dtype.itemsize,
@@ -171,7 +173,7 @@ def identity_of_cache(
             "sha256": digest_of_model(model),
             "files": files,
             "parameters": count_parameters(model).total,
-            "flops_per_token": forward_flops_per_token(model, block),
+            "flops_per_token": forward_flops_per_token(model, block_size),
         },
     }
 
@@ -183,7 +185,7 @@ def fill_part(
     model: PreTrainedModel,
     record: RecordFormat,
     seed: int,
-    batch_windows: int,
+    micro_batch_size: int,
     precision: str,
     advance: Callable[[int], None],
 ) -> None:
@@ -195,10 +197,10 @@ def fill_part(
     autocast = torch.autocast(model.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
     digest, size = hashlib.sha256(), 0
     with new_file(out / part.name) as file:
-        for first in range(part.windows.start, part.windows.stop, batch_windows):
-            chosen = range(first, min(first + batch_windows, part.windows.stop))
+        for first in range(part.windows.start, part.windows.stop, micro_batch_size):
+            chosen = range(first, min(first + micro_batch_size, part.windows.stop))
             inputs, targets = (x.to(model.device) for x in windows.batch(chosen))
-            draws = draw_uniforms(seed, part.split, chosen, windows.block) if record.num_draws else None
+            draws = draw_uniforms(seed, part.split, chosen, windows.block_size) if record.num_draws else None
             with torch.no_grad(), autocast:
                 hidden = last_hidden(model, inputs).flatten(0, 1)
                 answers = answers_of(hidden, head_weight(model), targets.flatten(), record, draws)
@@ -250,11 +252,11 @@ def log_frequencies_of(data: PreparedData) -> np.ndarray:
     return np.log(counts / counts.sum()).astype(np.float32)
 
 
-def draw_uniforms(seed: int, split: str, windows: range, block: int) -> Tensor:
-    """One number in [0, 1) for each position (windows · block, 1), whoever draws it."""
+def draw_uniforms(seed: int, split: str, windows: range, block_size: int) -> Tensor:
+    """One number in [0, 1) for each position (windows · block_size, 1), whoever draws it."""
     drawn = [
         np.random.Generator(np.random.Philox(key=seed, counter=[0, SPLITS.index(split), window, 0])).random(
-            (block, 1), dtype=np.float32
+            (block_size, 1), dtype=np.float32
         )
         for window in windows
     ]
@@ -266,7 +268,7 @@ def draw_uniforms(seed: int, split: str, windows: range, block: int) -> Tensor:
 
 @contextmanager
 def _progress(
-    out: Path, mine: list[Part], todo: list[Part], block: int, quiet: bool
+    out: Path, mine: list[Part], todo: list[Part], block_size: int, quiet: bool
 ) -> Iterator[Callable[[int], None]]:
     """Progress in tokens on stderr; yields what is told of each window that is read."""
     console = Console(stderr=True)
@@ -279,7 +281,7 @@ def _progress(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    total, waiting = (block * sum(len(part.windows) for part in parts) for parts in (mine, todo))
+    total, waiting = (block_size * sum(len(part.windows) for part in parts) for parts in (mine, todo))
     done = total - waiting
 
     def say(message: str) -> None:
@@ -293,7 +295,7 @@ def _progress(
 
         def advance(windows: int) -> None:
             nonlocal said
-            progress.advance(task, windows * block)
+            progress.advance(task, windows * block_size)
             completed = int(progress.tasks[0].completed)
             rate = f"{(completed - done) / (time.monotonic() - started):,.0f} tokens/s"
             progress.update(task, rate=rate)

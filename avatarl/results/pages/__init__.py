@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from avatarl.inert import backticks_around, markdown_code, visible
+from avatarl.sanitise import backticks_around, markdown_code, visible
 
 HERE = Path(__file__).parent
 # What Markdown shows as it stands: no mark-up, no item of a list or rule, and no address that it would link to.

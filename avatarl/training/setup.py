@@ -22,11 +22,11 @@ from avatarl.models.critics import parse_ema_critic
 from avatarl.models.loading import check_window, longest_sequence
 from avatarl.objective import Objective, make_objective
 from avatarl.objective.fused.implementations import check_implementation
+from avatarl.run_dir.identity import MUON, identity_of_run
 
 from .batch import Batch
 from .config import TrainConfig
 from .draws import uniform_draws
-from .folder.identity import MUON, identity_of_run
 from .optim import Optimisers, build_optimisers, muon_precision
 from .processes import Processes
 from .rewarded_player import AveragedPlayer, FrozenModel, RewardedPlayer
@@ -47,7 +47,7 @@ class Reached:
 
 
 @dataclass
-class Assembly:
+class Setup:
     """The parts of one run on one process."""
 
     config: TrainConfig
@@ -82,7 +82,7 @@ class Assembly:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.windows_per_step * self.config.block
+        return self.config.windows_per_step * self.config.block_size
 
     def go_on_from(self, reached: Reached) -> None:
         """Take the run up where it was left; ``epochs`` count what was read.
@@ -124,10 +124,10 @@ class Assembly:
         stage, scheduled = self.schedules.stage(step), self.schedules.values(step)
         caches = [self.caches[i] for i in stage.critics if i in self.caches]
         mine = self.processes.share(self.windows_of_step(step))
-        passes = math.ceil(len(mine) / self.config.batch_windows)
+        passes = math.ceil(len(mine) / self.config.micro_batch_size)
         for places in np.array_split(mine, passes):  # of equal size, or one window more
             indices = self.order.indices(places[0], len(places))
-            draws = uniform_draws(self.config.seed, places, self.config.block, stage.objective.num_draws)
+            draws = uniform_draws(self.config.seed, places, self.config.block_size, stage.objective.num_draws)
             stored = [cache.rows("train", indices) for cache in caches]
             yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
 
@@ -160,7 +160,7 @@ class Assembly:
         return {
             "parameters": self.parameters.total,
             "non_embedding_parameters": self.parameters.non_embedding,
-            "unique_tokens": len(self.windows) * self.config.block,
+            "unique_tokens": len(self.windows) * self.config.block_size,
             **self.spent_until(self.total_steps),
             "cached_critic_flops": sum(self.reached_after(self.total_steps).caches.values()),
         }
@@ -168,7 +168,7 @@ class Assembly:
     def describe(self) -> str:
         """One line that says what is being trained on what."""
         tokens = self.spent_until(self.total_steps)["tokens"]
-        epochs = tokens / (len(self.windows) * self.config.block)
+        epochs = tokens / (len(self.windows) * self.config.block_size)
         several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
         return (
             f"{self.config.objective}: {self.parameters.total:,} parameters "
@@ -177,7 +177,7 @@ class Assembly:
         )
 
 
-def assemble(config: TrainConfig, processes: Processes) -> Assembly:
+def set_up(config: TrainConfig, processes: Processes) -> Setup:
     """Open and build everything; nothing is written.
 
     Raises:
@@ -185,8 +185,8 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     """
     data = processes.after_main(lambda verified: PreparedData.open(config.data, verified=verified))
     tokenizer = data.load_tokenizer()
-    windows = Windows(data.train, config.block, config.train_windows)
-    valid_windows = Windows(data.valid, config.block)
+    windows = Windows(data.train, config.block_size, config.train_windows)
+    valid_windows = Windows(data.valid, config.block_size)
     total_steps = config.total_steps(len(windows))
     processes.share(range(config.windows_per_step))  # refuses what cannot be shared
 
@@ -206,14 +206,14 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
         check_implementation(loss_impl, device.type)
     except ValueError as error:
         raise UserError(str(error)) from error
-    player = build_player(config.player, tokenizer, config.block, config.seed).to(device)
+    player = build_player(config.player, tokenizer, config.block_size, config.seed).to(device)
     start_steps = [critic.start_step if isinstance(critic, AveragedPlayer) else 0 for critic in critics]
     schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
     caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
     # Counted before anything is divided among processes.
-    parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block)
+    parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block_size)
     critic_flops = [
-        0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block)
+        0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block_size)
         for critic in critics
     ]
     named = dict(zip(critic_names, critics, strict=True))
@@ -224,7 +224,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
     asked = [None if place in caches else critic for place, critic in enumerate(critics)]
     snapshot = None
     if objective.needs_snapshot:
-        snapshot = FrozenModel(build_player(config.player, tokenizer, config.block, config.seed).to(device))
+        snapshot = FrozenModel(build_player(config.player, tokenizer, config.block_size, config.seed).to(device))
     model = RewardedPlayer(player, objective, asked, len(tokenizer), loss_impl, snapshot)
     if config.parallel == "fsdp" and processes.count > 1:
         others = [critic for critic in asked if critic and (config.shard_critics or critic in model.averages)]
@@ -232,7 +232,7 @@ def assemble(config: TrainConfig, processes: Processes) -> Assembly:
             processes.shard(judge, judge.model, device, keep_root=True)
         processes.shard(model, player, device)
     step_model = torch.compile(model) if config.compile else model
-    return Assembly(
+    return Setup(
         config=config,
         processes=processes,
         device=device,
@@ -279,20 +279,20 @@ def open_critics(
             critics.append(
                 processes.after_main(
                     lambda verified, name=name: CriticCache.open(
-                        name, data, config.block, config.train_windows, verified=verified
+                        name, data, config.block_size, config.train_windows, verified=verified
                     )
                 )
             )
         elif name.startswith("ema:"):
-            average = build_player(config.player, tokenizer, config.block, config.seed).to(device)
+            average = build_player(config.player, tokenizer, config.block_size, config.seed).to(device)
             critics.append(AveragedPlayer(average, *parse_ema_critic(name)))
         else:
             critic = load_critic(name, tokenizer, dtype, device, config.critic_quantization)
             longest = longest_sequence(critic)
-            if longest is not None and longest < config.block:
+            if longest is not None and longest < config.block_size:
                 raise UserError(
-                    f"critic {name} reads at most {longest} tokens; expected at least block, {config.block}"
+                    f"critic {name} reads at most {longest} tokens; expected at least block_size, {config.block_size}"
                 )
-            check_window(critic, config.block, f"critic {name}")
+            check_window(critic, config.block_size, f"critic {name}")
             critics.append(FrozenModel(critic))
     return critics

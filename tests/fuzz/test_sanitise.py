@@ -20,9 +20,9 @@ from avatarl.cli import COMMANDS, main
 from avatarl.console import Console
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
-from avatarl.inert import LONGEST_LINE, OBEYED, InertStream, inert_output, markdown_code, one_line, visible
 from avatarl.results import draw_curves
-from avatarl.training.folder.checkpoint import manifest_text, newest_good_checkpoint
+from avatarl.run_dir.checkpoint import manifest_text, newest_good_checkpoint
+from avatarl.sanitise import LONGEST_LINE, OBEYED, InertStream, markdown_code, one_line, sanitised_output, visible
 
 from .mutations import HOSTILE_TEXTS
 
@@ -138,7 +138,7 @@ def test_what_damages_a_checkpoint_is_named_inertly(tmp_path: Path, capsys):
     checkpoint = tmp_path / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(manifest_text(1, {EVERY_KIND: {}}, {}))
-    with pytest.raises(UserError), inert_output():
+    with pytest.raises(UserError), sanitised_output():
         newest_good_checkpoint(tmp_path, Console(stderr=True, soft_wrap=True, markup=False).print)
     said = capsys.readouterr().err
     assert "\\x1b[2J" in said and not OBEYED.search(said)

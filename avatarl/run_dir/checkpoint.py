@@ -19,8 +19,8 @@ from typing import Any
 
 from avatarl.durable import flush, remove_folder, replace_folder
 from avatarl.errors import RunFailed, UserError
+from avatarl.training.processes import Processes
 
-from ..processes import Processes
 from .tensors import Held, save_part
 
 MANIFEST, STATE, CHECKPOINTS = "manifest.json", "state.json", "checkpoints"

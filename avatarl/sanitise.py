@@ -51,7 +51,7 @@ class InertStream:
 
 
 @contextmanager
-def inert_output() -> Iterator[None]:
+def sanitised_output() -> Iterator[None]:
     """Within it all that Python prints is inert: messages, warnings, tracebacks, whoever wrote them."""
     with redirect_stdout(InertStream(sys.stdout)), redirect_stderr(InertStream(sys.stderr)):
         yield

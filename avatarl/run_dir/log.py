@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from avatarl.console import Console
 from avatarl.durable import open_own, replace_file
+from avatarl.training.config import TrainConfig
+from avatarl.training.processes import Processes
 
-from ..config import TrainConfig
-from ..processes import Processes
 from .tracker import Tracker
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"

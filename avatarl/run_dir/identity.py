@@ -19,11 +19,11 @@ from avatarl.errors import UserError
 from avatarl.lock import LOCK
 from avatarl.models import CriticCache
 from avatarl.models.digest import digest_of_model, digest_of_tokenizer
-from avatarl.outside import check_place, read_json, read_yaml
 from avatarl.places import CONFIG, ENVIRONMENT, kept, located, may_be_same
+from avatarl.training.config import TrainConfig, idle_settings
+from avatarl.training.rewarded_player import FrozenModel
+from avatarl.untrusted import check_place, read_json, read_yaml
 
-from ..config import TrainConfig, idle_settings
-from ..rewarded_player import FrozenModel
 from .checkpoint import (
     CHECKPOINTS,
     MANIFEST,

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from avatarl.durable import replace_folder
 from avatarl.errors import RunFailed
+from avatarl.run_dir.checkpoint import describe
+from avatarl.run_dir.curve import draw_curve
+from avatarl.run_dir.log import evaluations_of
+from avatarl.run_dir.model_card import CARD_FILE, CURVE_FILE, model_card, write_model_folder
+from avatarl.run_dir.tensors import tensors_of_model
 
-from .assembly import Assembly
-from .folder.checkpoint import describe
-from .folder.curve import draw_curve
-from .folder.log import evaluations_of
-from .folder.model_card import CARD_FILE, CURVE_FILE, model_card, write_model_folder
-from .folder.tensors import tensors_of_model
 from .guard import Guard
 from .processes import whole
+from .setup import Setup
 
 WEIGHTS = "model.safetensors"  # of a model folder
 
 
-def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) -> dict | None:
+def write_player(parts: Setup, name: str, step: int, cross_entropy: float) -> dict | None:
     """The player as it is after ``step`` and its evaluation, as a model folder of the run.
 
     Returns size and SHA-256 of its files by name, in the process that writes them.
@@ -44,12 +44,12 @@ def write_player(parts: Assembly, name: str, step: int, cross_entropy: float) ->
     return describe_folder(run / name)
 
 
-def whole_weights(parts: Assembly) -> dict[str, Tensor]:
+def whole_weights(parts: Setup) -> dict[str, Tensor]:
     """The player's weights in host memory, with what other processes hold of them; every process has to ask."""
     return {name: whole(tensor.detach()).cpu() for name, tensor in tensors_of_model(parts.player).items()}
 
 
-def check_players(parts: Assembly, progress: dict) -> None:
+def check_players(parts: Setup, progress: dict) -> None:
     """Write the last player, unless it is there as it was trained, and look whether the best one is.
 
     Raises:
@@ -94,7 +94,7 @@ def describe_folder(folder: Path) -> dict[str, dict]:
     return {path.name: describe(path) for path in paths}
 
 
-def leave_for_study(parts: Assembly, guard: Guard) -> str:
+def leave_for_study(parts: Setup, guard: Guard) -> str:
     """Save the windows and statistics of the refused updates, and say what happened."""
     run, refused = Path(parts.config.out), guard.last_refused()
     places = {row["step"]: parts.windows_of_step(row["step"]) for row in refused}
@@ -122,7 +122,7 @@ def leave_for_study(parts: Assembly, guard: Guard) -> str:
     )
 
 
-def leave_evaluation(parts: Assembly, guard: Guard, step: int, values: Mapping[str, float]) -> str:
+def leave_evaluation(parts: Setup, guard: Guard, step: int, values: Mapping[str, float]) -> str:
     """Save an evaluation that is no number where refused updates are saved, and say what happened."""
     run, statistics = Path(parts.config.out), {"step": step, **values, "accepted_losses": guard.last_losses()}
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
-
-from ..optim import KEPT, Optimisers, kept_by
-from ..processes import local
-from ..rewarded_player import RewardedPlayer
+from avatarl.training.optim import KEPT, Optimisers, kept_by
+from avatarl.training.processes import local
+from avatarl.training.rewarded_player import RewardedPlayer
 
 # The one key of a file's own metadata: ``{name: [first row, shape of the whole]}`` as JSON. (safetensors writes several
 # keys in an order that changes, and the same state should be the same bytes.)

@@ -19,8 +19,8 @@ from typing import Any
 
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
-from avatarl.inert import one_line
-from avatarl.outside import read_json
+from avatarl.sanitise import one_line
+from avatarl.untrusted import read_json
 
 PROJECT = "avatarl"
 RECORD = "tracker.json"

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.data.corpus import hub_name
 from avatarl.durable import replace_folder
-from avatarl.inert import backticks_around, markdown_code, one_line
-from avatarl.outside import read_json
+from avatarl.sanitise import backticks_around, markdown_code, one_line
+from avatarl.untrusted import read_json
 
 from .identity import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from ..assembly import Assembly
+    from avatarl.training.setup import Setup
 
 CARD_FILE, CURVE_FILE = "README.md", "curve.svg"
 MOST_SOURCES = 5  # that a card lists
@@ -41,7 +41,7 @@ with avatarl by the objective `{objective}`.
 | validation cross-entropy | {cross_entropy:.4f} nats per token at step {step} |
 | training tokens at that step | {tokens:,} |
 | FLOPs until then | {player_flops:.3g} of the player, {critic_flops:.3g} of critics |
-| context | {block} tokens |
+| context | {block_size} tokens |
 | precision | {precision} |
 | critic | {critic} |
 | data | {sources} |
@@ -116,7 +116,7 @@ def _name_class_for_older_readers(path: Path) -> None:
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
+def model_card(parts: Setup, evaluation: Mapping[str, float]) -> str:
     """The README.md of the player as it was evaluated: front matter for the Hub, what it is, and its whole recipe.
 
     What comes from outside (names, paths, the data's manifest) is shown as code or quoted, and cannot leave its place.
@@ -142,7 +142,7 @@ def model_card(parts: Assembly, evaluation: Mapping[str, float]) -> str:
         cross_entropy=evaluation["cross_entropy"],
         step=step,
         **spent,
-        block=config.block,
+        block_size=config.block_size,
         precision=parts.precision,
         critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
         sources=(", ".join(map(markdown_code, sources[:MOST_SOURCES])) or "unknown") + more,

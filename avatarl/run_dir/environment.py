@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..processes import Processes
+from avatarl.training.processes import Processes
 
 LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "numpy")
 

@@ -15,8 +15,8 @@ from avatarl.models.critic_cache.read import record_format
 from avatarl.models.critics import RANDOM_CRITIC, parse_ema_critic
 from avatarl.models.loading import one_line, resolve_model
 from avatarl.models.players import player_shape
-from avatarl.outside import read_yaml
 from avatarl.training.config import TrainConfig
+from avatarl.untrusted import read_yaml
 
 GPT2_VOCABULARY = 50_257
 
@@ -33,7 +33,7 @@ def data_facts(config: TrainConfig, vocab_size: int | None, warnings: list[str])
             raise UserError(
                 f"vocab_size is {vocab_size}, but {config.data} has {manifest['vocab_size']}; leave vocab_size out"
             )
-        windows = (manifest["tokens"]["train"] - 1) // config.block
+        windows = (manifest["tokens"]["train"] - 1) // config.block_size
         windows = min(windows, config.train_windows or windows)
         return manifest["vocab_size"], config.total_steps(windows)
     if config.steps is None:
@@ -77,12 +77,12 @@ def critic_shape(
         return record_format(manifest)
     if name.startswith("ema:"):
         parse_ema_critic(name)
-        return player_shape(config.player, vocab_size, config.block)
+        return player_shape(config.player, vocab_size, config.block_size)
     if name.startswith("random:"):
         match = RANDOM_CRITIC.fullmatch(name)
         if match is None:
             raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
-        return player_shape(PlayerConfig(match[1]), vocab_size, config.block)
+        return player_shape(PlayerConfig(match[1]), vocab_size, config.block_size)
     try:
         # A name without a folder may be a hub id; the hub is not asked, only what was fetched before.
         shape = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, local_files_only=True)
@@ -105,7 +105,7 @@ def critic_shape(
             f"--critic_preset {'|'.join(PRESETS)}"
         )
         return None
-    return player_shape(player, vocab_size, config.block)
+    return player_shape(player, vocab_size, config.block_size)
 
 
 def _player_of_recipe_making(run: str, recipe: str | Path | None) -> tuple[Path, PlayerConfig] | None:
