@@ -1,23 +1,31 @@
-"""Packages whose public names are imported when first asked for: settings are then read without torch (PEP 562)."""
+"""Packages import their public names when first asked for, so that settings can be read without torch (PEP 562)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
-def lazy_exports(
-    package: str, modules: Mapping[str, tuple[str, ...]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package.
+def lazy_exports(package: str, modules: Mapping[str, tuple[str, ...]]) -> tuple[Callable[[str], Any], list[str]]:
+    """Return ``__getattr__`` and ``__all__`` of a package.
 
     Args:
         package: Its ``__name__``.
-        modules: Of each of its modules, the public names that are defined there.
+        modules: The public names that each of its modules defines.
     """
     homes = {name: module for module, names in modules.items() for name in names}
+
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Importing evaluate.py sets the package's attribute to the module; the name belongs to its function.
+            if not (name in homes and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
+
+        def __dir__(self) -> list[str]:
+            return sorted({*super().__dir__(), *homes})
 
     def get(name: str) -> Any:
         if name not in homes:
@@ -26,4 +34,5 @@ def lazy_exports(
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted(homes), sorted(homes)
+    sys.modules[package].__class__ = Package
+    return get, sorted(homes)

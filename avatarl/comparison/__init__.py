@@ -1,6 +1,11 @@
 """Arms by seeds: runs that differ in what is compared and in nothing else, and what can be said of the difference."""
 
-from .compare import compare
-from .config import ComparisonConfig, TuningConfig
+from avatarl.lazy import lazy_exports
 
-__all__ = ["ComparisonConfig", "TuningConfig", "compare"]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "compare": ("compare",),
+        "config": ("ComparisonConfig", "TuningConfig"),
+    },
+)

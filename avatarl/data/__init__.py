@@ -1,8 +1,11 @@
 """Text becomes tokens: sources, tokenizers, and the prepared folder that training reads."""
 
-from __future__ import annotations
+from avatarl.lazy import lazy_exports
 
-from avatarl.data.dataset import PreparedData, TokenStream, WindowOrder, Windows, spread
-from avatarl.data.prepare import prepare
-
-__all__ = ["PreparedData", "TokenStream", "WindowOrder", "Windows", "prepare", "spread"]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "dataset": ("PreparedData", "TokenStream", "WindowOrder", "Windows", "spread"),
+        "prepare": ("prepare",),
+    },
+)

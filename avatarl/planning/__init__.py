@@ -1,6 +1,11 @@
 """What a run will take, before it is started: FLOPs, memory, time and disk."""
 
-from .plan import UTILISATION, Plan, plan
-from .table import plan_table
+from avatarl.lazy import lazy_exports
 
-__all__ = ["UTILISATION", "Plan", "plan", "plan_table"]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "plan": ("UTILISATION", "Plan", "plan"),
+        "table": ("plan_table",),
+    },
+)

@@ -1,21 +1,16 @@
 """Readers of finished models and run folders: numbers, texts and pictures that a person can look at."""
 
-from .curves import draw_curves
-from .evaluate import evaluate
-from .generate import generate
-from .harness import open_tasks, run_tasks
-from .minimal_pairs import read_pairs, score_pairs
-from .publish import push_to_hub
-from .runs import read_metrics
+from avatarl.lazy import lazy_exports
 
-__all__ = [
-    "draw_curves",
-    "evaluate",
-    "generate",
-    "open_tasks",
-    "push_to_hub",
-    "read_metrics",
-    "read_pairs",
-    "run_tasks",
-    "score_pairs",
-]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {
+        "curves": ("draw_curves",),
+        "evaluate": ("evaluate",),
+        "generate": ("generate",),
+        "harness": ("open_tasks", "run_tasks"),
+        "minimal_pairs": ("read_pairs", "score_pairs"),
+        "publish": ("push_to_hub",),
+        "runs": ("read_metrics",),
+    },
+)
