@@ -1,0 +1,88 @@
+"""Pictures as files, by matplotlib: intervals of differences."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from avatarl.sanitise import visible
+
+from .pages import read_source
+
+# Stand-ins for the variables of colours.css, by which an SVG picture follows its reader's colour scheme.
+VARIABLES = {name: f"#0{n}0e0f" for n, name in enumerate(("ground", "ink", "quiet", "line", "better", "worse"))}
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """One line of :func:`interval_chart`."""
+
+    name: str
+    mean: float
+    lower: float  # of the interval; NaN where there is none
+    upper: float
+    points: Sequence[float]  # what it is the mean of
+    text: str  # to the right of the line
+    verdict: str = ""  # "better", "worse" or nothing: its colour
+
+
+def interval_chart(intervals: Sequence[Interval], limits: tuple[float, float], title: str, unit: str = "") -> str:
+    """Draw means with their intervals and single points around a line at zero.
+
+    Args:
+        intervals: From top to bottom.
+        limits: The ends of the axis. A mean or interval beyond one of them gets an arrow there.
+        title: Above the axis.
+        unit: After the axis's numbers.
+
+    Returns:
+        SVG text, whose colours follow the reader's colour scheme.
+    """
+    low, high = limits
+    ink = {name: {"color": VARIABLES[name]} for name in VARIABLES}
+    figure = Figure(figsize=(10, 0.8 + 0.27 * len(intervals)), layout="constrained", facecolor=VARIABLES["ground"])
+    axis = figure.subplots()
+    axis.set_facecolor(VARIABLES["ground"])
+    axis.axvline(0, linewidth=1, **ink["ink"])
+    for place, each in enumerate(intervals):
+        colour = ink[each.verdict or "quiet"]
+        if not np.isnan(each.lower):
+            axis.hlines(place, max(each.lower, low), min(each.upper, high), linewidth=2, **colour)
+        shown = [point for point in each.points if low <= point <= high]
+        axis.plot(shown, [place] * len(shown), "o", markersize=5, markerfacecolor="none", **colour)
+        if low <= each.mean <= high:
+            axis.plot(each.mean, place, "|", markersize=12, markeredgewidth=4, **colour)
+        ends = np.array([each.mean, each.lower, each.upper])
+        for end, marker, is_beyond in ((low, "<", (ends < low).any()), (high, ">", (ends > high).any())):
+            if is_beyond:
+                axis.plot(end, place, marker, markersize=8, clip_on=False, **colour)
+        beside = {"xycoords": ("axes fraction", "data"), "va": "center", "parse_math": False}
+        axis.annotate(visible(each.text), (1.02, place), **beside, **ink["ink"])
+    axis.set(xlim=limits, ylim=(len(intervals) - 0.5, -0.5), yticks=range(len(intervals)))
+    axis.set_yticklabels([visible(each.name) for each in intervals], parse_math=False, **ink["ink"])
+    axis.set_title(title, size=10, **ink["quiet"])
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:+g}{unit}".replace("-", "−") if value else f"0{unit}")
+    axis.tick_params(length=0, labelsize=10)
+    axis.tick_params(axis="x", labelcolor=VARIABLES["quiet"])
+    axis.grid(axis="x", **ink["line"])
+    axis.set_axisbelow(True)
+    axis.spines[:].set_visible(False)
+    return _themed(figure)
+
+
+def _themed(figure: Figure) -> str:
+    """A figure as SVG text, with the same bytes each time and the colours of colours.css."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "avatarl", "font.family": "sans-serif"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    picture = file.getvalue()
+    for name, colour in VARIABLES.items():
+        picture = picture.replace(colour, f"var(--{name})")
+    return picture.replace("<defs>", f"<style>{read_source('colours.css')}</style>\n <defs>", 1)
