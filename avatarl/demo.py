@@ -31,9 +31,9 @@ from .models import PlayerConfig
 from .objective.config import require_whole
 from .results import draw_curves, evaluate, generate
 from .results.prompts import held_out_prompts
-from .run_dir.identity import check_run_folder
 from .sanitise import backticks_around, markdown_code, one_line, visible
 from .training import OptimConfig, TrainConfig, train
+from .training.resume import check_run_folder
 from .untrusted import check_place, refusing
 
 RUNS, PAGES = {"critic", "avatarl", "cross_entropy"}, {"results.md", "curves.png", "samples.md"}

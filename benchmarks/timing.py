@@ -194,9 +194,8 @@ def _process_status_mib(entry: str) -> float:
 def circumstances(device: str) -> dict[str, object]:
     """When, what and where: date, revision, device and versions."""
     from avatarl.run_dir.environment import describe_environment
-    from avatarl.training.processes import Processes
 
-    found = describe_environment(torch.device(device), precision="", processes=Processes(), identity={"data": ""})
+    found = describe_environment(torch.device(device), precision="", process_count=1, identity={"data": ""})
     return {
         "date": found["started"],
         "revision": revision(),

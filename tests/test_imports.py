@@ -12,13 +12,14 @@ import pytest
 import avatarl
 
 PACKAGE = Path(avatarl.__file__).parent
-CHAPTERS = ("objective", "data", "models", "training", "integrations", "planning", "results", "comparison")
+CHAPTERS = ("objective", "data", "models", "run_dir", "training", "integrations", "planning", "results", "comparison")
 SHELL = {"demo", "cli"}
 READERS = {"planning", "results", "comparison", "options", *SHELL}
 LATER = {
-    "objective": {"data", "models", "training", *READERS},
-    "data": {"objective", "models", "training", *READERS},
-    "models": {"training", *READERS},
+    "objective": {"data", "models", "run_dir", "training", *READERS},
+    "data": {"objective", "models", "run_dir", "training", *READERS},
+    "models": {"run_dir", "training", *READERS},
+    "run_dir": {"objective", "models", "training", *READERS},
     "training": READERS,
     "integrations": READERS,
     "planning": READERS - {"planning"},

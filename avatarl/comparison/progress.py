@@ -23,10 +23,11 @@ from avatarl.models.critic_cache.parts import LARGEST_MANIFEST_BYTES
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
-from avatarl.run_dir.identity import check_run_folder, identities_of_run
+from avatarl.run_dir.identity import identities_of_run
 from avatarl.run_dir.log import evaluations_of
 from avatarl.training import TrainConfig
 from avatarl.training.config import idle_settings
+from avatarl.training.resume import check_run_folder
 from avatarl.untrusted import read_json, refusing
 
 from .config import ComparisonConfig, Settings, critics_of, make_run

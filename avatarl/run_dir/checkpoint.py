@@ -15,11 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from avatarl.durable import flush, remove_folder, replace_folder
 from avatarl.errors import RunFailed, UserError
-from avatarl.training.processes import Processes
 
 from .tensors import Held, save_part
 
@@ -28,8 +27,21 @@ PATIENCE_SECONDS = 30
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
+class Processes(Protocol):
+    """The processes that write together; avatarl.training.processes has them."""
+
+    rank: int
+    count: int
+    is_main: bool
+
+    def largest(self, number: int) -> int: ...
+    def from_main(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
+    def apart(self) -> Processes: ...
+
+
 class Checkpoints:
-    """The checkpoints of one run, and the writing of new ones, by all of its processes. Use as a context manager."""
+    """The checkpoints of one run, written by all of its processes. Use as a context manager."""
 
     def __init__(
         self,
@@ -43,11 +55,11 @@ class Checkpoints:
         """
         Args:
             run: The run folder.
-            identity: What the run is: goes into each manifest.
-            processes: Those of the run; each of them has to make this object and to call :meth:`save`.
+            identity: What identifies the run, for each manifest.
+            processes: Those of the run; each of them makes this object and calls :meth:`save`.
             keep_last: How many of the newest to keep.
             keep_every: Also keep those of steps divisible by this.
-            in_background: Write from a copy while training goes on.
+            in_background: Write from a copy while training continues.
         """
         self._folder, self._identity = run / CHECKPOINTS, identity
         self._keep_last, self._keep_every = keep_last, keep_every
@@ -58,27 +70,27 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """After an error, let what is being written be finished; other processes may be gone, so not for ever."""
+        """After an error, wait for what is being written; not for ever, since other processes may be gone."""
         if kind is not None and self._background:
             self._background.join(None if self._processes.count == 1 else PATIENCE_SECONDS)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict, is_last: bool = False) -> bool:
-        """Write the checkpoint after ``step`` optimiser steps and remove those no longer to be kept.
+        """Write the checkpoint after ``step`` optimiser steps and remove old ones.
 
-        Checkpoints of later steps go too: the run fell back behind them because they are not good.
+        Checkpoints of later steps go too: the run fell back behind them because they are damaged.
 
         Args:
             step: The number of steps.
-            tensors: By file and name. Each process writes what it holds, or the main one alone where that is all.
-            state: What fits into JSON.
-            is_last: In the background, whether to wait until it is there.
+            tensors: By file and name. Each process writes its shards; the main one writes alone if it holds everything.
+            state: What state.json holds.
+            is_last: In the background, whether to wait until it is written.
 
         Returns:
-            False where one is still being written in the background, and this one was left out for it.
+            False if the previous one is still being written in the background; this one is skipped then.
 
         Raises:
-            OSError, SafetensorError: It cannot be written, or, in the background, the one before could not be; complete
-                ones are untouched.
+            OSError, SafetensorError: This one, or in the background the previous one, cannot be written. Complete ones
+                are untouched.
             RunFailed: Another process could not write its part.
         """
         if self._background is None:
@@ -95,7 +107,7 @@ class Checkpoints:
         return True
 
     def _is_free(self, waits: bool) -> bool:
-        """Whether no process is writing any more; nobody waits for a thread that may wait for another process."""
+        """Whether no process is writing. It polls: a writer's thread may wait for another process."""
         while (worst := self._processes.largest(self._background.state)) == BUSY and waits:
             time.sleep(0.02)
         if worst == FAILED:
@@ -107,7 +119,7 @@ class Checkpoints:
         if not writers.is_main:
             partial = Path(writers.from_main(None))
             writers.gather(self._write_tensors(partial, tensors) if is_divided(tensors) else {})
-            writers.from_main(None)  # nobody goes on before it is there
+            writers.from_main(None)  # wait until it is there
             return
 
         def fill(partial: Path) -> None:
@@ -137,9 +149,9 @@ class Checkpoints:
         return records
 
     def _forget(self, newest: int) -> None:
-        """Remove what is not to be kept now that the checkpoint of step ``newest`` is there.
+        """Remove old checkpoints now that the one of step ``newest`` is there.
 
-        A folder whose manifest does not say that it is a checkpoint may be somebody's, and stays.
+        A folder without a checkpoint's manifest may be the user's own, and stays.
         """
         steps = [step for step in steps_found(self._folder) if is_complete(step_folder(self._folder, step))]
         kept = [step for step in steps if step <= newest][-self._keep_last :]
@@ -150,7 +162,7 @@ class Checkpoints:
 
 
 def is_divided(tensors: Mapping[str, Mapping[str, Held]]) -> bool:
-    """Whether processes hold parts."""
+    """Whether processes hold shards."""
     return any(held.rows.shape != held.shape for named in tensors.values() for held in named.values())
 
 
@@ -158,7 +170,7 @@ FREE, BUSY, FAILED = 0, 1, 2  # states of a writer; the larger one matters more
 
 
 class _BackgroundWriter:
-    """One piece of writing at a time, on another thread."""
+    """Runs one call at a time on another thread."""
 
     def __init__(self):
         self.error: BaseException | None = None
@@ -174,10 +186,10 @@ class _BackgroundWriter:
         def run() -> None:
             try:
                 write()
-            except BaseException as error:  # to be raised on the thread that trains
+            except BaseException as error:  # raised later, on the thread that trains
                 self.error = error
 
-        # A daemon: a process that ends does not wait for it, and leaves an unfinished checkpoint, which is none.
+        # A daemon: a process that ends does not wait for it. An unfinished checkpoint has no manifest.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -193,16 +205,16 @@ def newest_good_checkpoint(
     run: Path,
     report: Callable[[str], None],
     accepted: Sequence[Mapping[str, Any]] | None = None,
-    left: Mapping[str, str] | None = None,
+    at_finish: Mapping[str, str] | None = None,
 ) -> Path | None:
-    """The newest checkpoint that is as its manifest says; None when none was ever completed.
+    """The newest checkpoint that matches its manifest; None if none was ever completed.
 
     Args:
         run: The run folder.
-        report: Is told, in a line each, of those that are not good.
-        accepted: Identities of the run; a checkpoint of another is not good (None: none is asked for).
-        left: SHA-256 of the manifests of those that the finished run has left, by folder; whoever writes another one
-            can write matching sums (None: it has not finished).
+        report: Gets one line for each damaged checkpoint.
+        accepted: Identities of the run; a checkpoint with another one counts as damaged (None: any is accepted).
+        at_finish: SHA-256 of the manifests of a finished run's checkpoints, by folder: somebody who replaces one can
+            write a matching manifest (None: the run has not finished).
 
     Raises:
         UserError: There are checkpoints and all of them are damaged.
@@ -216,10 +228,10 @@ def newest_good_checkpoint(
             damage = "it is of another run"
         if (
             damage is None
-            and left is not None
-            and describe(checkpoint / MANIFEST)["sha256"] != left.get(checkpoint.name)
+            and at_finish is not None
+            and describe(checkpoint / MANIFEST)["sha256"] != at_finish.get(checkpoint.name)
         ):
-            damage = "the run finished with another one"
+            damage = "it was replaced after the run had finished"
         if damage is None:
             return checkpoint
         report(f"{checkpoint} is damaged ({damage}); trying the one before it")
@@ -229,7 +241,7 @@ def newest_good_checkpoint(
 
 
 def steps_found(folder: Path) -> list[int]:
-    """The steps of what lies under a checkpoint's name, whole or damaged, in order."""
+    """The steps of all checkpoints, complete or not, in order."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -249,23 +261,23 @@ def damage_of(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError):
-        return f"{MANIFEST} is not as it was written"
+        return f"{MANIFEST} was changed"
     if checkpoint.name != step_folder(checkpoint, manifest["step"]).name:
-        return f"it is the one of step {manifest['step']}"
+        return f"it is of step {manifest['step']}"
     for name, record in manifest["files"].items():
         path = checkpoint / name
         try:
             if Path(name).name != name or not path.exists():
                 return f"{name} is missing"
             if not path.is_file() or path.stat().st_size != record.get("bytes") or describe(path) != record:
-                return f"{name} is not what its manifest says"
+                return f"{name} does not match its manifest"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a manifest says that this is a checkpoint; whether it is as that says, :func:`damage_of` tells."""
+    """Whether a checkpoint has its manifest; :func:`damage_of` compares the files with it."""
     try:
         return step_folder(checkpoint.parent, read_manifest(checkpoint)["step"]) == checkpoint
     except (OSError, ValueError):
@@ -277,7 +289,7 @@ def read_manifest(checkpoint: Path) -> dict:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is not, to the byte, what :func:`manifest_text` writes.
+        ValueError: It is not, byte for byte, what :func:`manifest_text` writes.
     """
     path = checkpoint / MANIFEST
     if path.exists() and not path.is_file():
@@ -291,12 +303,12 @@ def read_manifest(checkpoint: Path) -> dict:
     records = list(manifest["files"].values())
     is_ours = isinstance(manifest["step"], int) and all(isinstance(record, dict) for record in records)
     if text.encode() != content or not is_ours:
-        raise ValueError(f"{path} is not as it was written")
+        raise ValueError(f"{path} was changed")
     return manifest
 
 
 def manifest_text(step: int, files: Mapping[str, dict], identity: Mapping[str, Any]) -> str:
-    """The manifest: what it lists, and a digest of that, so that damage to itself is seen too."""
+    """The manifest's text, with a digest of its own content, so that damage to the manifest is seen too."""
     content = {"step": step, "identity": identity, "files": dict(sorted(files.items()))}
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "sha256": digest}, indent=1) + "\n"

@@ -28,7 +28,7 @@ PICTURE = """\
 
 
 def draw_curve(tokens: Sequence[int], cross_entropies: Sequence[float]) -> str:
-    """Cross-entropy (nats) over training tokens as SVG text; at least one point, the last one marked."""
+    """Draw cross-entropy (nats) over training tokens as SVG text; the last of at least one point is marked."""
     highest, lowest = max(cross_entropies), min(cross_entropies)
     most, right, bottom = max(tokens), WIDTH - RIGHT, HEIGHT - BOTTOM
 

@@ -13,14 +13,10 @@ from pathlib import Path
 
 import torch
 
-from avatarl.training.processes import Processes
-
 LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
-def describe_environment(
-    device: torch.device, precision: str, processes: Processes, identity: Mapping[str, str]
-) -> dict:
+def describe_environment(device: torch.device, precision: str, process_count: int, identity: Mapping[str, str]) -> dict:
     """Command, revision, versions, device, processes and identity of a run, as its environment.json has them."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "avatarl"), *sys.argv[1:]]),
@@ -31,7 +27,7 @@ def describe_environment(
         # Of PyTorch its build too (2.13.0+cu130), which a package from PyPI does not name in its own version.
         "versions": {**{name: version(name) for name in LIBRARIES}, "torch": str(torch.__version__)},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "processes": processes.count,
+        "processes": process_count,
         "threads": torch.get_num_threads(),
         "precision": precision,
         "data_digest": identity["data"],

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
@@ -21,10 +21,8 @@ from avatarl.untrusted import read_json
 
 from .identity import ENVIRONMENT
 
-if TYPE_CHECKING:
-    from avatarl.training.setup import Setup
-
 CARD_FILE, CURVE_FILE = "README.md", "curve.svg"
+SPENT = ("tokens", "player_flops", "critic_flops")
 MOST_SOURCES = 5  # that a card lists
 CARD = """\
 ---
@@ -61,8 +59,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 ![Validation cross-entropy over training tokens]({curve})
 
-The means of the evaluation at step {step}, over validation windows of the run's own; avatarl's docs/metrics.md says
-what each is. They depend on that text and on the tokenizer, and say nothing about other text.
+Means over the run's own validation windows at step {step}; avatarl's docs/metrics.md defines each metric. They depend
+on that text and on the tokenizer, and say nothing about other text.
 
 | metric | value |
 |---|---|
@@ -70,7 +68,7 @@ what each is. They depend on that text and on the tokenizer, and say nothing abo
 
 ## Recipe
 
-Every setting but where the run lies; `avatarl train --config RECIPE.yaml --out FOLDER` trains it again.
+All settings of the run; `avatarl train --config RECIPE.yaml --out FOLDER` trains it again.
 
 {recipe}
 """
@@ -83,19 +81,19 @@ def write_model_folder(
     tokenizer: PreTrainedTokenizerBase,
     pages: Mapping[str, str],
 ) -> None:
-    """Write ``folder`` whole and only then put it in place of the one before.
+    """Write a model folder, and replace the previous one only when it is complete.
 
     Args:
-        folder: What to write.
+        folder: Where to write.
         player: The model; its weights may be divided among processes.
-        weights: They, whole, as its ``state_dict`` names them.
+        weights: Its whole weights, by their names in its ``state_dict``.
         tokenizer: Saved with it.
         pages: Texts for people to read, by file name.
     """
 
     def fill(partial: Path) -> None:
         cached = player.config.use_cache
-        player.config.use_cache = player.generation_config.use_cache = True  # who opens the folder wants to generate
+        player.config.use_cache = player.generation_config.use_cache = True  # users of the folder generate text
         try:
             player.save_pretrained(partial, state_dict=dict(weights))
         finally:
@@ -116,42 +114,50 @@ def _name_class_for_older_readers(path: Path) -> None:
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def model_card(parts: Setup, evaluation: Mapping[str, float]) -> str:
-    """The README.md of the player as it was evaluated: front matter for the Hub, what it is, and its whole recipe.
+def model_card(
+    run: Path,
+    settings: Mapping[str, Any],
+    evaluation: Mapping[str, float],
+    manifest: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> str:
+    """The README.md of an evaluated player: front matter for the Hub, what it is, and its whole recipe.
 
-    What comes from outside (names, paths, the data's manifest) is shown as code or quoted, and cannot leave its place.
+    Untrusted input (names, paths, the data's manifest) is shown as code or quoted, and cannot break out of its place.
 
     Args:
-        parts: The run.
-        evaluation: ``step``, what was spent until then, and the means of its metrics.
+        run: The run folder.
+        settings: The run's, as config.yaml has them.
+        evaluation: ``step``, ``tokens``, ``player_flops``, ``critic_flops``, and the means of its metrics.
+        manifest: The data's.
+        facts: ``total`` and ``non_embedding`` parameters, ``precision``, names of ``critics``, ``unique_tokens`` of an
+            epoch, ``data_digest`` and ``vocab_size``.
     """
-    config, manifest, step = parts.config, parts.data.manifest, int(evaluation["step"])
-    name = Path(os.path.abspath(config.out)).name  # also of "."
-    sources, spent = sources_of(manifest), parts.spent_until(step)
-    of_split, read = manifest["tokens"]["train"], parts.sizes["unique_tokens"]
-    settings = {name: value for name, value in config.as_dict().items() if name != "out"}
-    recipe = yaml.safe_dump(settings, sort_keys=False)
+    step, spent = int(evaluation["step"]), {name: evaluation[name] for name in SPENT}
+    name = Path(os.path.abspath(run)).name  # also of "."
+    sources, of_split = sources_of(manifest), manifest["tokens"]["train"]
+    recipe = yaml.safe_dump({name: value for name, value in settings.items() if name != "out"}, sort_keys=False)
     fence = backticks_around(recipe, fewest=3)
     more = f" and {len(sources) - MOST_SOURCES} more" if len(sources) > MOST_SOURCES else ""
     return CARD.format(
-        metadata=metadata(name, config.objective, sources, evaluation["cross_entropy"]),
+        metadata=metadata(name, settings["objective"], sources, evaluation["cross_entropy"]),
         name=markdown_code(name),
-        objective=config.objective,
-        total=parts.parameters.total,
-        non_embedding=parts.parameters.non_embedding,
+        objective=settings["objective"],
+        total=facts["total"],
+        non_embedding=facts["non_embedding"],
         cross_entropy=evaluation["cross_entropy"],
         step=step,
         **spent,
-        block_size=config.block_size,
-        precision=parts.precision,
-        critic=", ".join(map(markdown_code, parts.critic_names)) or "none",
+        block_size=settings["block_size"],
+        precision=facts["precision"],
+        critic=", ".join(map(markdown_code, facts["critics"])) or "none",
         sources=(", ".join(map(markdown_code, sources[:MOST_SOURCES])) or "unknown") + more,
-        train_tokens=f"{read:,} of {of_split:,}" if config.train_windows else f"{of_split:,}",
+        train_tokens=f"{facts['unique_tokens']:,} of {of_split:,}" if settings["train_windows"] else f"{of_split:,}",
         valid_tokens=manifest["tokens"]["valid"],
-        data_digest=parts.data.digest,
+        data_digest=facts["data_digest"],
         tokenizer=markdown_code(str(manifest.get("tokenizer"))),
-        vocab_size=parts.data.vocab_size,
-        record="\n".join(f"| {name} | {value} |" for name, value in record_of(Path(config.out))),
+        vocab_size=facts["vocab_size"],
+        record="\n".join(f"| {name} | {value} |" for name, value in record_of(run)),
         curve=CURVE_FILE,
         metrics="\n".join(
             f"| {markdown_code(name)} | {value:.6g} |"
@@ -163,7 +169,7 @@ def model_card(parts: Setup, evaluation: Mapping[str, float]) -> str:
 
 
 def metadata(name: str, objective: str, sources: Sequence[str], cross_entropy: float) -> str:
-    """The front matter that the Hub reads, as YAML; the result is marked as being of the data's validation split."""
+    """The front matter for the Hub, as YAML; the result is labelled as one of the data's validation split."""
     datasets = [dataset for source in sources if (dataset := hub_dataset(source))]
     result = EvalResult(
         task_type="text-generation",
@@ -185,13 +191,13 @@ def metadata(name: str, objective: str, sources: Sequence[str], cross_entropy: f
 
 
 def sources_of(manifest: Mapping[str, Any]) -> list[str]:
-    """Where prepared data came from, as far as its manifest says."""
+    """The sources of prepared data, if its manifest lists them."""
     sources = manifest.get("sources")
     return list(map(str, sources)) if isinstance(sources, list) else []
 
 
 def hub_dataset(source: str) -> str | None:
-    """The Hub's id of a source ``hub:ID`` or ``hub:ID@CONFIG``; None of another one, ``hub:FOLDER`` among them."""
+    """The Hub's id of a source ``hub:ID`` or ``hub:ID@CONFIG``; None for any other, such as ``hub:FOLDER``."""
     dataset, _ = hub_name(source)
     try:
         validate_repo_id(dataset)
@@ -201,7 +207,7 @@ def hub_dataset(source: str) -> str | None:
 
 
 def record_of(run: Path) -> list[tuple[str, str]]:
-    """What the run's record says: revision and versions it last started with, and what was changed on the way."""
+    """From environment.json: revision and versions of the last start, and the changes at each resume."""
     try:
         record = read_json(run / ENVIRONMENT)
         last = [record, *record["resumed"]][-1]

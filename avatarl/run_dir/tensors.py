@@ -1,7 +1,7 @@
-"""A run's tensors in files: player, optimisers and snapshot, whole or in the parts that processes hold.
+"""Tensors by name in safetensors files, whole or in the parts that processes hold.
 
-A process writes the rows it holds of each tensor, with the number of the first one, as safetensors; whoever reads takes
-the rows it wants from whichever file has them. So a run may go on with another number of processes.
+Each process writes the rows it holds of each tensor, with the number of the first row. A reader takes the rows it needs
+from whichever files have them, so a run can resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
-from avatarl.training.optim import KEPT, Optimisers, kept_by
-from avatarl.training.processes import local
-from avatarl.training.rewarded_player import RewardedPlayer
 
 # The one key of a file's own metadata: ``{name: [first row, shape of the whole]}`` as JSON. (safetensors writes several
 # keys in an order that changes, and the same state should be the same bytes.)
 HELD = "held"
-
-
 # Optimiser state that is never negative: a count of steps, and a mean of squares.
 NEVER_NEGATIVE = (".step", ".exp_avg_sq")
 
@@ -40,20 +35,19 @@ class Held(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Held:
-        return cls(local(tensor.detach()), first_row(tensor), tuple(tensor.shape))
+        """A view of a tensor, not a copy; of a DTensor, this process's shard."""
+        tensor, first_row = tensor.detach(), 0
+        if not isinstance(tensor, DTensor):
+            return cls(tensor, first_row, tuple(tensor.shape))
+        if tensor.placements[0].is_shard():
+            # FSDP2 cuts shards of equal size; the last ones may be shorter.
+            size = -(-tensor.shape[0] // tensor.device_mesh.size())
+            first_row = min(size * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+        return cls(tensor.to_local(), first_row, tuple(tensor.shape))
 
     def copy(self) -> Held:
-        """In host memory, for who writes it later."""
+        """A copy in host memory, to be written later."""
         return self._replace(rows=self.rows.to("cpu", copy=True))
-
-
-def run_state(model: RewardedPlayer, optimisers: Optimisers) -> dict[str, dict[str, Held]]:
-    """Every tensor that a run goes on from, by file and name; the run's own memory, not copies."""
-    parts = {"player": tensors_of_model(model.player), "optimiser": optimiser_tensors(model.player, optimisers)}
-    parts |= {"snapshot": tensors_of_model(model.snapshot.model)} if model.snapshot else {}
-    started = [(number, average) for number, average in enumerate(model.averages) if average.has_started]
-    parts |= {f"average{number}": tensors_of_model(average.model) for number, average in started}
-    return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
 
 
 def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
@@ -66,74 +60,33 @@ def tensors_of_model(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def optimiser_tensors(player: nn.Module, optimisers: Optimisers) -> dict[str, Tensor]:
-    """The state that optimisers keep for each parameter, as ``PARAMETER.KIND``; a parameter has one optimiser."""
-    names = {id(parameter): name for name, parameter in player.named_parameters()}
-    return {
-        f"{names[id(parameter)]}.{kind}": value
-        for optimiser in optimisers.optimisers
-        for parameter, state in optimiser.state.items()
-        for kind, value in state.items()
-    }
-
-
 def load_player(files: Iterable[Path], player: nn.Module) -> None:
-    """Put back the player's tensors alone.
+    """Load the player's weights from the files of a checkpoint.
 
     Raises:
         UserError: The files hold tensors of another model.
     """
-    _copy_into(tensors_of_model(player), SavedTensors(_by_part(files).get("player", [])))
-
-
-def load_run(files: Sequence[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
-    """Put back what :func:`run_state` gave.
-
-    An optimiser that keeps other things than were saved starts anew, and so does a snapshot that was not saved: the run
-    was started with others.
-
-    Raises:
-        UserError: The files hold tensors of another model.
-    """
-    saved = _by_part(files)
-    load_player(files, model.player)
-    if model.snapshot and "snapshot" in saved:
-        _copy_into(tensors_of_model(model.snapshot.model), SavedTensors(saved["snapshot"]))
-    elif model.snapshot:
-        model.refresh_snapshot()
-    for number, average in enumerate(model.averages):
-        average.has_started = f"average{number}" in saved
-        if average.has_started:
-            _copy_into(tensors_of_model(average.model), SavedTensors(saved[f"average{number}"]))
-    kept = SavedTensors(saved.get("optimiser", []))
-    names = {id(parameter): name for name, parameter in model.player.named_parameters()}
-    for optimiser in optimisers.optimisers:
-        for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
-            owner = names[id(parameter)]
-            kinds = {name.rpartition(".")[2] for name in kept.names_of(owner)}
-            if kinds and kinds not in KEPT.values():
-                raise UserError(f"the checkpoint is not what a run writes: it keeps {sorted(kinds)} of {owner}")
-            if kinds == kept_by(optimiser):
-                optimiser.state[parameter] = {kind: kept.read(f"{owner}.{kind}", parameter) for kind in sorted(kinds)}
+    SavedTensors(files_by_part(files).get("player", [])).copy_into(tensors_of_model(player))
 
 
 def save_part(path: Path, held: Mapping[str, Held]) -> None:
     """Write what this process holds of some tensors, as safetensors."""
-    held = dict(sorted(held.items()))  # optimisers keep theirs in an order that a resumed run need not find again
+    held = dict(sorted(held.items()))  # optimisers keep theirs in an order that differs after a resume
     described = json.dumps({name: [part.first_row, part.shape] for name, part in held.items()})
     save_file({name: part.rows.contiguous() for name, part in held.items()}, path, {HELD: described})
 
 
-def first_row(tensor: Tensor) -> int:
-    """The number of the first row that this process holds of a tensor."""
-    if not isinstance(tensor, DTensor) or not tensor.placements[0].is_shard():
-        return 0
-    size = -(-tensor.shape[0] // tensor.device_mesh.size())  # as FSDP2 divides: parts of equal size, the last shorter
-    return min(size * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+def files_by_part(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """``player.safetensors`` or ``player-00001-of-00002.safetensors`` … as ``{"player": [paths]}``."""
+    parts: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        if path.suffix == ".safetensors":
+            parts.setdefault(path.stem.partition("-")[0], []).append(path)
+    return parts
 
 
 class SavedTensors:
-    """The tensors of one part, wherever their rows lie.
+    """The tensors of one part of a checkpoint, wherever their rows lie.
 
     Raises:
         UserError: The files do not hold each row of a tensor once, or each of them all rows.
@@ -141,50 +94,42 @@ class SavedTensors:
 
     def __init__(self, files: Iterable[Path]):
         self._places: dict[str, list[tuple[int, Path]]] = {}
-        self._shapes: dict[str, torch.Size] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the whole tensors
         pieces_of: dict[str, list[tuple[int, list[int]]]] = {}  # first row and shape of each piece
         for path in files:
             with safe_open(path, "pt") as file:
                 held = json.loads(file.metadata()[HELD])
                 if held.keys() != set(file.keys()):
-                    raise UserError(f"{path} is not what a run writes: it holds other tensors than it says")
+                    raise UserError(f"{path} is not valid: its header lists other tensors than it holds")
                 for name, (row, shape) in held.items():
                     self._places.setdefault(name, []).append((row, path))
-                    if self._shapes.setdefault(name, torch.Size(shape)) != torch.Size(shape):
-                        raise UserError(f"{path} is not what a run writes: {name} has another shape in another file")
+                    if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                        raise UserError(f"{path} is not valid: {name} has another shape in another file")
                     pieces_of.setdefault(name, []).append((row, file.get_slice(name).get_shape()))
         for name, pieces in pieces_of.items():
-            if not _is_whole(self._shapes[name], pieces):
+            if not _is_whole(self.shapes[name], pieces):
                 found = ", ".join(f"{shape} from row {row}" for row, shape in pieces)
                 raise UserError(
-                    f"the checkpoint is not what a run writes: {name} has shape {tuple(self._shapes[name])} and lies "
-                    f"there as {found}"
+                    f"the checkpoint is not valid: {name} has shape {self.shapes[name]}, but its pieces are {found}"
                 )
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._places)
+    def kinds_of(self, parameter: str) -> list[str]:
+        """The kinds of optimiser state, of names ``PARAMETER.KIND``, sorted."""
+        names = [name.rpartition(".") for name in self.shapes]
+        return sorted(kind for owner, _, kind in names if owner == parameter)
 
-    def names_of(self, owner: str) -> list[str]:
-        """Those of the form ``OWNER.KIND``."""
-        return [name for name in self._places if name.rpartition(".")[0] == owner]
-
-    def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor."""
-        return self._shapes[name]
-
-    def read(self, name: str, parameter: Tensor) -> Tensor:
-        """A new tensor on the device of ``parameter``, divided as that is where it has the same shape.
+    def read_like(self, parameter: Tensor, name: str) -> Tensor:
+        """A new tensor on the device of ``parameter``, divided like it if it has the same shape.
 
         Raises:
-            UserError: It is neither one number nor of the parameter's shape, or holds numbers that no run keeps.
+            UserError: It is neither one number nor of the parameter's shape, or holds values that no run saves.
         """
-        if self.shape(name) == parameter.shape:
+        if self.shapes[name] == parameter.shape:
             value = torch.empty_like(parameter.detach())
-        elif name.endswith(".step") and not self.shape(name):
+        elif name.endswith(".step") and not self.shapes[name]:
             value = torch.empty((), device=parameter.device)
         else:
-            raise UserError(f"the checkpoint is of another model: {name} has shape {tuple(self.shape(name))} there")
+            raise UserError(f"the checkpoint is of another model: {name} has shape {self.shapes[name]} there")
         self.read_into(value, name)
         return value
 
@@ -194,7 +139,7 @@ class SavedTensors:
         Raises:
             UserError: They are of another dtype, not finite, or negative where they cannot be.
         """
-        rows, begin = local(target), first_row(target)
+        rows, begin, _ = Held.of(target)
         for row, path in self._places[name]:
             with safe_open(path, "pt") as file:
                 if rows.dim() == 0:
@@ -204,6 +149,24 @@ class SavedTensors:
                 first, last = max(begin, row), min(begin + len(rows), row + saved.get_shape()[0])
                 if first < last:
                     rows[first - begin : last - begin].copy_(_checked(saved[first - row : last - row], rows, name))
+
+    @torch.no_grad()
+    def copy_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill every tensor of a model.
+
+        Raises:
+            UserError: The names or shapes are those of another model.
+        """
+        wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+        if wanted != self.shapes:
+            every = sorted(wanted.keys() | self.shapes.keys())
+            name = next(name for name in every if wanted.get(name) != self.shapes.get(name))
+            raise UserError(
+                f"the checkpoint is of another model: {name} has shape {self.shapes.get(name)} there and "
+                f"{wanted.get(name)} here"
+            )
+        for name, target in targets.items():
+            self.read_into(target, name)
 
 
 def _is_whole(shape: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]]) -> bool:
@@ -221,35 +184,13 @@ def _is_whole(shape: Sequence[int], pieces: Sequence[tuple[int, Sequence[int]]])
 
 
 def _checked(saved: Tensor, target: Tensor, name: str) -> Tensor:
-    """``saved``, in host memory, if it is what a run may hold in ``target``."""
+    """``saved``, in host memory, if a run may hold it in ``target``."""
     if saved.dtype != target.dtype:
-        found = f"is {saved.dtype}, where {target.dtype} is expected"
+        found = f"has dtype {saved.dtype}; expected {target.dtype}"
     elif not saved.isfinite().all():
-        found = "holds numbers that are not finite"
+        found = "has values that are not finite"
     elif name.endswith(NEVER_NEGATIVE) and (saved < 0).any():
-        found = "holds negative numbers"
+        found = "has negative values"
     else:
         return saved
-    raise UserError(f"the checkpoint is not what a run writes: {name} {found}")
-
-
-def _copy_into(targets: Mapping[str, Tensor], saved: SavedTensors) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    found = {name: tuple(saved.shape(name)) for name in saved.names}
-    if wanted != found:
-        name = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))[0]
-        raise UserError(
-            f"the checkpoint is of another model: {name} has shape {found.get(name)} there and {wanted.get(name)} here"
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            saved.read_into(target, name)
-
-
-def _by_part(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """``player.safetensors`` or ``player-00001-of-00002.safetensors`` … as ``{"player": [paths]}``."""
-    parts: dict[str, list[Path]] = {}
-    for path in sorted(files):
-        if path.suffix == ".safetensors":
-            parts.setdefault(path.stem.partition("-")[0], []).append(path)
-    return parts
+    raise UserError(f"the checkpoint is not valid: {name} {found}")

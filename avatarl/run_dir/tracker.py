@@ -1,7 +1,6 @@
 """A run in an experiment tracker: trackio or Weights & Biases, by the few calls that both have.
 
-A tracker is a guest of the run. It gets the numbers that metrics.jsonl gets, by TensorBoard's names, and whatever it
-fails in, the run goes on.
+A tracker gets the numbers of metrics.jsonl under TensorBoard's names. If it fails, the run continues without it.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ NETWORK_SECONDS = 60  # that wandb may wait for an answer at the start, and for 
 
 
 def check_tracker(library: str | None) -> None:
-    """Refuse a tracker that is not installed.
-
-    Raises:
-        UserError: naming the setting and what installs it.
-    """
+    """Refuse a tracker that is not installed; UserError names the setting and what installs it."""
     spec = find_spec(library) if library else None
     # A mere folder of that name, as wandb makes them, counts as a package without an origin.
     if library and (spec is None or spec.origin is None):
@@ -40,10 +35,10 @@ def check_tracker(library: str | None) -> None:
 
 
 class Tracker:
-    """One run of a tracker, which a resumed training run goes on with; no step is logged twice.
+    """One run of a tracker, which a resumed training run continues; no step is logged twice.
 
-    tracker.json in the run's folder holds its name, and up to which steps there were lines when the run was last
-    resumed. Steps after the checkpoint are taken again then, and give the same lines.
+    tracker.json in the run's folder holds its name, and the last steps with lines when the run was last resumed. Steps
+    after the checkpoint are taken again then, and give the same lines.
     """
 
     def __init__(
@@ -59,10 +54,10 @@ class Tracker:
         Args:
             library: ``trackio`` or ``wandb``.
             run: The run folder.
-            start_step: The steps taken before; at 0 a new run begins in the tracker too.
-            last_steps: By event, the last step of which metrics.jsonl has a line.
+            start_step: The steps taken before; at 0 a new run starts in the tracker too.
+            last_steps: By event, the last step with a line in metrics.jsonl.
             settings: The run's, for the tracker to show.
-            say: Is told, in a line each, under which name the run is tracked, and of the first failure.
+            say: Shows a line to the user: the run's name in the tracker, and the first failure.
         """
         self._name, self._say, self._library = library, say, None
         record = read_record(run / RECORD) if start_step else None
@@ -88,21 +83,21 @@ class Tracker:
             say(f"{library} tracks the run as {PROJECT}/{name}" + (f", {address}" if address else ""))
 
     def log(self, event: str, step: int, values: Mapping[str, float]) -> None:
-        """Send numbers as ``EVENT/NAME``, unless they were sent before the run was resumed."""
+        """Send numbers as ``EVENT/NAME``, unless they were sent before the resume."""
         if self._library and step > self._logged.get(event, 0):
             with self._failing_alone():
                 # As floats: FLOPs outgrow the 64 bits that others keep whole numbers in.
                 self._library.log({f"{event}/{name}": float(value) for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Wait until what was logged is sent, but not for ever."""
+        """Wait until all is sent, but not for ever."""
         if self._library:
             with self._failing_alone(), contextlib.redirect_stdout(io.StringIO()):
                 self._library.finish()
 
     @contextlib.contextmanager
     def _failing_alone(self):
-        """Say what the tracker fails in, and leave it alone from then on."""
+        """Report the first failure and use the tracker no more."""
         try:
             yield
         except Exception as error:
@@ -111,7 +106,7 @@ class Tracker:
 
 
 def read_record(path: Path) -> dict | None:
-    """What tracker.json holds; None where there is none, or not what a run writes."""
+    """The content of tracker.json; None if it is missing or not valid."""
     try:
         record = read_json(path)
         logged = {str(event): int(step) for event, step in record["logged"].items()}

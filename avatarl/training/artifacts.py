@@ -39,9 +39,23 @@ def write_player(parts: Setup, name: str, step: int, cross_entropy: float) -> di
     if not curve or curve[-1]["step"] != step:  # somebody took the metrics away
         curve.append({"step": step, **parts.spent_until(step), "cross_entropy": cross_entropy})
     tokens, cross_entropies = zip(*((line["tokens"], line["cross_entropy"]) for line in curve), strict=True)
-    pages = {CARD_FILE: model_card(parts, curve[-1]), CURVE_FILE: draw_curve(tokens, cross_entropies)}
+    pages = {CARD_FILE: card_of_player(parts, curve[-1]), CURVE_FILE: draw_curve(tokens, cross_entropies)}
     write_model_folder(run / name, parts.player, weights, parts.tokenizer, pages)
     return describe_folder(run / name)
+
+
+def card_of_player(parts: Setup, evaluation: Mapping[str, float]) -> str:
+    """The model card of the player as it was evaluated."""
+    facts = {
+        "total": parts.parameters.total,
+        "non_embedding": parts.parameters.non_embedding,
+        "precision": parts.precision,
+        "critics": parts.critic_names,
+        "unique_tokens": parts.sizes["unique_tokens"],
+        "data_digest": parts.data.digest,
+        "vocab_size": parts.data.vocab_size,
+    }
+    return model_card(Path(parts.config.out), parts.config.as_dict(), evaluation, parts.data.manifest, facts)
 
 
 def whole_weights(parts: Setup) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -19,10 +19,12 @@ from avatarl.models import CriticCache, build_player, count_parameters, load_cri
 from avatarl.models.counting import ParameterCount, forward_flops_per_token
 from avatarl.models.critic_cache import is_cache
 from avatarl.models.critics import parse_ema_critic
+from avatarl.models.digest import digest_of_model, digest_of_tokenizer
 from avatarl.models.loading import check_window, longest_sequence
 from avatarl.objective import Objective, make_objective
 from avatarl.objective.fused.implementations import check_implementation
-from avatarl.run_dir.identity import MUON, identity_of_run
+from avatarl.places import kept
+from avatarl.run_dir.identity import MUON, settings_digest
 
 from .batch import Batch
 from .config import TrainConfig
@@ -256,6 +258,23 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
         total_steps=total_steps,
         identity=identity,
     )
+
+
+def identity_of_run(
+    config: TrainConfig, precision: str, data: PreparedData, critics: Mapping[str, FrozenModel | CriticCache]
+) -> dict[str, str]:
+    """What decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
+    digests = {
+        f"critic {name}": critic.digest if isinstance(critic, CriticCache) else digest_of_model(critic.model)
+        for name, critic in critics.items()
+    }
+    return {
+        "settings": settings_digest(kept(config.as_dict())),
+        "precision": precision,
+        "data": data.digest,
+        "tokenizer": digest_of_tokenizer(data),
+        **digests,
+    }
 
 
 def open_critics(

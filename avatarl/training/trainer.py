@@ -22,33 +22,31 @@ from safetensors import SafetensorError
 from avatarl.console import Console
 from avatarl.errors import RunFailed, RunStopped, UserError
 from avatarl.lock import RunLock
-from avatarl.run_dir.checkpoint import STATE, Checkpoints, newest_good_checkpoint, read_manifest
+from avatarl.run_dir.checkpoint import STATE, Checkpoints, read_manifest
 from avatarl.run_dir.environment import describe_environment
 from avatarl.run_dir.identity import (
     CONFIG,
-    changed_identity,
-    check_run_folder,
     finish_what_was_begun,
     flatten,
     has_changed_since,
-    identities_of_run,
-    left_by_finished_run,
     write_finish,
-    write_resumption,
+    write_resume,
     write_start,
 )
-from avatarl.run_dir.log import MetricSums, RunLog, without_traceback_of_tensorboard
-from avatarl.run_dir.state import check_state, start_of_run
-from avatarl.run_dir.tensors import load_run, run_state
+from avatarl.run_dir.log import RunLog, without_traceback_of_tensorboard
 from avatarl.run_dir.tracker import check_tracker
 
 from .artifacts import check_players, describe_folder, leave_evaluation, leave_for_study, write_player
 from .config import TrainConfig, idle_settings
+from .display import Display
 from .draws import seed_dropout
 from .guard import Guard
+from .metrics import MetricSums
 from .optim import clip_gradients
 from .processes import Processes, gradients_are_summed_later, lost_another
+from .resume import check_run_folder, find_checkpoint
 from .setup import Reached, Setup, set_up
+from .state import check_state, load_tensors, start_of_run, tensors_of_run
 from .stopping import StopRequest
 
 # A launcher starts a run again at once; a lock that a lost machine held on a shared disk may take so long to fall.
@@ -96,39 +94,24 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
             if unasked:
                 report(f"critic is {unasked}, which objective {config.objective!r} does not ask; the run has none")
             checkpoint, changes = processes.ask_main(
-                lambda: find_checkpoint(run, parts, changes, allow_changes, report) if resume else (None, changes)
+                lambda: (
+                    find_checkpoint(run, parts.identity, changes, allow_changes, report) if resume else (None, changes)
+                )
             )
             progress, guard = start_of_run(), Guard(config.guard, parts.device)
             if checkpoint:
                 is_same_run = not changes and not processes.ask_main(lambda: has_changed_since(run, checkpoint))
                 progress = processes.from_main(load_checkpoint(checkpoint, parts, guard, is_same_run))  # one for all
             if processes.is_main and progress["step"] < parts.total_steps:
-                environment = describe_environment(parts.device, parts.precision, processes, parts.identity)
+                environment = describe_environment(parts.device, parts.precision, processes.count, parts.identity)
                 environment["sizes"] = parts.sizes
                 for change in changes:
                     report(f"allowed: {change}")
                 if checkpoint:
-                    write_resumption(run, config, environment, progress["step"], changes)
+                    write_resume(run, config.as_dict(), environment, progress["step"], changes)
                 else:
-                    write_start(run, config, environment)
+                    write_start(run, config.as_dict(), environment)
             return run_steps(parts, progress, guard, stop, quiet)
-
-
-def find_checkpoint(
-    run: Path, parts: Setup, changes: list[str], allow_changes: bool, report: Callable[[str], None]
-) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, None for the start, and all that has changed since the run was last started.
-
-    Raises:
-        UserError: Something has, and that is not allowed; or no checkpoint is good.
-    """
-    accepted = identities_of_run(run)
-    checkpoint = newest_good_checkpoint(run, report, accepted, left_by_finished_run(run))
-    if accepted:
-        changes = changes + changed_identity(accepted[-1], parts.identity)
-    if changes and not allow_changes:
-        raise UserError(f"{run}: {'; '.join(changes)} (--allow_changes goes on)")
-    return checkpoint, changes
 
 
 def load_checkpoint(checkpoint: Path, parts: Setup, guard: Guard, is_same_run: bool = True) -> dict:
@@ -141,7 +124,7 @@ def load_checkpoint(checkpoint: Path, parts: Setup, guard: Guard, is_same_run: b
     """
     try:
         manifest = read_manifest(checkpoint)
-        load_run([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
+        load_tensors([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         check_state(progress, manifest["step"])
         guard.load_state_dict(progress.pop("guard"), is_same_run)
@@ -174,16 +157,17 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
     # Every position of a window counts, so M is known before the first forward pass; wrappers average over processes.
     num_valid = parts.tokens_per_step // processes.count
     with (
-        RunLog(config, total_steps, progress["step"], quiet, processes.is_main) as log,
+        Display(run.name, total_steps, progress["step"], quiet or not processes.is_main) as display,
+        _open_log(parts, progress["step"], display.say) as log,
         Checkpoints(
             run, parts.identity, processes, config.keep_last, config.keep_every, config.checkpoint_in_background
         ) as checkpoints,
     ):
-        log.say(parts.describe())
+        display.say(parts.describe())
         if is_finished:
-            log.say(f"{run} is finished; looking whether its players are there")
+            display.say(f"{run} is finished; looking whether its players are there")
         elif progress["step"]:
-            log.say(f"{run} goes on after step {progress['step']}")
+            display.say(f"{run} goes on after step {progress['step']}")
         stop.is_seen_by_loop = True
         unlogged = progress["unlogged"]
         since_log, logged_at = MetricSums(unlogged["sums"]), unlogged["since_step"]
@@ -227,18 +211,17 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
                 seconds = time.monotonic() - clock
                 progress["seconds"] += seconds
                 spent = parts.spent_until(step)
-                log.write(
-                    "train",
-                    step,
-                    {
-                        **spent,
-                        "learning_rate": learning_rate,
-                        **parts.schedules.logged(step),
-                        "tokens_per_second": (spent["tokens"] - tokens_logged) / seconds,
-                        "skipped_steps": guard.refused,
-                        **({name: value / taken for name, value in values.items()} if taken else {}),
-                    },
-                )
+                values = {
+                    **spent,
+                    "learning_rate": learning_rate,
+                    **parts.schedules.logged(step),
+                    "tokens_per_second": (spent["tokens"] - tokens_logged) / seconds,
+                    "skipped_steps": guard.refused,
+                    **({name: value / taken for name, value in values.items()} if taken else {}),
+                }
+                display.update(step, values["tokens_per_second"])
+                if log:
+                    log.write("train", step, values)
                 since_log, logged_at, tokens_logged = MetricSums(), step, spent["tokens"]
                 clock = time.monotonic()
             is_due = step % config.checkpoint_every_steps == 0
@@ -251,7 +234,9 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
                 values = parts.validation.evaluate(parts.model, stage, parts.schedules.values(step), parts.autocast)
                 if not math.isfinite(values["cross_entropy"]):
                     raise RunFailed(leave_evaluation(parts, guard, step, values))
-                log.write("eval", step, {**parts.spent_until(step), **values})
+                if log:
+                    log.write("eval", step, {**parts.spent_until(step), **values})
+                display.say(f"step {step}: validation cross-entropy {values['cross_entropy']:.4f} nats")
                 progress["cross_entropy"] = values["cross_entropy"]
                 if values["cross_entropy"] < progress["best_cross_entropy"]:
                     progress |= {"best_cross_entropy": values["cross_entropy"], "best_step": step}
@@ -269,11 +254,12 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
                     "seconds": started - clock,
                     "sums": sums,
                 }
-                log.flush()
+                if log:
+                    log.flush()
                 reached = dataclasses.asdict(parts.reached_after(step))
                 state = {**progress, "reached": reached, "guard": guard.state_dict()}
-                if not checkpoints.save(step, run_state(parts.model, parts.optimisers), state, is_last=is_end):
-                    log.say(f"step {step}: the checkpoint before is still being written; this one is left out")
+                if not checkpoints.save(step, tensors_of_run(parts.model, parts.optimisers), state, is_last=is_end):
+                    display.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
 
         if signum and progress["step"] < total_steps:
@@ -293,6 +279,21 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
         "best_step": progress["best_step"],
         **parts.sizes,
     }
+
+
+def _open_log(parts: Setup, start_step: int, say: Callable[[str], None]) -> contextlib.AbstractContextManager:
+    """The log of the process that writes; a finished run adds nothing to events and tracker."""
+    if not parts.processes.is_main:
+        return contextlib.nullcontext()
+    config, goes_on = parts.config, start_step < parts.total_steps
+    return RunLog(
+        Path(config.out),
+        start_step,
+        say,
+        config.tensorboard and goes_on,
+        config.tracker if goes_on else None,
+        config.as_dict(),
+    )
 
 
 def with_last(items: Iterator) -> Iterator[tuple[bool, object]]:

@@ -10,11 +10,11 @@ import torch
 from avatarl.data import Windows, spread
 from avatarl.models import CriticCache
 from avatarl.objective import Scheduled
-from avatarl.run_dir.log import MetricSums
 
 from .batch import Batch
 from .config import TrainConfig
 from .draws import uniform_draws
+from .metrics import MetricSums
 from .processes import Processes
 from .rewarded_player import RewardedPlayer
 from .schedule import Stage

@@ -108,7 +108,7 @@ def pretender(data: PreparedData, score: Callable[[Job], float] = lambda job: 1.
             (job.folder / CACHE_MANIFEST).write_text("{}")
             return
         identity = {"settings": settings_digest(job.recipe.as_dict()), "data": data.digest}
-        write_start(job.folder, job.recipe, {"identity": identity})
+        write_start(job.folder, job.recipe.as_dict(), {"identity": identity})
         best = {"event": "eval", "step": 2, "tokens": 128, "cross_entropy": score(job)}
         last = {"event": "eval", "step": 4, "tokens": 256, "cross_entropy": 9.0}
         (job.folder / "metrics.jsonl").write_text(f"{json.dumps(best)}\n{json.dumps(last)}\n")

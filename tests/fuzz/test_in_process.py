@@ -28,11 +28,12 @@ from avatarl.models.critic_cache import is_cache
 from avatarl.results import draw_curves, evaluate, generate, read_metrics
 from avatarl.results.report import report
 from avatarl.run_dir.checkpoint import newest_good_checkpoint
-from avatarl.run_dir.identity import check_run_folder, identities_of_run
+from avatarl.run_dir.identity import identities_of_run
 from avatarl.sanitise import OBEYED
 from avatarl.training import TrainConfig
 from avatarl.training.guard import Guard
 from avatarl.training.processes import Processes
+from avatarl.training.resume import check_run_folder
 from avatarl.training.setup import set_up
 from avatarl.training.trainer import load_checkpoint
 

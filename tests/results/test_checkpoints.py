@@ -134,7 +134,7 @@ def flip_a_weight(run: Path) -> str:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    return "is damaged .player.safetensors is not what its manifest says.; expected a checkpoint"
+    return "is damaged .player.safetensors does not match its manifest.; expected a checkpoint"
 
 
 def take_the_weights(run: Path) -> str:

@@ -52,7 +52,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_one_line(tiny_config, tmp_p
     out, err = capfd.readouterr()
     assert out == ""
     assert [line for line in err.splitlines() if " is damaged (" in line] == [
-        f"{newest} is damaged (player.safetensors is not what its manifest says); trying the one before it"
+        f"{newest} is damaged (player.safetensors does not match its manifest); trying the one before it"
     ]
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")
     assert_same_weights(*(weights_of(folder / "run" / "final") for folder in (tmp_path, tmp_path / "whole")))

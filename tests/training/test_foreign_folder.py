@@ -98,7 +98,7 @@ def test_a_pipe_in_a_run_folder_is_not_waited_for(config, name: str):
     path = Path(config.out) / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(UserError, match="is no file, as a run writes it"):
+    with pytest.raises(UserError, match="is not a file, as a run writes it"):
         train(config, resume=True, quiet=True)
 
 
@@ -183,16 +183,20 @@ SQUARES, STEPS = f"{EMBEDDING}.exp_avg_sq", f"{EMBEDDING}.step"
 FORGED_TENSORS = {
     "a weight is NaN": ("player", replaced(EMBEDDING, set_first(torch.nan)), "not finite"),
     "a weight is infinite": ("player", replaced("model.norm.weight", set_first(torch.inf)), "not finite"),
-    "rows are missing": ("player", replaced(EMBEDDING, lambda x: x[:10]), r"lies there as \[10, 16\] from row 0"),
-    "rows are too many": ("player", replaced(EMBEDDING, lambda x: torch.cat([x, x])), "lies there as"),
-    "columns are missing": ("player", replaced(EMBEDDING, lambda x: x[:, :1]), "lies there as"),
-    "one number for all": ("player", replaced("model.norm.weight", lambda x: x[0]), "lies there as"),
-    "another dtype": ("player", replaced(EMBEDDING, torch.Tensor.half), "is torch.float16"),
-    "a tensor is missing": ("player", lambda tensors: tensors.pop("model.norm.weight"), "other tensors than it says"),
+    "rows are missing": ("player", replaced(EMBEDDING, lambda x: x[:10]), r"its pieces are \[10, 16\] from row 0"),
+    "rows are too many": ("player", replaced(EMBEDDING, lambda x: torch.cat([x, x])), "its pieces are"),
+    "columns are missing": ("player", replaced(EMBEDDING, lambda x: x[:, :1]), "its pieces are"),
+    "one number for all": ("player", replaced("model.norm.weight", lambda x: x[0]), "its pieces are"),
+    "another dtype": ("player", replaced(EMBEDDING, torch.Tensor.half), "has dtype torch.float16"),
+    "a tensor is missing": (
+        "player",
+        lambda tensors: tensors.pop("model.norm.weight"),
+        "lists other tensors",
+    ),
     "a moment is NaN": ("optimiser", replaced(f"{EMBEDDING}.exp_avg", set_first(torch.nan)), "not finite"),
     "a square is negative": ("optimiser", replaced(SQUARES, set_first(-1.0)), "negative"),
     "a count is negative": ("optimiser", replaced(STEPS, set_first(-1.0)), "negative"),
-    "a moment is short": ("optimiser", replaced(SQUARES, lambda x: x[:3]), "lies there as"),
+    "a moment is short": ("optimiser", replaced(SQUARES, lambda x: x[:3]), "its pieces are"),
 }
 
 
@@ -305,7 +309,7 @@ def test_rows_that_cover_a_tensor_once_are_read(tmp_path: Path, parts: list):
     ],
 )
 def test_rows_that_are_missing_or_twice_are_refused(tmp_path: Path, parts: list):
-    with pytest.raises(UserError, match=r"weight has shape \(4, 2\) and lies there as"):
+    with pytest.raises(UserError, match=r"weight has shape \(4, 2\), but its pieces are"):
         SavedTensors(pieces(tmp_path, *parts))
 
 

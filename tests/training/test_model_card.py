@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard
 from avatarl.data import PreparedData
 from avatarl.run_dir.curve import HEIGHT, WIDTH, draw_curve
 from avatarl.run_dir.log import evaluations_of
-from avatarl.run_dir.model_card import hub_dataset, model_card
+from avatarl.run_dir.model_card import hub_dataset
 from avatarl.sanitise import OBEYED
 from avatarl.training import OptimConfig, TrainConfig, train
+from avatarl.training.artifacts import card_of_player
 from avatarl.training.processes import Processes
 from avatarl.training.setup import Setup, set_up
 
@@ -144,7 +145,7 @@ def test_a_run_that_was_interrupted_leaves_the_same_pages(tiny_config, tmp_path:
 # --- what is not as it should be ------------------------------------------------------------------------------------
 
 
-EVALUATION = {"step": 6, "tokens": 1, "cross_entropy": 2.0}
+EVALUATION = {"step": 6, **dict.fromkeys(SPENT, 1), "cross_entropy": 2.0}
 
 
 def with_manifest(parts: Setup, **entries) -> Setup:
@@ -159,7 +160,7 @@ def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
     hostile = with_manifest(assembly, sources=[text, {"a": [1]}], tokenizer=text)
     hostile.config, hostile.critic_names = dataclasses.replace(hostile.config, out=text), [text]
     (plain_front, plain), (front, page) = (
-        model_card(parts, {**EVALUATION, name: 1.0}).split("\n---\n", maxsplit=1)
+        card_of_player(parts, {**EVALUATION, name: 1.0}).split("\n---\n", maxsplit=1)
         for parts, name in ((assembly, "metric"), (hostile, text))
     )
     assert not OBEYED.search(front + page)
@@ -169,14 +170,14 @@ def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
 
 
 def test_a_long_list_of_sources_is_cut(assembly: Setup):
-    card = model_card(with_manifest(assembly, sources=list("abcdefg")), EVALUATION)
+    card = card_of_player(with_manifest(assembly, sources=list("abcdefg")), EVALUATION)
     assert "\n| data | `a`, `b`, `c`, `d`, `e` and 2 more |\n" in card
 
 
 def test_a_recipe_cannot_leave_its_fence(assembly: Setup):
     critics = ["````\n# Heading", "\n```\n"]
     parts = dataclasses.replace(assembly, config=dataclasses.replace(assembly.config, critic=critics))
-    card = model_card(parts, EVALUATION)
+    card = card_of_player(parts, EVALUATION)
     assert yaml.safe_load(recipe_of(card))["critic"] == critics
     assert card.endswith("\n`````\n")
 

@@ -16,8 +16,9 @@ from avatarl.data.prepare import prepare
 from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig
 from avatarl.objective import OBJECTIVES
-from avatarl.run_dir.identity import changed_identity, check_run_folder, settings_digest
+from avatarl.run_dir.identity import changed_identity, settings_digest
 from avatarl.training import OptimConfig, TrainConfig, train
+from avatarl.training.resume import check_run_folder
 from avatarl.training.validation import Validation
 
 from ..conftest import TINY, write_documents
@@ -103,8 +104,8 @@ def test_resuming_under_other_settings_is_refused_by_their_names(tiny_config, tm
     with pytest.raises(UserError) as refusal:
         train(changed, resume=True, quiet=True)
     assert str(refusal.value).endswith(
-        "other settings: avatarl.top_k was 4 and is 5; optim.learning_rate was 0.01 and is 0.02; steps was 8 and is 9 "
-        "(--allow_changes goes on)"
+        "other settings: avatarl.top_k was 4 and is 5; optim.learning_rate was 0.01 and is 0.02; steps was 8 and is 9. "
+        "Pass --allow_changes to resume anyway"
     )
     assert contents_of(tmp_path / "run") == before
 
@@ -166,7 +167,7 @@ def test_another_critic_under_the_same_name_is_refused(tiny_config, tmp_path: Pa
     content[-3] ^= 1
     path.write_bytes(content)
     before = contents_of(tmp_path / "run")
-    with pytest.raises(UserError, match=r"critic .*critic was \w{12} and is \w{12} \(--allow_changes goes on\)"):
+    with pytest.raises(UserError, match=r"critic .*critic was \w{12} and is \w{12}\. Pass --allow_changes"):
         train(config, resume=True, quiet=True)
     assert contents_of(tmp_path / "run") == before
     assert train(config, resume=True, allow_changes=True, quiet=True)["steps"] == 8
@@ -244,7 +245,7 @@ def test_a_cpu_on_which_muon_multiplies_otherwise_is_named(tiny_config, tmp_path
     environment = json.loads((run / "environment.json").read_text())
     assert environment["identity"]["muon precision"] == "fp32"
     monkeypatch.setattr("avatarl.training.optim.pick_precision", lambda *_: "bf16")
-    with pytest.raises(UserError, match=r"run: muon precision was fp32 and is bf16 \(--allow_changes goes on\)"):
+    with pytest.raises(UserError, match=r"run: muon precision was fp32 and is bf16\. Pass --allow_changes"):
         train(config, resume=True, quiet=True)
     assert train(config, resume=True, allow_changes=True, quiet=True)["steps"] == 8
     assert changed_identity({"precision": "fp32"}, {"precision": "fp32", "muon precision": "bf16"}) == []  # earlier
@@ -262,12 +263,12 @@ def test_a_setting_that_came_since_has_its_default(tiny_config, tmp_path: Path, 
     assert check_run_folder(run, tiny_config(tmp_path), resume=True) == []
 
 
-def test_a_run_of_an_earlier_version_is_refused_as_such(tiny_config, tmp_path: Path, interrupt):
+def test_a_run_whose_record_has_no_identity_is_refused(tiny_config, tmp_path: Path, interrupt):
     stop_after_step_6(tiny_config(tmp_path), interrupt)
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     del environment["identity"]
     (tmp_path / "run" / "environment.json").write_text(json.dumps(environment))
-    with pytest.raises(UserError, match="is of an earlier version of avatarl"):
+    with pytest.raises(UserError, match="environment.json cannot be read"):
         train(tiny_config(tmp_path), resume=True, quiet=True)
 
 
@@ -276,7 +277,7 @@ def test_a_configuration_that_was_changed_by_hand_is_refused_as_such(tiny_config
     path = tmp_path / "run" / "config.yaml"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]))  # as a torn file of an unlucky length would be
-    with pytest.raises(UserError, match="config.yaml is not as the run wrote it"):
+    with pytest.raises(UserError, match="config.yaml was changed after the run wrote it"):
         train(tiny_config(tmp_path), resume=True, quiet=True)
 
 
