@@ -27,7 +27,7 @@ from timing import DEVICE, HERE, RESULTS, Ready, measure, read, record
 from torch import Tensor
 
 from avatarl.objective import AvataRLConfig, BaselineConfig, make_objective, objective_loss
-from avatarl.results.curves import COLOURS, STYLES
+from avatarl.results.pictures import COLOURS, STYLES
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 EXACT, AVATARL = "expected_reward", "avatarl"

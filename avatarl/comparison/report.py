@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from avatarl.durable import remove, replace_file
-from avatarl.results.charts import Style
+from avatarl.results.former import Table
 from avatarl.results.pages import read_source, render_markdown, render_page, render_picture
+from avatarl.results.reporter import line_style
 from avatarl.results.runs import read_runs
-from avatarl.results.tables import Table, settings_table
+from avatarl.results.tables import settings_table
 from avatarl.sanitise import one_line
 from avatarl.version import __version__
 
@@ -98,7 +99,7 @@ def page_values(results: Sequence[Row], curves: Sequence[Row], tuning: Sequence[
         "version": __version__,
         "written": datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
         "command": one_line(shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "avatarl"), *sys.argv[1:]])),
-        "runs": [{"name": arm, **Style.of(number)._asdict()} for number, arm in enumerate(arms)],
+        "runs": [{"name": arm, **line_style(number)} for number, arm in enumerate(arms)],
         "baseline": arms.index(baseline),
         "baseline_name": baseline,
         "seeds": sorted({row["seed"] for row in results}),

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avatarl.results.tables import ABSENT, FLOPS_UNITS, Cell, Metric, Row, Table
+from avatarl.results.former import Row, Table
+from avatarl.results.reporter import ABSENT, FLOPS_UNITS, Cell, Metric
 
 from .measures import Row as Measured
 from .statistics import (

@@ -5,7 +5,7 @@ from avatarl.lazy import lazy_exports
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "curves": ("draw_curves",),
+        "pictures": ("draw_curves",),
         "evaluate": ("evaluate",),
         "generate": ("generate",),
         "harness": ("open_tasks", "run_tasks"),

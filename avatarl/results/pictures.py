@@ -1,9 +1,10 @@
-"""Pictures as files, by matplotlib: intervals of differences."""
+"""Pictures as files, by matplotlib: curves of runs, and intervals of differences."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -13,9 +14,64 @@ from matplotlib.figure import Figure
 from avatarl.sanitise import visible
 
 from .pages import read_source
+from .runs import EVENTS, metrics_file, read_columns
 
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles repeat the difference.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+STYLES = ("-", "--", "-.", ":")
+PANELS = (
+    ("eval", "cross_entropy", "validation cross-entropy (nats per token)"),
+    ("train", "loss", "training loss (each objective's own)"),
+    ("train", "expected_reward_share", "reward the policy expects, share of the best"),
+    ("train", "other_reward_share", "share of reward on other tokens than the text's"),
+)
 # Stand-ins for the variables of colours.css, by which an SVG picture follows its reader's colour scheme.
 VARIABLES = {name: f"#0{n}0e0f" for n, name in enumerate(("ground", "ink", "quiet", "line", "better", "worse"))}
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapping[str, float] | None = None) -> None:
+    """Draw validation cross-entropy, training loss and rewards of runs against tokens.
+
+    Args:
+        runs: Name to show → run folder.
+        out: The picture to write (PNG, SVG or PDF by its suffix).
+        baselines: Horizontal lines in the validation panel: name → nats.
+
+    Raises:
+        UserError: A folder has no metrics, or they are not what a run writes.
+    """
+    metrics = list(dict.fromkeys(metric for _, metric, _ in PANELS))
+    of_runs = {name: read_columns(metrics_file(run).parent, metrics) for name, run in runs.items()}
+    figure = Figure(figsize=(10, 7), layout="constrained")  # not pyplot's, whose backend is the caller's to choose
+    for axis, (event, metric, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        shown = []
+        for number, (name, frames) in enumerate(of_runs.items()):
+            points = frames[EVENTS.index(event)][["tokens", metric]].dropna().replace(np.inf, np.nan)
+            if not points.empty:
+                style = STYLES[(number + number // len(COLOURS)) % len(STYLES)]
+                axis.plot(points["tokens"], points[metric], color=COLOURS[number % len(COLOURS)], linestyle=style)
+                shown.append(visible(name))
+        if metric == "cross_entropy":
+            for name, value in (baselines or {}).items():
+                axis.axhline(value, color="grey", linewidth=1)
+                place = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
+                axis.annotate(visible(name), (0.99, value), parse_math=False, **place)
+        if event == "train" and metric != "loss":
+            axis.set_ylim(bottom=0)
+        axis.set_title(title, size=10)
+        axis.set_xlabel("training tokens")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value else "0")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            # Names are set afterwards: a legend leaves out those that begin with an underscore, and reads `$` as
+            # mathematics.
+            legend = axis.legend(axis.lines[: len(shown)], ["run"] * len(shown), frameon=False)
+            for text, name in zip(legend.get_texts(), shown, strict=True):
+                text.set(parse_math=False, text=name)
+    figure.savefig(out, dpi=110)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------

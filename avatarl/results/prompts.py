@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from avatarl.data import PreparedData
+if TYPE_CHECKING:
+    from avatarl.data import PreparedData
 
 DOCUMENTS, PROMPT_TOKENS = 3, 12
 SEARCHED_TOKENS = 100_000

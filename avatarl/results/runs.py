@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from avatarl.errors import UserError
 from avatarl.places import CONFIG, ENVIRONMENT, located
@@ -25,11 +25,8 @@ LONGEST_LINE = 1 << 20
 LARGEST_NUMBER = 1e30  # far beyond what a run logs, and far below where the arithmetic of axes overflows
 EVENTS = ("train", "eval")
 
-# One event's lines as columns: name → (L,), NaN where a line has no such number, infinity where it is not finite.
-Columns = dict[str, np.ndarray]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run folder, as far as it has been written."""
 
@@ -37,10 +34,15 @@ class Run:
     name: str  # tells it from those read with it, on one line
     settings: dict[str, Any]  # by dotted names
     record: dict[str, Any]  # environment.json; empty where it is missing or damaged
-    train: Columns
-    eval: Columns
+    train: pd.DataFrame  # a row for each line: NaN where it has no such number, infinity where it is not finite
+    eval: pd.DataFrame
     has_player: bool
     has_ended: bool
+
+    @property
+    def critics(self) -> list:
+        critic = self.settings.get("critic")
+        return critic if isinstance(critic, list) else [] if critic is None else [critic]
 
 
 def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run]:
@@ -83,7 +85,7 @@ def same_rewards(run: Run, other: Run) -> bool:
         # The same weights under another path are the same critic.
         critics = [digest for name, digest in identity.items() if name.startswith("critic ")]
         settings = {name: value for name, value in of.settings.items() if name.startswith(("avatarl.", "schedules."))}
-        return [settings, critics or of.settings.get("critic")]
+        return [settings, critics or of.critics]
 
     return rules(run) == rules(other)
 
@@ -142,49 +144,56 @@ def read_metrics(run: str | Path, event: str) -> list[dict]:
     Raises:
         UserError: There is no such file, or a line is not what a run writes.
     """
-    path = Path(run) / METRICS
-    if not os.path.isfile(path):
-        raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
+    path = metrics_file(run)
     return [line for line in _lines(path) if line["event"] == event]
 
 
-def read_columns(run: str | Path, metrics: Sequence[str]) -> list[Columns]:
-    """``step``, ``tokens`` and the named ``metrics`` of the lines of each event of ``EVENTS``.
-
-    A run that goes on is read as it stands: a last line that is still being written is left out, and where there is
-    no metrics.jsonl yet, there are no lines.
+def metrics_file(run: str | Path) -> Path:
+    """Where a run's metrics are.
 
     Raises:
-        UserError: A line is not what a run writes, or a value no number.
+        UserError: There is no such file.
     """
-    path, names = Path(run) / METRICS, ("step", "tokens", *metrics)
+    path = Path(run) / METRICS
+    if not os.path.isfile(path):
+        raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
+    return path
+
+
+def read_columns(run: str | Path, metrics: Sequence[str]) -> list[pd.DataFrame]:
+    """``step``, ``tokens`` and the named ``metrics`` of the train lines and of the eval lines, a row for each line.
+
+    A run that is still training is read as it stands: a last line that is still being written is left out, and
+    without metrics.jsonl there are no lines.
+
+    Raises:
+        UserError: A line is not what a run writes, or a value is not a number or too large to draw.
+    """
+    path, names = Path(run) / METRICS, ["step", "tokens", *metrics]
     rows: dict[str, list[list[float]]] = {event: [] for event in EVENTS}
     if os.path.lexists(path):
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a regular file that exists; expected a run's metrics")
         for line in _lines(path, may_be_torn=True):
             if line["event"] in EVENTS:
-                values = [number_of(line, name, run) if name in line else None for name in names]
-                row = [math.nan if value is None else math.inf if math.isnan(value) else value for value in values]
+                row = [_number(line, name, path) for name in names]
                 if not (math.isfinite(row[0]) and math.isfinite(row[1])):
                     raise UserError(f"{path}: a line has no step or no tokens; expected both")
                 rows[line["event"]].append(row)
-    return [dict(zip(names, np.array(rows[event]).reshape(-1, len(names)).T, strict=True)) for event in EVENTS]
+    return [pd.DataFrame(rows[event], columns=names, dtype=float) for event in EVENTS]
 
 
-def number_of(line: dict, name: str, run: str | Path) -> float:
-    """A number in a line of metrics; NaN for what is not finite.
-
-    Raises:
-        UserError: It is no number, or none that can be drawn.
-    """
-    value = line.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; a number is expected")
-    if not isinstance(value, int) and not math.isfinite(value):
+def _number(line: dict, name: str, path: Path) -> float:
+    """A number in a line of metrics: NaN where it is missing, infinity where it is not finite."""
+    if name not in line:
         return math.nan
+    value = line[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{path}: {name} in metrics.jsonl is {reprlib.repr(value)}; expected a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        return math.inf
     if abs(value) > LARGEST_NUMBER:
-        raise UserError(f"{run}: {name} in metrics.jsonl is {reprlib.repr(value)}; too large to be drawn")
+        raise UserError(f"{path}: {name} in metrics.jsonl is {reprlib.repr(value)}; too large to be drawn")
     return float(value)
 
 

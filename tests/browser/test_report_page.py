@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from avatarl.results.charts import CHARTED, chart_data
+from avatarl.results.charts import CHARTED, charts_of
 from avatarl.results.report import report
 from avatarl.results.runs import read_runs
 
@@ -67,16 +67,16 @@ def wait_until(page, expression: str) -> None:
 
 def test_the_charts_hold_the_numbers_of_the_logs(run_folders: list[Path], page_file: Path, open_page):
     page = open_page(page_file)
-    data = chart_data(read_runs(run_folders, CHARTED))
-    assert page.locator(".plot").count() == len(data["charts"]) == 9
+    data = charts_of(read_runs(run_folders, CHARTED))
+    assert page.locator(".plot").count() == len(data.charts) == 9
     for axis in ("tokens", "flops"):
         page.check(f"input[name=axis][value={axis}]")
-        for chart in data["charts"]:
+        for chart in data.charts:
             drawn = drawn_in(page, chart["id"])
             assert [trace["y"] for trace in drawn] == [series["y"] for series in chart["series"]]
-            places = [data["axes"][chart["event"]][series["run"]][axis] for series in chart["series"]]
+            places = [data.axes[chart["event"]][series["run"]][axis] for series in chart["series"]]
             assert [trace["x"] for trace in drawn] == [each or [] for each in places]
-    (loss,) = [chart for chart in data["charts"] if chart["id"] == "train-loss"]
+    (loss,) = [chart for chart in data.charts if chart["id"] == "train-loss"]
     assert loss["series"][2]["y"] == [3.0, 4.0, None, 6.0, 7.0]
 
 

@@ -22,7 +22,8 @@ from avatarl.comparison.tables import (
     tuning_table,
     verdict,
 )
-from avatarl.results.tables import Cell, Metric, Table
+from avatarl.results.former import Table
+from avatarl.results.reporter import Cell, Metric
 
 from .rows import curve, result
 

@@ -16,8 +16,9 @@ import avatarl
 from avatarl import UserError
 from avatarl.cli import main
 from avatarl.results import evaluate
-from avatarl.results.charts import CHARTED, MOST_POINTS, Style, chart_data, stretch_means
+from avatarl.results.charts import CHARTED, MOST_POINTS, charts_of, stretch_means
 from avatarl.results.report import report
+from avatarl.results.reporter import line_style
 from avatarl.results.runs import read_runs
 
 from .reports import (
@@ -264,8 +265,7 @@ def test_gaps_and_lines_without_a_number():
 def test_throughput_is_tokens_over_seconds(tmp_path: Path):
     """Of two lines of as many tokens, 1,000 and 3,000 a second, together 1,500 a second."""
     lines = [line("train", n, tokens_per_second=(1000.0, 3000.0)[n % 2]) for n in range(1, 2 * MOST_POINTS + 1)]
-    data = chart_data(read_runs([write_run(tmp_path / "run", lines)], CHARTED))
-    (chart,) = data["charts"]
+    (chart,) = charts_of(read_runs([write_run(tmp_path / "run", lines)], CHARTED)).charts
     assert chart["series"][0]["y"] == [1500.0] * MOST_POINTS
 
 
@@ -273,8 +273,8 @@ def test_refused_steps_have_no_weight(tmp_path: Path):
     """Of a line of ten steps nine were refused: it counts as one."""
     lines = [line("train", 10, loss=1.0, skipped_steps=9), line("train", 19, loss=2.0, skipped_steps=9)]
     lines += [line("train", 19 + n, loss=7.0, skipped_steps=9) for n in range(1, 2 * MOST_POINTS - 1)]
-    data = chart_data(read_runs([write_run(tmp_path / "run", lines)], CHARTED))
-    assert data["charts"][0]["series"][0]["y"][:2] == [1.9, 7.0]
+    (chart,) = charts_of(read_runs([write_run(tmp_path / "run", lines)], CHARTED)).charts
+    assert chart["series"][0]["y"][:2] == [1.9, 7.0]
 
 
 def test_both_axes_stand_at_the_last_line_of_a_stretch(tmp_path: Path):
@@ -295,9 +295,9 @@ def test_both_axes_stand_at_the_last_line_of_a_stretch(tmp_path: Path):
 
 
 def test_every_run_looks_otherwise():
-    styles = [Style.of(run) for run in range(36)]
-    assert len({(style.colour, style.dash) for style in styles}) == 36
-    assert len({style.dash for style in styles[:6]}) == len({style.marker for style in styles[:6]}) == 6
+    styles = [line_style(run) for run in range(36)]
+    assert len({(style["colour"], style["dash"]) for style in styles}) == 36
+    assert len({style["dash"] for style in styles[:6]}) == len({style["marker"] for style in styles[:6]}) == 6
 
 
 def test_four_long_runs_fit_in_six_megabytes(tmp_path: Path):

@@ -100,7 +100,7 @@ def test_data_that_is_gone_or_changed_is_said(trained: list[Path], data_folder: 
     with (moved / "manifest.json").open("a") as manifest:
         manifest.write(" ")
     report([tmp_path / "run"], page, **options)
-    assert "is not what it was when the run was trained on it" in page.read_text()
+    assert "has changed since the run was trained on it" in page.read_text()
     report([tmp_path / "run"], page, data=data_folder, **options)
     assert "not evaluated" not in page.read_text() and "| tokens evaluated | 32 |" in page.read_text()
 
