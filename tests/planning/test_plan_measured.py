@@ -33,7 +33,7 @@ VOCABULARY = 2000
 @pytest.fixture(autouse=True)
 def no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine multiplies does not matter here."""
-    monkeypatch.setattr("avatarl.planning.hardware.measure_flops", lambda *_: 1e11)
+    monkeypatch.setattr("avatarl.planning.measure_flops", lambda *_: 1e11)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from avatarl import UserError
 from avatarl.errors import RunFailed
 from avatarl.files import File
 from avatarl.objective import OBJECTIVES
-from avatarl.planning.plan import share_of_step
+from avatarl.planning import share_of_step
 from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
 from avatarl.training.optim import Optimisers
