@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, on a model opened as everywhere here: safetensors, float32."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a player, opened as everywhere here: safetensors, float32."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from avatarl.device import pick_device
 from avatarl.errors import UserError, nearest_name
 from avatarl.hub import require_on_hub
-from avatarl.models import load_model, load_tokenizer
-from avatarl.models.loading import check_rows
 from avatarl.untrusted import refusing
+
+from .players import open_player
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -59,7 +56,7 @@ def open_tasks(names: str, include_path: str | Path | None = None) -> list[Task 
 
 
 def run_tasks(model: str | Path, tasks: Sequence[Task | Group], *, device: str = "auto") -> dict:
-    """Run tasks on a model as the harness does by itself.
+    """Run tasks on a model as the harness itself does.
 
     Args:
         model: A run folder (its best player), a model folder or a hub id.
@@ -67,7 +64,7 @@ def run_tasks(model: str | Path, tasks: Sequence[Task | Group], *, device: str =
         device: ``cpu``, ``cuda`` or ``auto``.
 
     Returns:
-        Of the harness's results what is about the tasks: ``results`` (the metrics of each), ``groups``, ``n-shot``,
+        What the harness reports of the tasks: ``results`` (the metrics of each), ``groups``, ``n-shot``,
         ``n-samples``, ``versions`` and ``lm_eval_version``.
 
     Raises:
@@ -77,10 +74,8 @@ def run_tasks(model: str | Path, tasks: Sequence[Task | Group], *, device: str =
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-    tokenizer = load_tokenizer(model)
-    player = load_model(model, torch.float32, pick_device(device))
-    check_rows(player, tokenizer, str(model))
-    wrapped = HFLM(pretrained=player, tokenizer=tokenizer, batch_size=SEQUENCES_AT_ONCE)
+    player = open_player(model, device)
+    wrapped = HFLM(pretrained=player.model, tokenizer=player.tokenizer, batch_size=SEQUENCES_AT_ONCE)
     found = simple_evaluate(wrapped, tasks=list(tasks), log_samples=False)
     return {name: found[name] for name in KEPT if name in found}
 
@@ -89,13 +84,12 @@ def _open(name: str, manager: TaskManager) -> list[Task | Group]:
     """A task or a group, or the tasks that a tag stands for."""
     needs = f"task {name!r} needs its data from the Hugging Face Hub"
     with refusing(f"task {name!r} cannot be opened: "):
-        for dataset in dict.fromkeys(_hub_datasets(name, manager)):
-            try:
-                require_on_hub(dataset, "dataset")
-            except UserError as error:
-                raise UserError(f"{needs}: {error}") from error
         try:
+            for dataset in dict.fromkeys(_hub_datasets(name, manager)):
+                require_on_hub(dataset, "dataset")
             loaded = manager.load(name)
+        except UserError as error:
+            raise UserError(f"{needs}: {error}") from error
         except ConnectionError as error:
             raise UserError(
                 f"{needs}, which cannot be reached ({error}); expected a network, the data in the local cache, or a "
@@ -106,7 +100,7 @@ def _open(name: str, manager: TaskManager) -> list[Task | Group]:
 
 
 def _hub_datasets(name: str, manager: TaskManager) -> Iterator[str]:
-    """What a task, or the tasks of a group or tag, read from the Hub, as far as their YAML says it outright."""
+    """The Hub's datasets that the YAML of a task, or of the tasks of a group or tag, names."""
     entry = manager.task_index.get(name)
     if entry is None:
         return
@@ -123,7 +117,7 @@ def _hub_datasets(name: str, manager: TaskManager) -> Iterator[str]:
 
 @contextmanager
 def _harness_needed() -> Iterator[None]:
-    """An import of the harness or of what it needs, refused in one line where that is not installed."""
+    """Report in one line where the harness, or what it needs, is not installed."""
     try:
         yield
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Minimal pairs: does a model hold the good sentence more probable than the bad one? As BLiMP asks, from local files.
+"""Minimal pairs as in BLiMP, from local files: does a model hold the good sentence more probable than the bad one?
 
 Source: Warstadt et al., "BLiMP: The Benchmark of Linguistic Minimal Pairs for English", 2020.
 """
@@ -9,26 +9,25 @@ import codecs
 import math
 import os
 import reprlib
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
 from avatarl.data.folders import files_in
 from avatarl.data.tokenizer import encode_texts, end_of_text_id
-from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import load_model, load_tokenizer
-from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence
+from avatarl.models.loading import head_weight, last_hidden, longest_sequence
 from avatarl.untrusted import parse_json
 
 from .evaluate import score_positions
+from .players import open_player
 
 NAMES = (("sentence_good", "sentence_bad"), ("good", "bad"))
-EXPECTED = "a JSON object with sentence_good and sentence_bad, or good and bad, is expected"
+EXPECTED = "expected a JSON object with sentence_good and sentence_bad, or good and bad"
 LONGEST_JSON_LINE = 1 << 20
 POSITIONS_AT_ONCE = 1024
 
@@ -42,23 +41,11 @@ class MinimalPair(NamedTuple):
     where: str  # file:line
 
 
-def read_pairs(source: str | Path) -> list[MinimalPair]:
-    """Read the pairs of a ``.jsonl`` file, or of all such files in a folder; hidden ones are left out.
-
-    A line is ``{"sentence_good": …, "sentence_bad": …}`` or ``{"good": …, "bad": …}``; its ``UID``, if it has one,
-    names the group it counts in. Other fields are not looked at.
-
-    Raises:
-        UserError: The source is missing or holds no pairs, or a line is none.
-    """
-    return [pair for path, name in _files(Path(source)) for pair in _pairs_in(path, name)]
-
-
 def score_pairs(model: str | Path, pairs: Sequence[MinimalPair], *, device: str = "auto") -> dict:
     """In how many pairs a model gives the good sentence the higher log-probability, in float32.
 
-    A sentence stands as it is written after the end-of-text token, where documents begin in training; every token of
-    it counts, the end of the text after it does not. A tie counts half.
+    A sentence stands as it is written after the end-of-text token, where documents begin in training. Every token of
+    it counts; the end of the text after it does not. A tie counts half.
 
     Args:
         model: A run folder (its best player), a model folder or a hub id.
@@ -71,25 +58,28 @@ def score_pairs(model: str | Path, pairs: Sequence[MinimalPair], *, device: str 
     Raises:
         UserError: The model cannot be used, or a sentence is longer than its context.
     """
-    tokenizer = load_tokenizer(model)
-    begin_id = end_of_text_id(tokenizer)
+    player = open_player(model, device)
+    begin_id, longest = end_of_text_id(player.tokenizer), longest_sequence(player.model)
     if begin_id is None:
         raise UserError(f"{model}: the tokenizer has no end-of-text token; minimal pairs are read after one")
-    player = load_model(model, torch.float32, pick_device(device))
-    check_rows(player, tokenizer, str(model))
-    good = [tuple(ids) for ids in encode_texts(tokenizer, [pair.good for pair in pairs])]
-    bad = [tuple(ids) for ids in encode_texts(tokenizer, [pair.bad for pair in pairs])]
-    _check_lengths(pairs, good, bad, longest_sequence(player))
+    texts = [text for pair in pairs for text in (pair.good, pair.bad)]
+    sentences = [tuple(ids) for ids in encode_texts(player.tokenizer, texts)]
+    for number, ids in enumerate(sentences):
+        name = f"{pairs[number // 2].where}: the {('good', 'bad')[number % 2]} sentence"
+        if not ids:
+            raise UserError(f"{name} has no tokens; expected at least one")
+        if longest is not None and len(ids) > longest:
+            raise UserError(f"{name} has {len(ids)} tokens; expected at most {longest}, the model's context")
 
-    log_probs = sentence_log_probs(player, [*good, *bad], begin_id, len(tokenizer))
-    groups: dict[str, list[float]] = {}
-    for pair, *sides in zip(pairs, good, bad, strict=True):
-        of_good, of_bad = (log_probs[side] for side in sides)
-        if math.isnan(of_good) or math.isnan(of_bad):
+    log_probs = sentence_log_probs(player.model, sentences, begin_id, len(player.tokenizer))
+    scores = []
+    for pair, *sides in zip(pairs, sentences[::2], sentences[1::2], strict=True):
+        good, bad = (log_probs[side] for side in sides)
+        if math.isnan(good + bad):
             raise UserError(f"{model}: its logits are NaN at the pair {pair.where}")
-        groups.setdefault(pair.group, []).append(1.0 if of_good > of_bad else 0.5 if of_good == of_bad else 0.0)
-    total = summarise_pairs([score for scores in groups.values() for score in scores])
-    return total | {"groups": {name: summarise_pairs(scores) for name, scores in sorted(groups.items())}}
+        scores.append((good > bad) + 0.5 * (good == bad))
+    groups = pd.Series(scores).groupby([pair.group for pair in pairs])
+    return summarise_pairs(scores) | {"groups": {name: summarise_pairs(of_group) for name, of_group in groups}}
 
 
 @torch.no_grad()
@@ -120,54 +110,38 @@ def sentence_log_probs(
 
 def summarise_pairs(scores: Sequence[float]) -> dict:
     """The mean of scores that are 1, ½ or 0, and its standard error: their sample deviation over √n."""
-    count = len(scores)
+    column = pd.Series(scores)
     return {
-        "accuracy": statistics.fmean(scores),
-        "standard_error": statistics.stdev(scores) / math.sqrt(count) if count > 1 else None,
-        "pairs": count,
-        "ties": scores.count(0.5),
+        "accuracy": float(column.mean()),
+        "standard_error": float(column.sem()) if len(column) > 1 else None,
+        "pairs": len(column),
+        "ties": int((column == 0.5).sum()),
     }
-
-
-def _check_lengths(
-    pairs: Sequence[MinimalPair],
-    good: Sequence[tuple[int, ...]],
-    bad: Sequence[tuple[int, ...]],
-    longest: int | None,
-) -> None:
-    for pair, *sides in zip(pairs, good, bad, strict=True):
-        for name, ids in zip(("good", "bad"), sides, strict=True):
-            if not ids:
-                raise UserError(f"{pair.where}: the {name} sentence has no tokens; at least one is expected")
-            if longest is not None and len(ids) > longest:
-                raise UserError(
-                    f"{pair.where}: the {name} sentence has {len(ids)} tokens; expected at most {longest}, the "
-                    "model's context"
-                )
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _files(source: Path) -> list[tuple[Path, str]]:
-    """The files that a source names, sorted, each with the name of its group."""
-    accepted = "a .jsonl file, or a folder of them, is expected"
-    if os.path.isfile(source) and source.suffix == ".jsonl":
-        return [(source, source.stem)]
+def read_pairs(source: str | Path) -> list[MinimalPair]:
+    """Read the pairs of a ``.jsonl`` file, or of all such files in a folder; hidden ones are left out.
+
+    A line is ``{"sentence_good": …, "sentence_bad": …}`` or ``{"good": …, "bad": …}``; its ``UID``, if it has one,
+    names the group it counts in. Other fields are ignored.
+
+    Raises:
+        UserError: The source is missing or holds no pairs, or a line is malformed.
+    """
+    source, accepted = Path(source), "expected a .jsonl file, or a folder of them"
     if not os.path.exists(source):
         raise UserError(f"pairs {str(source)!r}: no such file or folder; {accepted}")
-    if not os.path.isdir(source):
-        raise UserError(f"pairs {str(source)!r}: {accepted}")
-    found = []
-    for path in files_in(source)[0]:
-        if path.suffix != ".jsonl":
-            continue
-        if not path.is_file():  # a pipe would be waited for
-            raise UserError(f"pairs {str(source)!r}: {path} is not a regular file that exists")
-        found.append((path, path.relative_to(source).with_suffix("").as_posix()))
-    if not found:
-        raise UserError(f"pairs {str(source)!r}: the folder has no .jsonl file; {accepted}")
-    return found
+    is_folder = os.path.isdir(source)
+    paths = [path for path in (files_in(source)[0] if is_folder else [source]) if path.suffix == ".jsonl"]
+    if not paths:
+        raise UserError(f"pairs {str(source)!r}: {'the folder has no .jsonl file; ' if is_folder else ''}{accepted}")
+    if odd := [path for path in paths if not path.is_file()]:  # a pipe would be waited for
+        raise UserError(f"pairs {str(source)!r}: {odd[0]} is not a regular file that exists")
+    groups = [path.relative_to(source).with_suffix("").as_posix() if is_folder else path.stem for path in paths]
+    return [pair for path, group in zip(paths, groups, strict=True) for pair in _pairs_in(path, group)]
 
 
 def _pairs_in(path: Path, name: str) -> Iterator[MinimalPair]:
@@ -197,17 +171,12 @@ def _pair(line: bytes, name: str, where: str) -> MinimalPair:
     names = next((pair for pair in NAMES if set(pair) <= record.keys()), None)
     if names is None:
         raise UserError(f"{where}: found {reprlib.repr(list(record))[1:-1] or 'no field'}; {EXPECTED}")
-    good, bad = (_text(record[field], field, where) for field in names)
-    group = record.get("UID")
-    return MinimalPair(good, bad, name if group is None else _text(group, "UID", where), where)
-
-
-def _text(value: object, field: str, where: str) -> str:
-    """A string with something in it that can be written as UTF-8."""
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {field} is {reprlib.repr(value)}; some text is expected")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {field} holds half a surrogate pair; Unicode text is expected") from error
-    return value
+    uid = {} if record.get("UID") is None else {"UID": record["UID"]}
+    for field, value in ({name: record[name] for name in names} | uid).items():
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {field} is {reprlib.repr(value)}; expected some text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: {field} holds half a surrogate pair; expected Unicode text") from error
+    return MinimalPair(*(record[name] for name in names), uid.get("UID", name), where)

@@ -10,30 +10,34 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from avatarl.errors import RunFailed, UserError
-from avatarl.models.loading import check_rows, load_model, load_tokenizer, resolve_model
 from avatarl.sanitise import one_line
 
 
 def push_to_hub(model: str | Path, repo: str, private: bool = False) -> str:
-    """Upload a model folder as it is, and return the address of its page.
+    """Send a finished player to the Hugging Face Hub, and return the address of its page.
 
-    All that can be checked here is checked before anything is sent. The repository is made where there is none; files
-    of the same names are replaced, others stay.
+    Everything that can be checked here is checked before anything is sent. The repository is made where it does not
+    exist. Files of the same names are replaced, others stay.
 
     Args:
-        model: A run folder, which stands for its best player, or a model folder.
-        repo: ``OWNER/NAME`` on the Hub.
+        model: A run folder (its best player) or a model folder.
+        repo: OWNER/NAME on the Hub.
         private: Whether nobody else may see it.
 
     Raises:
-        UserError: The folder is none that can be opened, the name is none, nobody is logged in, or the Hub refuses.
+        UserError: The folder cannot be opened, the name is malformed, nobody is logged in, or the Hub refuses.
         RunFailed: The Hub cannot be reached, or the upload broke off.
     """
+    from avatarl.models.loading import resolve_model
+
+    from .players import open_player
+
     try:
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"repo is {repo!r}; expected OWNER/NAME ({error})") from error
-    if repo.count("/") != 1:
+        is_name = repo.count("/") == 1
+    except HFValidationError:
+        is_name = False
+    if not is_name:
         raise UserError(f"repo is {repo!r}; expected OWNER/NAME")
     folder = resolve_model(model)
     if not os.path.isdir(folder):
@@ -41,7 +45,7 @@ def push_to_hub(model: str | Path, repo: str, private: bool = False) -> str:
     token = get_token()
     if token is None:
         raise UserError("nobody is logged in at the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
-    check_rows(load_model(folder), load_tokenizer(folder), folder)
+    open_player(folder, "cpu")
     api = HfApi(token=token)
     try:
         page = api.create_repo(repo, private=private or None, exist_ok=True)

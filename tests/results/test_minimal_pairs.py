@@ -169,12 +169,12 @@ def test_linked_folders_of_pairs_are_read_once(lines, tmp_path: Path):
         ("{", "not a JSON line"),
         ("[" * 100_000, "not a JSON line"),
         ("[1]", "found a JSON list"),
-        ("{}", "found no field; a JSON object with sentence_good and sentence_bad, or good and bad, is expected"),
-        ('{"good": "a", "sentence_bad": "b"}', "found 'good', 'sentence_bad'; a JSON object"),
-        ('{"good": "a", "bad": 3}', "bad is 3; some text is expected"),
-        ('{"good": " ", "bad": "b"}', "good is ' '; some text is expected"),
+        ("{}", "found no field; expected a JSON object with sentence_good and sentence_bad, or good and bad"),
+        ('{"good": "a", "sentence_bad": "b"}', "found 'good', 'sentence_bad'; expected a JSON object"),
+        ('{"good": "a", "bad": 3}', "bad is 3; expected some text"),
+        ('{"good": " ", "bad": "b"}', "good is ' '; expected some text"),
         ('{"good": "a", "bad": "\\ud800"}', "bad holds half a surrogate pair"),
-        ('{"good": "a", "bad": "b", "UID": [1]}', r"UID is \[1\]; some text is expected"),
+        ('{"good": "a", "bad": "b", "UID": [1]}', r"UID is \[1\]; expected some text"),
         (json.dumps({"good": "a" * (1 << 20), "bad": "b"}), "the line is longer than 1,048,576 bytes"),
     ],
 )
@@ -193,10 +193,10 @@ def test_bytes_that_are_no_text_are_refused(lines):
 
 def test_a_source_without_pairs_is_refused(lines, tmp_path: Path):
     with pytest.raises(
-        UserError, match="nowhere': no such file or folder; a .jsonl file, or a folder of them, is expected"
+        UserError, match="nowhere': no such file or folder; expected a .jsonl file, or a folder of them"
     ):
         read_pairs(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="x.txt': a .jsonl file"):
+    with pytest.raises(UserError, match="x.txt': expected a .jsonl file"):
         read_pairs(lines("x.txt", {"good": "a", "bad": "b"}))
     with pytest.raises(UserError, match="pairs': the folder has no .jsonl file"):
         read_pairs(tmp_path / "pairs")
