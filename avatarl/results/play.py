@@ -21,17 +21,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import check_same_vocabulary, load_critic, load_model, load_tokenizer
-from avatarl.models.loading import check_rows
+from avatarl.models import check_same_vocabulary, load_critic
 from avatarl.objective import AvataRLConfig
 from avatarl.objective.config import require_whole
 from avatarl.sanitise import one_line
 
 from .checkpoints import model_of, players_of
-from .evaluate import context_length
 from .generate import Sampling, continue_ids, prompt_ids
 from .inspector import Inspector, Position, settings_and_critics, shown_token
 from .pages import macros_of, read_source
+from .players import Player, open_player
 
 try:
     import gradio
@@ -67,15 +66,6 @@ element.addEventListener("keydown", (event) => {
 SHOW = """
 watch("value", () => element.querySelector("h2")?.scrollIntoView({block_size: "nearest", behavior: "smooth"}));
 """
-
-
-@dataclass(frozen=True)
-class Player:
-    """An opened model."""
-
-    name: str  # of the run, and which of its players
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -131,19 +121,16 @@ class Side:
         """
         if choice != self.choice:
             self.player, self.choice = self._opened(choice), choice
-        model, tokenizer = self.player.model, self.player.tokenizer
+        tokenizer = self.player.tokenizer
         read = prompt_ids(tokenizer, prompt)
-        (ids,) = continue_ids(model, tokenizer, read, sampling)
+        (ids,) = continue_ids(self.player, read, sampling)
         generated = ids[len(read) :]
         positions = judges.inspector(self.player).inspect_ids(ids).positions[-len(generated) :] if judges else ()
         return Said(self.player.name, prompt, [shown_token(tokenizer, token) for token in generated], positions)
 
     def _opened(self, choice: str) -> Player:
         with TemporaryDirectory() as scratch:
-            model = model_of(self.run, choice, Path(scratch))
-            tokenizer, opened = load_tokenizer(model), load_model(model, torch.float32, self.device)
-        check_rows(opened, tokenizer, self.run)
-        return Player(f"{self.run}, {choice}", opened, tokenizer)
+            return open_player(model_of(self.run, choice, Path(scratch)), self.device, f"{self.run}, {choice}")
 
 
 def open_judges(side: Side, critics: Sequence[str] | None) -> Judges:
@@ -192,7 +179,7 @@ def build_app(runs: Sequence[str], critics: Sequence[str] | None = None, device:
         prompt = gradio.Textbox(label="Prompt", placeholder="Empty: the beginning of a document", max_lines=8)
         with gradio.Row(equal_height=True):
             temperature = gradio.Slider(0, 2, value=0.8, step=0.1, label="Temperature", buttons=[])
-            longest = min(MOST_NEW_TOKENS, max(context_length(side.player.model) for side in sides) - 1)
+            longest = min(MOST_NEW_TOKENS, max(side.player.context_length for side in sides) - 1)
             count = gradio.Slider(1, longest, value=min(60, longest), step=1, label="Tokens to generate", buttons=[])
             seed = gradio.Number(value=1, precision=0, minimum=0, label="Seed")
             button = gradio.Button("Generate", variant="primary", min_width=120)

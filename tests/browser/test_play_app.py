@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from avatarl.models import load_model, load_tokenizer
 from avatarl.results.checkpoints import model_of
 from avatarl.results.generate import Sampling, continue_ids, prompt_ids
 from avatarl.results.inspector import Inspection, Inspector, trained_with
+from avatarl.results.players import open_player
 from avatarl.training import OptimConfig, train
 
 from .conftest import SCHEMES, WIDTHS, has_sideways_scrolling
@@ -123,10 +123,10 @@ def expected(
 ) -> tuple[list[str], Inspection, int]:
     """What the page should show of each token; the inspector's own view, and where they begin in it."""
     model = model_of(run, player, scratch)
-    tokenizer = load_tokenizer(model)
-    read = prompt_ids(tokenizer, PROMPT)
+    opened = open_player(model, "cpu")
+    read = prompt_ids(opened.tokenizer, PROMPT)
     sampling = Sampling(max_new_tokens=COUNT, temperature=TEMPERATURE, seed=seed)
-    (ids,) = continue_ids(load_model(model), tokenizer, read, sampling)
+    (ids,) = continue_ids(opened, read, sampling)
     config, critics = trained_with(judged_as)
     inspection, first = Inspector.open(model, critics, config, "cpu").inspect_ids(ids), len(read) - 1
     return [position.text for position in inspection.positions[first:]], inspection, first

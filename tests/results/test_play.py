@@ -15,10 +15,11 @@ from avatarl import AvataRLConfig, UserError
 from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
-from avatarl.models import build_player, load_model, load_tokenizer
+from avatarl.models import build_player
 from avatarl.results import play
 from avatarl.results.generate import LONGEST_PROMPT, Sampling, continue_ids, prompt_ids
 from avatarl.results.inspector import Inspector, shown_token
+from avatarl.results.players import open_player
 from avatarl.training import OptimConfig, train
 
 from ..conftest import BLOCK, TINY_PLAYER, write_documents
@@ -58,11 +59,11 @@ def say(sides: list[play.Side], judges: play.Judges | None, *choices: str, promp
 
 def texts_of(model: Path, prompt: str) -> list[str]:
     """The tokens that `avatarl generate` draws, from the ids below it."""
-    tokenizer = load_tokenizer(model)
-    read = prompt_ids(tokenizer, prompt)
+    opened = open_player(model, "cpu")
+    read = prompt_ids(opened.tokenizer, prompt)
     sampling = Sampling(max_new_tokens=COUNT, temperature=1.5, seed=SEED)
-    (ids,) = continue_ids(load_model(model), tokenizer, read, sampling)
-    return [shown_token(tokenizer, token) for token in ids[len(read) :]]
+    (ids,) = continue_ids(opened, read, sampling)
+    return [shown_token(opened.tokenizer, token) for token in ids[len(read) :]]
 
 
 def click(said: play.Said, place: int) -> str:
@@ -357,7 +358,7 @@ def test_a_question_is_no_longer_than_a_prompt(visit, is_announced: bool):
 
 
 def test_a_prompt_is_bounded_before_it_is_read(side, judges):
-    with pytest.raises(gradio.Error, match="prompt has 1,048,577 characters; at most 1,048,576 are expected"):
+    with pytest.raises(gradio.Error, match="prompt has 1,048,577 characters; expected at most 1,048,576"):
         say([side], judges, "best", prompt="x" * (LONGEST_PROMPT + 1))
 
 
