@@ -7,13 +7,14 @@ lies in results/COMPARISON; its picture is results/COMPARISON/outcome.svg.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from avatarl.comparison.measures import read_rows
-from avatarl.comparison.report import PICTURE, draw, page_values
+from avatarl.comparison.report import PICTURE, page_values
 from avatarl.results.pages import markdown_table
 
 HERE = Path(__file__).parent
@@ -34,6 +35,7 @@ def with_tables(text: str, records: Path = RECORDS) -> str:
     return PLACE.sub(filled, text)
 
 
+@cache
 def values_of(folder: Path) -> dict[str, Any]:
     """What a report of the comparison in ``folder`` shows."""
     results, curves, tuning = (read_rows(folder / f"{rows}.csv") for rows in ("results", "curves", "tuning"))
@@ -44,4 +46,4 @@ def values_of(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for table in RECORDS.glob("*/results.csv"):
-        (table.parent / PICTURE).write_text(draw(values_of(table.parent)), encoding="utf-8")
+        (table.parent / PICTURE).write_text(values_of(table.parent)["picture"], encoding="utf-8")

@@ -3,9 +3,7 @@ that was tried. The tables are made from these rows alone, whether they come fro
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -13,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
 from avatarl.data import PreparedData
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.files import File, ask
-from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
-from avatarl.models.critic_cache.read import read_manifest, training_flops
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
@@ -77,15 +77,13 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
     settings = by_dotted_names(read_settings(member.folder))
     found = _evaluation(member, comparison, data, out, device)
     evaluations = read_metrics(member.folder, "eval")
-    best = min(evaluations, key=lambda line: line["cross_entropy"])
-    last = evaluations[-1]
+    best, last = min(evaluations, key=lambda line: line["cross_entropy"]), evaluations[-1]
     cached, training = spent_before(member)
     return {
         "arm": member.arm,
         "seed": member.seed,
         "objective": settings["objective"],
-        "tuned_as": _tuned_as(member.arm, comparison),
-        "tuned_settings": _tuned_settings(settings, comparison),
+        **_tuned(member.arm, settings, comparison),
         "device": record.get("device"),
         **_started_with(record),
         **{name: sizes[name] for name in ("parameters", "unique_tokens", "tokens")},
@@ -99,30 +97,19 @@ def result_row(member: Member, comparison: ComparisonConfig, data: PreparedData,
         "player_flops": sizes["player_flops"],
         "critic_flops": sizes["critic_flops"] + cached,
         "critic_training_flops": training,
-        "seconds": seconds_until(read_metrics(member.folder, "train"), sizes["tokens"]),
+        "seconds": float(_seconds_of(member, sizes["tokens"])),
     }
 
 
 def curve_rows(member: Member) -> list[Row]:
     """Every evaluation of a run, with what had been spent until then."""
     cached, training = spent_before(member)
-    lines = read_metrics(member.folder, "train")
-    rows = []
-    for line in read_metrics(member.folder, "eval"):
-        flops = line["player_flops"] + line["critic_flops"] + cached
-        rows.append(
-            {
-                "arm": member.arm,
-                "seed": member.seed,
-                "step": line["step"],
-                "tokens": line["tokens"],
-                "flops": flops,
-                "all_flops": None if training is None else flops + training,
-                "seconds": seconds_until(lines, line["tokens"]),
-                "cross_entropy": line["cross_entropy"],
-            }
-        )
-    return rows
+    rows = pd.DataFrame(read_metrics(member.folder, "eval"))
+    rows["arm"], rows["seed"] = member.arm, member.seed
+    rows["flops"] = rows["player_flops"] + rows["critic_flops"] + cached
+    rows["all_flops"] = None if training is None else rows["flops"] + training
+    rows["seconds"] = _seconds_of(member, rows["tokens"])
+    return rows[list(CURVE)].to_dict("records")
 
 
 def tuning_rows(tuned: Iterable[Tuned], grid: Mapping[str, Sequence]) -> list[Row]:
@@ -143,13 +130,12 @@ def setting_text(name: str, value: Any) -> str:
     return f"{name}={_cell(value)}"
 
 
-def _tuned_as(arm: str, comparison: ComparisonConfig) -> str | None:
-    return (comparison.arms[arm] or {}).get("tuned_as", arm if comparison.is_tuned(arm) else None)
-
-
-def _tuned_settings(settings: Settings, comparison: ComparisonConfig) -> str | None:
+def _tuned(arm: str, settings: Settings, comparison: ComparisonConfig) -> dict[str, str | None]:
+    """Whose search found an arm's settings, and what a run had of them."""
+    tuned_as = comparison.given("arm", arm).get("tuned_as", arm if comparison.is_tuned(arm) else None)
     grid = comparison.tuning.grid if comparison.tuning else {}
-    return BETWEEN_SETTINGS.join(setting_text(name, settings.get(name)) for name in grid) or None
+    values = BETWEEN_SETTINGS.join(setting_text(name, settings.get(name)) for name in grid)
+    return {"tuned_as": tuned_as, "tuned_settings": values or None}
 
 
 def _started_with(record: Mapping[str, Any]) -> dict[str, str | None]:
@@ -177,48 +163,32 @@ def spent_before(member: Member) -> tuple[float, float | None]:
 
     The latter is None where one of them, or of the critics that taught them, was made elsewhere, so that nobody knows.
     """
-    cached = cached_flops(member.folder)
-    own = {os.path.abspath(place) for critic in member.critics for place in (critic, _cache_of(critic))}
+    cached = sizes_of(member.folder)["cached_critic_flops"]
+    out = {os.path.abspath(critic.parent.parent) for critic in member.critics}
+    own = {
+        os.path.join(place, kind, critic.name)
+        for place in out
+        for critic in member.critics
+        for kind in ("critics", "caches")
+    }
     for run in (member.folder, *member.critics):
-        outside = {os.path.abspath(name) for name in critics_of(read_settings(run)) if not _needs_no_training(name)}
-        if not outside <= own:
+        named = [name for name in critics_of(read_settings(run)) if not name.startswith(("ema:", "random:"))]
+        if not own.issuperset(map(os.path.abspath, named)):
             return cached, None
-    trained = [(sizes_of(critic), cached_flops(critic)) for critic in member.critics]
-    return cached, sum(sizes["player_flops"] + sizes["critic_flops"] + cached for sizes, cached in trained)
+    kinds = ("player_flops", "critic_flops", "cached_critic_flops")
+    return cached, sum(sizes_of(critic)[kind] for critic in member.critics for kind in kinds)
 
 
-def cached_flops(run: Path) -> float:
-    """FLOPs that a run's caches took, by their manifests: records of earlier versions count validation windows too."""
-    recorded = sizes_of(run)["cached_critic_flops"]
-    caches = [Path(name) for name in critics_of(read_settings(run)) if _is_cache(name)]
-    if not recorded or not caches:  # its objective asked none of them, or they are gone
-        return recorded
-    return sum(training_flops(read_manifest(cache)[1]) for cache in caches)
+def seconds_until(lines: pd.DataFrame, tokens: ArrayLike) -> np.ndarray:
+    """Seconds of training until numbers of tokens had been read, by a run's own lines; evaluations not counted."""
+    read = np.array([0.0, *lines["tokens"]])
+    seconds = np.cumsum(np.diff(read) / lines["tokens_per_second"])
+    return np.interp(tokens, read, [0.0, *seconds])  # between two lines in proportion
 
 
-def _cache_of(critic: Path) -> Path:
-    """Where a comparison stores what a critic says that it trained."""
-    return critic.parent.parent / "caches" / critic.name
-
-
-def _is_cache(critic: str) -> bool:
-    return os.path.isfile(os.path.join(critic, CACHE_MANIFEST))
-
-
-def _needs_no_training(critic: str) -> bool:
-    return critic.startswith(("ema:", "random:"))
-
-
-def seconds_until(lines: Iterable[Mapping[str, float]], tokens: float) -> float:
-    """Seconds of training until a number of tokens had been read, from a run's own lines; evaluations not counted."""
-    seconds = before = 0.0
-    for line in lines:
-        if line["tokens"] > tokens:
-            # The line that lies across it, in proportion.
-            return seconds + (tokens - before) / line["tokens_per_second"]
-        seconds += (line["tokens"] - before) / line["tokens_per_second"]
-        before = line["tokens"]
-    return seconds
+def _seconds_of(member: Member, tokens: ArrayLike) -> np.ndarray:
+    lines = pd.DataFrame(read_metrics(member.folder, "train"), columns=["tokens", "tokens_per_second"])
+    return seconds_until(lines, tokens)
 
 
 def _evaluation(
@@ -249,49 +219,31 @@ def _digest_of(pairs: Sequence[MinimalPair]) -> str:
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV; what a row does not have stays empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in columns})
-    replace_file(path, text.getvalue())
+    table = pd.DataFrame([[_cell(row.get(name)) for name in columns] for row in rows], columns=list(columns))
+    replace_file(path, table.to_csv(index=False, lineterminator="\n"))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file that :func:`write_rows` wrote: numbers as numbers, None where a cell is empty.
+def read_rows(path: Path) -> pd.DataFrame:
+    """The rows of a CSV file that :func:`write_rows` wrote: NaN where a cell is empty.
 
     Raises:
         UserError: There is no such file, or it is none of a comparison.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; a comparison's folder or its CSV files are expected")
-    with refusing(f"{path} cannot be read (", ")"), path.open(encoding="utf-8", newline="") as file:
-        header, *lines = csv.reader(file)
-    if "arm" not in header:
+    types = dict.fromkeys(WORDS, str)
+    with refusing(f"{path} cannot be read (", ")"):
+        rows = pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+    if "arm" not in rows:
         raise UserError(f"{path} has no column arm; expected a table that `avatarl compare` wrote")
-    if any(len(line) != len(header) for line in lines):
-        raise UserError(f"{path} has a line that is not as long as its header; expected what `avatarl compare` wrote")
-    return [{name: _value(name, text) for name, text in zip(header, line, strict=True)} for line in lines]
+    if not isinstance(rows.index, pd.RangeIndex):
+        raise UserError(f"{path} has lines longer than its header; expected what `avatarl compare` wrote")
+    return rows
 
 
 def _cell(value: Any) -> Any:
     if value is None or isinstance(value, float) and math.isnan(value):
         return ""
     return f"{value:.8g}" if isinstance(value, float) else value
-
-
-def _value(name: str, text: str) -> Any:
-    if text == "":
-        return None
-    if name in WORDS:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text

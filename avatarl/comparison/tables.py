@@ -6,19 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avatarl.results.former import Row, Table
-from avatarl.results.reporter import ABSENT, FLOPS_UNITS, Cell, Metric
+import numpy as np
+import pandas as pd
 
-from .measures import Row as Measured
-from .statistics import (
-    BySeed,
-    Difference,
-    by_seed,
-    cost_to_reach,
-    paired_difference,
-    reached_within,
-    spread,
-)
+from avatarl.results.reporter import ABSENT, Cell, Metric, Table, fixed, flops_unit, signed
+
+from .statistics import BySeed, Difference, by_seed, cost_to_reach, paired_difference, reached_within, spread
 
 CROSS_ENTROPY = Metric("cross_entropy", "cross-entropy", "nats per token", 4, -1)
 OWN_EVALUATIONS = {"best_cross_entropy": "best evaluation", "final_cross_entropy": "final evaluation"}
@@ -33,136 +26,129 @@ QUALITY = (
     Metric("best_tokens", "best player at", "M tokens", 2, 0, 1e-6),
 )
 P_COLUMN, BEFORE_P = "p", ", p "  # the latter where p shares a cell
-# What both are given of: a column of curves.csv, and how it is called.
+# What every arm may spend as much of as the baseline: a column of curves.csv, and its heading.
 BUDGETS = {
     "tokens": "equal tokens",
     "flops": "equal FLOPs, critics' forward passes counted",
     "all_flops": "equal FLOPs, critics' training counted too",
     "seconds": "equal seconds of its own steps",
 }
+COSTS = {
+    "unique_tokens": "unique tokens",
+    "tokens": "training tokens",
+    "player_flops": "{unit} of the player",
+    "critic_flops": "{unit} of critics' forward passes",
+    "critic_training_flops": "{unit} of critics' training",
+    "seconds": "seconds of training",
+}
 
 
-def outcome_table(results: Sequence[Measured], baseline: str) -> Table:
+def outcome_table(results: pd.DataFrame, baseline: str) -> Table:
     """The best player's cross-entropy on the whole validation split, and its difference to the baseline's.
 
     Beside it the best and the final one of the run's own evaluations, of which the final one was not chosen.
     """
-    own = [name for name in OWN_EVALUATIONS if any(row.get(name) is not None for row in results)]
-    rows = []
-    of_baseline = by_seed(results, baseline, "cross_entropy")
+    own = {name: title for name, title in OWN_EVALUATIONS.items() if is_measured(results, name)}
+    of_baseline, digits = by_seed(results, baseline, CROSS_ENTROPY.name), CROSS_ENTROPY.digits
+    rows = {}
     for arm in arms_of(results):
-        values = by_seed(results, arm, "cross_entropy")
+        values = by_seed(results, arm, CROSS_ENTROPY.name)
         difference = None if arm == baseline else paired_difference(values, of_baseline)
-        cells = [Cell(spread_text(values, CROSS_ENTROPY))]
-        if difference is None:
-            cells += [Cell(ABSENT)] * 3
-        else:
-            paired = spread({seed: of_baseline[seed] for seed in values if seed in of_baseline})
-            cells += [
-                Cell(
-                    signed(difference.mean, CROSS_ENTROPY.digits),
-                    f"{signed(100 * difference.mean / paired.mean, 2)} %",
-                    verdict(difference, CROSS_ENTROPY),
-                ),
-                Cell(interval_text(difference, CROSS_ENTROPY.digits)),
-                Cell(p_text(difference.p)),
-            ]
-        cells += [_compared(CROSS_ENTROPY._replace(name=name), results, arm, baseline) for name in own]
-        is_part = difference is not None and difference.count < len(values)
-        cells.append(Cell(str(len(values)), f"{difference.count} in pairs" if is_part else ""))
-        rows.append(_row(arm, cells, baseline))
-    evaluations = (OWN_EVALUATIONS[name] for name in own)
-    columns = ("cross-entropy", "difference", "95 % interval", P_COLUMN, *evaluations, "seeds")
-    return Table("", columns, (("", tuple(rows)),), "arm")
+        moved, is_part = ABSENT, False
+        if difference is not None:
+            paired = np.mean([of_baseline[seed] for seed in values if seed in of_baseline])
+            per_cent = f"{signed(100 * difference.mean / paired, 2)} %"
+            moved = Cell(signed(difference.mean, digits), per_cent, verdict(difference, CROSS_ENTROPY))
+            is_part = difference.count < len(values)
+        rows[arm] = {
+            "cross-entropy": spread_text(values, CROSS_ENTROPY),
+            "difference": moved,
+            "95 % interval": interval_text(difference, digits) if difference else ABSENT,
+            P_COLUMN: p_text(difference.p) if difference else ABSENT,
+            **{title: _compared(CROSS_ENTROPY._replace(name=name), results, arm, baseline)
+               for name, title in own.items()},
+            "seeds": Cell(str(len(values)), f"{difference.count} in pairs" if is_part else ""),
+        }  # fmt: skip
+    return _table(rows, baseline)
 
 
-def budget_table(results: Sequence[Measured], curves: Sequence[Measured], baseline: str) -> Table:
+def budget_table(results: pd.DataFrame, curves: pd.DataFrame, baseline: str) -> Table:
     """The lowest validation cross-entropy of each arm by the time it had spent what the baseline spends in all."""
-    of_run, count = curves_by_run(curves), len(_seeds_of(results, baseline))
-    rows = []
-    for arm in arms_of(results):
-        cells = []
-        for cost in BUDGETS:
-            reached = {name: _reached(of_run, name, baseline, cost) for name in (arm, baseline)}
-            cells.append(compared(CROSS_ENTROPY, reached[arm], None if arm == baseline else reached[baseline], count))
-        cells.append(_tokens_to_reach(of_run, arm, baseline))
-        rows.append(_row(arm, cells, baseline))
-    columns = (*BUDGETS.values(), "tokens to the baseline's best")
-    return Table("", columns, (("", tuple(rows)),), "arm")
+    runs: dict[str, Curves] = {arm: {} for arm in arms_of(results)}
+    for (arm, seed), curve in curves.groupby(["arm", "seed"], sort=False):
+        runs.get(arm, {})[seed] = curve
+    of_baseline, count = runs[baseline], _count_of_seeds(results, baseline)
+    others = {cost: _reached(of_baseline, of_baseline, cost) for cost in BUDGETS}
+    rows = {}
+    for arm, of_arm in runs.items():
+        rows[arm] = {}
+        for cost, title in BUDGETS.items():
+            other = None if arm == baseline else others[cost]
+            rows[arm][title] = compared(CROSS_ENTROPY, _reached(of_arm, of_baseline, cost), other, count)
+        rows[arm]["tokens to the baseline's best"] = _tokens_to_reach(of_arm, of_baseline, arm == baseline)
+    return _table(rows, baseline)
 
 
-def quality_table(results: Sequence[Measured], baseline: str) -> Table:
+def quality_table(results: pd.DataFrame, baseline: str) -> Table:
     """Calibration, entropy and accuracies of the best players."""
-    metrics = [metric for metric in QUALITY if any(row.get(metric.name) is not None for row in results)]
-    rows = []
-    for arm in arms_of(results):
-        cells = [_compared(metric, results, arm, baseline) for metric in metrics]
-        rows.append(_row(arm, cells, baseline))
-    return Table("", tuple(f"{metric.title}, {metric.unit}" for metric in metrics), (("", tuple(rows)),), "arm")
-
-
-def cost_table(results: Sequence[Measured], baseline: str) -> Table:
-    """What a run of each arm took, means over seeds."""
-    names = ("unique_tokens", "tokens", "player_flops", "critic_flops", "critic_training_flops", "seconds")
-    means = {
-        arm: {name: _mean([row[name] for row in results if row["arm"] == arm]) for name in names}
+    metrics = [metric for metric in QUALITY if is_measured(results, metric.name)]
+    rows = {
+        arm: {f"{each.title}, {each.unit}": _compared(each, results, arm, baseline) for each in metrics}
         for arm in arms_of(results)
     }
-    flops = [number or 0 for of_arm in means.values() for name, number in of_arm.items() if name.endswith("flops")]
-    scale, unit = next((unit for unit in FLOPS_UNITS if max(flops) >= unit[0]), (1.0, "FLOPs"))
-    rows = []
-    for arm, of_arm in means.items():
-        cells = []
-        for name, number in of_arm.items():
-            is_flops, digits = name.endswith("flops"), 0 if name.endswith("tokens") else 3
-            cells.append(Cell(_amount(number and number / (scale if is_flops else 1), digits)))
-        seconds, of_baseline = of_arm["seconds"], means[baseline]["seconds"]
-        if arm != baseline and seconds and of_baseline:
-            cells[-1] = Cell(cells[-1].text, f"{seconds / of_baseline:.2f} ×")
-        rows.append(_row(arm, cells, baseline))
-    columns = (
-        "unique tokens",
-        "training tokens",
-        f"{unit} of the player",
-        f"{unit} of critics' forward passes",
-        f"{unit} of critics' training",
-        "seconds of training",
-    )
-    return Table("", columns, (("", tuple(rows)),), "arm")
+    return _table(rows, baseline)
 
 
-def tuning_table(tuning: Sequence[Measured]) -> Table:
+def cost_table(results: pd.DataFrame, baseline: str) -> Table:
+    """What a run of each arm took, means over seeds; unknown where it is unknown for one of them."""
+    of_arm = results[list(COSTS)].astype(float).groupby(results["arm"], sort=False)
+    means = of_arm.agg(lambda column: column.mean(skipna=False))
+    flops = [name for name in COSTS if name.endswith("flops")]
+    scale, unit = flops_unit(means[flops].max().max())
+    means[flops] /= scale
+    rows = {}
+    for arm, of_arm in means.iterrows():
+        rows[arm] = {
+            title.format(unit=unit): fixed(
+                of_arm[name], 3 if 0 < of_arm[name] < 100 and not name.endswith("tokens") else 0
+            )
+            for name, title in COSTS.items()
+        }
+        seconds, of_baseline = of_arm["seconds"], means.loc[baseline, "seconds"]
+        if arm != baseline and seconds > 0 and of_baseline > 0:
+            rows[arm][COSTS["seconds"]] = Cell(rows[arm][COSTS["seconds"]], f"{seconds / of_baseline:.2f} ×")
+    return _table(rows, baseline)
+
+
+def tuning_table(tuning: pd.DataFrame) -> Table:
     """Every point that the searches tried, one seed each; the chosen ones are marked."""
     settings = settings_of(tuning)
-    sections = []
-    for arm in arms_of(tuning):
-        of_arm = [row for row in tuning if row["arm"] == arm]
-        rows = []
-        for row in sorted(of_arm, key=lambda row: [_order(row[name]) for name in settings]):
-            score = row["cross_entropy"]
-            text = f"{score:.4f}" if math.isfinite(score) else "gave up"
-            name = ", ".join(str(row[name]) for name in settings)
-            edges = on_edge(row, of_arm, settings)
+    index, cells, marked = [], [], []
+    for arm, tried in tuning.groupby("arm", sort=False):
+        for _, row in tried.sort_values(settings).iterrows():
+            edges = on_edge(row, tried, settings)
             chosen = f"yes, at the edge of {', '.join(edges)}" if edges else "yes"
-            chosen = chosen if row["is_chosen"] else ""
-            rows.append(Row(name, (Cell(text), Cell(chosen)), is_marked=bool(row["is_chosen"])))
-        sections.append((arm, tuple(rows)))
-    return Table("", ("best validation cross-entropy", "chosen"), tuple(sections), ", ".join(settings))
+            score = row["cross_entropy"]
+            index.append((arm, ", ".join(str(row[name]) for name in settings)))
+            cells.append((f"{score:.4f}" if math.isfinite(score) else "gave up", chosen if row["is_chosen"] else ""))
+            marked.append(bool(row["is_chosen"]))
+    frame = pd.DataFrame(
+        cells,
+        index=pd.MultiIndex.from_tuples(index, names=("section", "name")),
+        columns=["best validation cross-entropy", "chosen"],
+    )
+    return Table(frame, corner=", ".join(settings), marked=marked)
 
 
-def settings_of(tuning: Sequence[Measured]) -> list[str]:
+def settings_of(tuning: pd.DataFrame) -> list[str]:
     """The settings that the searches tried."""
-    return [name for name in tuning[0] if name not in ("arm", "cross_entropy", "is_chosen")] if tuning else []
+    return [name for name in tuning if name not in ("arm", "cross_entropy", "is_chosen")]
 
 
-def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]) -> list[str]:
+def on_edge(chosen: Mapping[str, Any], tried: pd.DataFrame, settings: Sequence[str]) -> list[str]:
     """The settings whose chosen value is the smallest or largest tried, so that a better one may lie beyond."""
-    edges = []
-    for name in settings:
-        values = {row[name] for row in tried if isinstance(row[name], (int, float))}
-        if len(values) > 1 and chosen[name] in (min(values), max(values)):
-            edges.append(name)
-    return edges
+    numbers = [name for name in settings if pd.api.types.is_numeric_dtype(tried[name]) and tried[name].nunique() > 1]
+    return [name for name in numbers if chosen[name] in (tried[name].min(), tried[name].max())]
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -170,17 +156,14 @@ def on_edge(chosen: Measured, tried: Sequence[Measured], settings: Sequence[str]
 
 def compared(metric: Metric, values: BySeed, baseline: BySeed | None, count: int) -> Cell:
     """A number over seeds with its paired difference to the baseline's, ``count`` seeds of which there are in all."""
-    if not values:
-        return Cell(ABSENT)
     text = spread_text(values, metric)
     difference = None if baseline is None else paired_difference(values, baseline)
     if difference is None:
         return Cell(text)
-    scaled = Difference(*(value * metric.scale for value in difference[:3]), *difference[3:])
-    interval = interval_text(scaled, metric.digits)
+    scaled = difference.scaled(metric.scale)
     shown = signed(scaled.mean, metric.digits)
-    if interval != ABSENT:
-        shown += f" [{interval}]{BEFORE_P}{p_text(scaled.p)}"
+    if scaled.count > 1:
+        shown += f" [{interval_text(scaled, metric.digits)}]{BEFORE_P}{p_text(scaled.p)}"
     if scaled.count < count:
         shown += f", in {scaled.count} of {count} seeds"
     return Cell(text, shown, verdict(difference, metric))
@@ -188,8 +171,9 @@ def compared(metric: Metric, values: BySeed, baseline: BySeed | None, count: int
 
 def count_of_p(table: Table) -> int:
     """How many comparisons a table holds: its cells with a p."""
-    cells = [each for _, rows in table.sections for row in rows for each in zip(table.columns, row.cells, strict=True)]
-    return sum(BEFORE_P in cell.difference or (name == P_COLUMN and cell.text != ABSENT) for name, cell in cells)
+    in_cells = table.frame.map(lambda cell: isinstance(cell, Cell) and BEFORE_P in cell.difference)
+    own_column = table.frame.get(P_COLUMN, pd.Series(dtype=str)) != ABSENT
+    return int(in_cells.to_numpy().sum() + own_column.sum())
 
 
 def verdict(difference: Difference, metric: Metric) -> str:
@@ -204,9 +188,8 @@ def spread_text(values: BySeed, metric: Metric) -> str:
     found = spread(values)
     if found is None:
         return ABSENT
-    mean = f"{found.mean * metric.scale:,.{metric.digits}f}".replace("-", "−")
     deviation = "" if math.isnan(found.deviation) else f" ± {found.deviation * metric.scale:.{metric.digits}f}"
-    return mean + deviation
+    return fixed(found.mean * metric.scale, metric.digits) + deviation
 
 
 def interval_text(difference: Difference, digits: int) -> str:
@@ -216,12 +199,6 @@ def interval_text(difference: Difference, digits: int) -> str:
     return f"{signed(difference.lower, digits)} to {signed(difference.upper, digits)}"
 
 
-def signed(number: float, digits: int) -> str:
-    """A difference with its sign; a typographic minus."""
-    text = f"{number:+,.{digits}f}"
-    return (text[1:] if float(text.replace(",", "")) == 0 else text).replace("-", "−")
-
-
 def p_text(p: float) -> str:
     """p to two digits."""
     if math.isnan(p):
@@ -229,78 +206,59 @@ def p_text(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
 
 
-def _compared(metric: Metric, results: Sequence[Measured], arm: str, baseline: str) -> Cell:
+def _compared(metric: Metric, results: pd.DataFrame, arm: str, baseline: str) -> Cell:
     of_baseline = None if arm == baseline else by_seed(results, baseline, metric.name)
-    return compared(metric, by_seed(results, arm, metric.name), of_baseline, len(_seeds_of(results, baseline)))
+    return compared(metric, by_seed(results, arm, metric.name), of_baseline, _count_of_seeds(results, baseline))
 
 
-def _row(arm: str, cells: Sequence[Cell], baseline: str) -> Row:
-    return Row(arm, tuple(cells), "baseline" if arm == baseline else "", is_marked=arm == baseline)
-
-
-def _amount(number: float | None, digits: int) -> str:
-    if number is None:
-        return ABSENT
-    return f"{number:,.{digits if 0 < number < 100 else 0}f}"
-
-
-def _tokens(number: float) -> str:
-    return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,.0f}"
+def _table(rows: Mapping[str, Mapping[str, str | Cell]], baseline: str) -> Table:
+    """A table of cells by arm and heading."""
+    names = [(arm, "baseline" if arm == baseline else "") for arm in rows]
+    index = pd.MultiIndex.from_tuples(names, names=("name", "unit"))
+    marked = [arm == baseline for arm in rows]
+    return Table(pd.DataFrame(list(rows.values()), index=index), corner="arm", marked=marked)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def arms_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def arms_of(rows: pd.DataFrame) -> list[str]:
     """The arms in the order in which they come."""
-    return list(dict.fromkeys(row["arm"] for row in rows))
+    return list(rows["arm"].unique())
 
 
-def _seeds_of(results: Sequence[Measured], arm: str) -> set[int]:
-    return {row["seed"] for row in results if row["arm"] == arm}
+def is_measured(results: pd.DataFrame, name: str) -> bool:
+    """Whether any run has a number in that column."""
+    return name in results and bool(results[name].notna().any())
 
 
-def curves_by_run(curves: Sequence[Measured]) -> dict[tuple[str, int], list[Measured]]:
-    """The evaluations of each run, in order."""
-    of_run: dict[tuple[str, int], list[Measured]] = {}
-    for row in curves:
-        of_run.setdefault((row["arm"], row["seed"]), []).append(row)
-    return of_run
+def _count_of_seeds(results: pd.DataFrame, arm: str) -> int:
+    return int((results["arm"] == arm).sum())
 
 
-def _reached(of_run: Mapping[tuple[str, int], list[Measured]], arm: str, baseline: str, cost: str) -> BySeed:
-    reached = {}
-    for (name, seed), curve in of_run.items():
-        budget = of_run.get((baseline, seed), [{}])[-1].get(cost)
-        if name == arm and budget is not None:
-            best = reached_within(curve, cost, budget)
-            if best is not None:
-                reached[seed] = best
-    return reached
+Curves = Mapping[int, pd.DataFrame]  # of an arm's runs, by seed
 
 
-def _tokens_to_reach(of_run: Mapping[tuple[str, int], list[Measured]], arm: str, baseline: str) -> Cell:
+def _reached(of_arm: Curves, of_baseline: Curves, cost: str) -> dict[int, float]:
+    """The lowest cross-entropy of each run within what the baseline's run of the same seed spent."""
+    budgets = {seed: of_baseline[seed][cost].iloc[-1] for seed in of_arm if seed in of_baseline}
+    reached = {seed: reached_within(of_arm[seed], cost, budget) for seed, budget in budgets.items()}
+    return {seed: score for seed, score in reached.items() if score is not None}
+
+
+def _tokens_to_reach(of_arm: Curves, of_baseline: Curves, is_baseline: bool) -> str | Cell:
     """Tokens until an arm was as good as the baseline's best in the same seed, and as a share of what that took."""
-    needed, shares, asked = {}, {}, 0
-    for (name, seed), curve in of_run.items():
-        other = of_run.get((baseline, seed))
-        if name == arm and other:
-            asked += 1
-            wanted = min(row["cross_entropy"] for row in other)
-            tokens, of_baseline = (cost_to_reach(each, "tokens", wanted) for each in (curve, other))
-            if tokens is not None:
-                needed[seed], shares[seed] = tokens, tokens / of_baseline
+    pairs = {seed: (curve, of_baseline[seed]) for seed, curve in of_arm.items() if seed in of_baseline}
+    needed, shares = {}, {}
+    for seed, (curve, other) in pairs.items():
+        wanted = other["cross_entropy"].min()
+        tokens = cost_to_reach(curve, "tokens", wanted)
+        if tokens is not None:
+            needed[seed], shares[seed] = tokens, tokens / cost_to_reach(other, "tokens", wanted)
     if not needed:
-        return Cell(ABSENT if not asked else "never")
-    text = _tokens(spread(needed).mean)
-    if len(needed) < asked:
-        text += f" in {len(needed)} of {asked}"
-    return Cell(text, "" if arm == baseline else f"{100 * spread(shares).mean:.0f} %")
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if None in values or not values else sum(values) / len(values)
-
-
-def _order(value: Any) -> tuple[int, float, str]:
-    return (0, value, "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
+        return "never" if pairs else ABSENT
+    mean = spread(needed).mean
+    text = f"{mean / 1e6:,.2f} M" if mean >= 1e6 else f"{mean:,.0f}"
+    if len(needed) < len(pairs):
+        text += f" in {len(needed)} of {len(pairs)}"
+    return Cell(text, "" if is_baseline else f"{100 * spread(shares).mean:.0f} %")

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from avatarl.comparison.measures import CURVE, RESULT, write_rows
 
 TUNING = ("arm", "optim.learning_rate", "player.preset", "cross_entropy", "is_chosen")
+
+
+def frame(rows: Sequence[dict], columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Rows as they are read from a CSV file."""
+    return pd.DataFrame(list(rows), columns=columns)
 
 
 def result(arm: str, seed: int, cross_entropy: float, **others: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -26,17 +27,21 @@ from avatarl.comparison.measures import (
 )
 from avatarl.comparison.progress import Member, Tuned
 from avatarl.data import PreparedData
-from avatarl.models.critic_cache import CriticCache
 from avatarl.results import evaluate
 from avatarl.training import train
 
-from ..conftest import BLOCK
 from ..results.reports import EVALUATION, TOKENS_PER_STEP, made_up_lines, write_run
 
 SIZES = {"parameters": 5, "unique_tokens": 50, "tokens": 5 * TOKENS_PER_STEP}
 COSTS = {"player_flops": 1000, "critic_flops": 100, "cached_critic_flops": 10}
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def rows_in(path: Path) -> list[dict]:
+    """The rows of a CSV file, with None for what is empty."""
+    rows = read_rows(path).astype(object)
+    return rows.where(rows.notna(), None).to_dict("records")
 
 
 def test_rows_read_back_are_those_that_were_written(tmp_path: Path):
@@ -46,24 +51,24 @@ def test_rows_read_back_are_those_that_were_written(tmp_path: Path):
         dict(zip(columns, ("1e5", 0, "muon", "None", -3, math.inf, math.nan, None), strict=True)),
     ]
     write_rows(tmp_path / "rows.csv", columns, [{**row, "not a column": 1} for row in rows])
-    assert read_rows(tmp_path / "rows.csv") == [row | {"lost": None} for row in rows]
-    write_rows(tmp_path / "again.csv", columns, read_rows(tmp_path / "rows.csv"))
+    assert rows_in(tmp_path / "rows.csv") == [row | {"lost": None} for row in rows]
+    write_rows(tmp_path / "again.csv", columns, rows_in(tmp_path / "rows.csv"))
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "rows.csv").read_bytes()
 
 
 def test_eight_digits_are_kept(tmp_path: Path):
     write_rows(tmp_path / "rows.csv", ("arm", "x"), [{"arm": "a", "x": math.pi}])
-    (row,) = read_rows(tmp_path / "rows.csv")
+    (row,) = rows_in(tmp_path / "rows.csv")
     assert row["x"] == pytest.approx(math.pi, rel=1e-7)
     write_rows(tmp_path / "none.csv", ("arm", "x"), [])
-    assert read_rows(tmp_path / "none.csv") == []
+    assert rows_in(tmp_path / "none.csv") == []
 
 
 def test_a_point_that_gave_up_stays_one(tmp_path: Path):
     grid = {"optim.learning_rate": [0.1, 0.2], "optim.name": ["adamw", "muon"]}
     tuned = [Tuned("a", (0.1, "muon"), 3.5, True), Tuned("a", (0.2, "muon"), math.inf, False)]
     write_rows(tmp_path / "tuning.csv", ("arm", *grid, "cross_entropy", "is_chosen"), tuning_rows(tuned, grid))
-    assert read_rows(tmp_path / "tuning.csv") == [
+    assert rows_in(tmp_path / "tuning.csv") == [
         {"arm": "a", "optim.learning_rate": 0.1, "optim.name": "muon", "cross_entropy": 3.5, "is_chosen": 1},
         {"arm": "a", "optim.learning_rate": 0.2, "optim.name": "muon", "cross_entropy": math.inf, "is_chosen": 0},
     ]
@@ -74,8 +79,8 @@ def test_a_point_that_gave_up_stays_one(tmp_path: Path):
     [
         (None, "no such file; a comparison's folder or its CSV files are expected"),
         (b"seed,cross_entropy\n1,2\n", "has no column arm"),
-        (b"arm,seed\na,1,2\n", "has a line that is not as long as its header"),
-        (b"arm,seed\na\n", "has a line that is not as long as its header"),
+        (b"arm,seed\na,1,2\n", "has lines longer than its header"),
+        (b"arm,seed\na,1\nb,1,2\n", "cannot be read"),
         (b"arm,seed\n\xff,1\n", "cannot be read"),
         (b"", "cannot be read"),
     ],
@@ -92,12 +97,9 @@ def test_what_no_comparison_writes_is_refused(tmp_path: Path, content: bytes | N
 
 def test_seconds_are_those_of_the_lines_until_then():
     """100 tokens in 10 s, 200 in 2 s, 50 in 1 s."""
-    lines = [
-        {"tokens": tokens, "tokens_per_second": speed} for tokens, speed in ((100, 10.0), (300, 100.0), (350, 50.0))
-    ]
-    at = {tokens: seconds_until(lines, tokens) for tokens in (0, 50, 100, 200, 300, 350, 999)}
-    assert at == pytest.approx({0: 0, 50: 5, 100: 10, 200: 11, 300: 12, 350: 13, 999: 13})
-    assert seconds_until([], 5) == 0
+    lines = pd.DataFrame({"tokens": [100, 300, 350], "tokens_per_second": [10.0, 100.0, 50.0]})
+    assert list(seconds_until(lines, [0, 50, 100, 200, 300, 350, 999])) == pytest.approx([0, 5, 10, 11, 12, 13, 13])
+    assert seconds_until(lines[:0], 5) == 0
 
 
 def member_of(folder: Path, critic: str | list[str] | None, own: dict[str, str | list[str] | None]) -> Member:
@@ -132,19 +134,6 @@ def test_critics_are_charged_with_their_training(tmp_path: Path, critic, own: di
 
     member = member_of(tmp_path, placed(critic), {name: placed(names) for name, names in own.items()})
     assert spent_before(member) == (7, training)
-
-
-def test_a_cache_is_charged_by_its_manifest(tmp_path: Path, critic_cache: Path, data_folder: Path):
-    """Whatever the record says, which once held the validation windows too; and nothing where it was not asked."""
-    cost = CriticCache.open(critic_cache, PreparedData.open(data_folder), BLOCK).flops
-    for recorded, charged in ((5 * cost, 2 * cost), (0, 0)):
-        sizes = {**SIZES, **COSTS, "cached_critic_flops": recorded}
-        folder = tmp_path / str(recorded)
-        named = [str(critic_cache), "ema:0.9", str(critic_cache)]
-        run = write_run(folder, made_up_lines(5), {"sizes": sizes}, critic=named)
-        member = Member("a", 1, run, ())
-        assert spent_before(member) == (charged, None)
-        assert curve_rows(member)[0]["flops"] == TOKENS_PER_STEP * 7_000_000 + charged
 
 
 def test_a_record_without_sizes_is_said(tmp_path: Path):
@@ -222,7 +211,7 @@ def test_a_row_says_how_the_arm_was_tuned_and_what_it_ran_on(tmp_path: Path, mon
 def test_words_that_look_like_numbers_stay_words(tmp_path: Path):
     row = dict.fromkeys(WORDS, "12e3")
     write_rows(tmp_path / "results.csv", RESULT, [row])
-    assert {name: read_rows(tmp_path / "results.csv")[0][name] for name in WORDS} == row
+    assert {name: rows_in(tmp_path / "results.csv")[0][name] for name in WORDS} == row
 
 
 class Kept:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from avatarl.comparison.statistics import by_seed, cost_to_reach, paired_difference, reached_within, spread
 
-from .rows import curve
+from .rows import curve, frame
 
 # --- paired differences -----------------------------------------------------------------------------------------------
 
@@ -75,7 +75,8 @@ def test_seeds_without_a_finite_number_are_left_out():
     """As results.csv leaves them out, of a run that diverged."""
     numbers = [4.0, math.nan, None, math.inf, 5.0]
     rows = [{"arm": "a", "seed": seed, "loss": number} for seed, number in enumerate(numbers)]
-    assert by_seed(rows, "a", "loss") == {0: 4.0, 4: 5.0}
+    assert by_seed(frame(rows), "a", "loss") == {0: 4.0, 4: 5.0}
+    assert by_seed(frame(rows), "a", "nothing") == by_seed(frame(rows), "b", "loss") == {}
 
 
 def test_a_spread_is_that_of_a_sample():
@@ -92,14 +93,14 @@ def test_a_column_by_seed_leaves_out_what_is_not_there():
         {"arm": "a", "seed": 3},
         {"arm": "b", "seed": 4, "x": 5.0},
     ]
-    assert by_seed(rows, "a", "x") == {2: 3.0}
+    assert by_seed(frame(rows), "a", "x") == {2: 3.0}
 
 
 # --- curves and what they cost ----------------------------------------------------------------------------------------
 
 
 def test_what_was_reached_is_the_lowest_so_far():
-    rows = curve("a", 1, [5.0, 3.0, 4.0, 2.0])
+    rows = frame(curve("a", 1, [5.0, 3.0, 4.0, 2.0]))
     assert reached_within(rows, "tokens", 300) == 3.0  # not the last, and the one at the budget itself counts
     assert reached_within(rows, "tokens", 299) == 3.0
     assert reached_within(rows, "seconds", 1e9) == 2.0
@@ -119,11 +120,11 @@ def test_what_was_reached_is_the_lowest_so_far():
     ],
 )
 def test_a_budget_between_two_evaluations_lies_on_the_line(cost: str, budget: float, reached: float):
-    assert reached_within(curve("a", 1, [5.0, 3.0, 4.0, 2.0]), cost, budget) == pytest.approx(reached)
+    assert reached_within(frame(curve("a", 1, [5.0, 3.0, 4.0, 2.0])), cost, budget) == pytest.approx(reached)
 
 
 def test_nothing_is_reached_at_a_cost_that_is_unknown():
-    assert reached_within(curve("a", 1, [5.0, 3.0], before=None), "all_flops", 1e9) is None
+    assert reached_within(frame(curve("a", 1, [5.0, 3.0], before=None)), "all_flops", 1e9) is None
 
 
 @pytest.mark.parametrize(
@@ -140,4 +141,4 @@ def test_nothing_is_reached_at_a_cost_that_is_unknown():
     ],
 )
 def test_when_a_curve_first_was_so_low(scores: list[float], wanted: float, tokens: float | None):
-    assert cost_to_reach(curve("a", 1, scores), "tokens", wanted) == tokens
+    assert cost_to_reach(frame(curve("a", 1, scores)), "tokens", wanted) == tokens

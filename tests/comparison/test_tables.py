@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 
 from avatarl.comparison.statistics import Difference, paired_difference
@@ -18,14 +19,12 @@ from avatarl.comparison.tables import (
     outcome_table,
     p_text,
     quality_table,
-    signed,
     tuning_table,
     verdict,
 )
-from avatarl.results.former import Table
-from avatarl.results.reporter import Cell, Metric
+from avatarl.results.reporter import Cell, Metric, Table, signed
 
-from .rows import curve, result
+from .rows import curve, frame, result
 
 ACCURACY = Metric("top1_accuracy", "accuracy", "%", 1, +1, 100)
 ENTROPY = Metric("entropy", "entropy", "nats", 1)
@@ -36,8 +35,8 @@ def cells_of(table: Table) -> dict[str, list[Cell]]:
     return {row.name: list(row.cells) for row in rows}
 
 
-def results_of(**arms: dict[int, float]) -> list[dict]:
-    return [result(arm, seed, value) for arm, values in arms.items() for seed, value in values.items()]
+def results_of(**arms: dict[int, float]) -> pd.DataFrame:
+    return frame([result(arm, seed, value) for arm, values in arms.items() for seed, value in values.items()])
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -127,7 +126,7 @@ def test_the_outcome_is_added_up_by_hand():
         "cross_entropy",
     )
     evaluations = ("best evaluation", "final evaluation")
-    assert table.columns == ("cross-entropy", "difference", "95 % interval", "p", *evaluations, "seeds")
+    assert table.columns == ["cross-entropy", "difference", "95 % interval", "p", *evaluations, "seeds"]
     assert {arm: [*cells[:4], cells[-1]] for arm, cells in cells_of(table).items()} == {
         "cross_entropy": [Cell("5.2000 ± 0.2000"), Cell("—"), Cell("—"), Cell("—"), Cell("3")],
         "wide": [
@@ -178,18 +177,19 @@ def test_the_final_evaluation_stands_beside_the_best():
         for arm, best, final, moves in (("base", 3.0, 4.0, False), ("arm", 2.0, 5.0, True))
         for seed in (1, 2)
     ]
-    cells = cells_of(outcome_table(rows, "base"))
+    cells = cells_of(outcome_table(frame(rows), "base"))
     assert cells["base"][4:6] == [Cell("4.5000 ± 0.7071"), Cell("5.5000 ± 0.7071")]
     best = Cell("3.5000 ± 0.7071", "−1.0000 [−1.0000 to −1.0000], p < 0.0001", "better")
     final = Cell("6.6500 ± 0.7778", "+1.1500 [+0.5147 to +1.7853], p 0.028", "worse")
     assert cells["arm"][4:6] == [best, final]
     without = [{**row, "final_cross_entropy": None} for row in rows]
-    assert outcome_table(without, "base").columns[4:] == ("best evaluation", "seeds")
+    assert outcome_table(frame(without), "base").columns[4:] == ["best evaluation", "seeds"]
 
 
 def test_comparisons_are_counted():
     rows = results_of(base={1: 5.0, 2: 5.1}, arm={1: 4.0, 2: 4.2}, alone={1: 3.0})
-    curves = [row for each in rows for row in curve(each["arm"], each["seed"], [each["cross_entropy"]])]
+    runs = zip(rows["arm"], rows["seed"], rows["cross_entropy"], strict=True)
+    curves = frame([row for arm, seed, score in runs for row in curve(arm, seed, [score])])
     tables = outcome_table(rows, "base"), budget_table(rows, curves, "base"), quality_table(rows, "base")
     assert [count_of_p(table) for table in tables] == [3, 4, 7]  # of the arm that has two pairs
     assert count_of_p(outcome_table(rows[:2], "base")) == 0
@@ -209,7 +209,7 @@ def test_at_equal_cost_the_budget_is_the_baselines():
         *curve("slow", 3, [0.0, 0.0]),  # the baseline has no such seed
     ]
     runs = dict.fromkeys((row["arm"], row["seed"]) for row in curves)
-    table = budget_table([result(*run, 1.0) for run in runs], curves, "cross_entropy")
+    table = budget_table(frame([result(*run, 1.0) for run in runs]), frame(curves), "cross_entropy")
     assert [name.split(",")[0] for name in table.columns[:2]] == ["equal tokens", "equal FLOPs"]
     assert cells_of(table) == {
         "cross_entropy": [Cell("4.5000 ± 0.7071")] * 4 + [Cell("200")],
@@ -237,7 +237,7 @@ def test_tokens_to_the_baselines_best():
         *curve("alone", 7, [1.0]),
         *({**row, "tokens": row["tokens"] * 10**5} for row in curve("large", 1, [9.0, 4.0])),
     ]
-    table = budget_table([result(arm, 1, 1.0) for arm in arms_in(curves)], curves, "base")
+    table = budget_table(frame([result(arm, 1, 1.0) for arm in arms_in(curves)]), frame(curves), "base")
     assert {arm: cells[-1] for arm, cells in cells_of(table).items()} == {
         "base": Cell("200"),
         "half": Cell("100 in 1 of 2", "50 %"),
@@ -258,7 +258,7 @@ def test_quality_is_judged_in_its_own_direction():
         rows.append(result("base", seed, 5.0, **base))
         moved = {name: base[name] + change + 1e-4 * seed for name, change in changes.items() if change}
         rows.append(result("arm", seed, 5.0, **{**base, **moved}))
-    table = quality_table(rows, "base")
+    table = quality_table(frame(rows), "base")
     cells = dict(zip(table.columns, cells_of(table)["arm"], strict=True))
     assert cells["calibration error, % of probability"] == Cell(
         "7.02 ± 0.01", "+2.02 [+2.00 to +2.04], p < 0.0001", "worse"
@@ -269,7 +269,7 @@ def test_quality_is_judged_in_its_own_direction():
     # What no run has measured is no column, what some have is one.
     assert not {"minimal pairs, % right", "reward on other tokens, % of the reward"} & cells.keys()
     rows[0]["minimal_pairs_accuracy"] = 0.5
-    assert "minimal pairs, % right" in quality_table(rows, "base").columns
+    assert "minimal pairs, % right" in quality_table(frame(rows), "base").columns
 
 
 def test_costs_are_means_over_seeds():
@@ -280,12 +280,12 @@ def test_costs_are_means_over_seeds():
         result("outside", 1, 5.0, seconds=20.0, critic_training_flops=None),
         result("outside", 2, 5.0, seconds=20.0, critic_training_flops=1e15),
     ]
-    table = cost_table(rows, "base")
-    assert table.columns[2:5] == (
+    table = cost_table(frame(rows), "base")
+    assert table.columns[2:5] == [
         "PFLOPs of the player",
         "PFLOPs of critics' forward passes",
         "PFLOPs of critics' training",
-    )
+    ]
     cells = cells_of(table)
     assert cells["base"] == [Cell(text) for text in ("1,000", "4,000", "2.000", "0", "0", "20.000")]
     assert cells["arm"][1:] == [
@@ -296,7 +296,7 @@ def test_costs_are_means_over_seeds():
         Cell("150", "7.50 ×"),
     ]
     assert cells["outside"][4:] == [Cell("—"), Cell("20.000", "1.00 ×")]
-    small = cost_table([result("base", 1, 5.0, player_flops=2.5e9)], "base")
+    small = cost_table(frame([result("base", 1, 5.0, player_flops=2.5e9)]), "base")
     assert small.columns[2] == "GFLOPs of the player"
     assert cells_of(small)["base"][2] == Cell("2.500")
 
@@ -313,26 +313,25 @@ def test_the_search_is_shown_in_order_with_its_edges():
         tried(0.1, 3.25, 1, arm="b"),
         tried(0.03, 3.5, 0, arm="b"),
     ]
-    (first, of_first), (second, of_second) = tuning_table(rows).sections
+    (first, of_first), (second, of_second) = tuning_table(frame(rows)).sections
     assert (first, second) == ("a", "b")
     assert [(row.name, *(cell.text for cell in row.cells), row.is_marked) for row in of_first] == [
         ("0.003", "4.0000", "", False),
         ("0.03", "3.5000", "yes", True),
         ("0.1", "gave up", "", False),
     ]
-    assert tuning_table(rows).corner == "optim.learning_rate"
-    assert tuning_table([tried(0.1, 3.0, 1, decay=2)]).sections[0][1][0].name == "0.1, 2"
+    assert tuning_table(frame(rows)).corner == "optim.learning_rate"
+    assert tuning_table(frame([tried(0.1, 3.0, 1, decay=2)])).sections[0][1][0].name == "0.1, 2"
     assert of_second[-1].cells[1].text == "yes, at the edge of optim.learning_rate"
     assert of_second[0].cells[1].text == ""
-    assert tuning_table([]).sections == ()
 
 
 def test_an_edge_is_one_of_numbers_of_which_several_were_tried():
     names = ("optim.learning_rate", "decay", "name")
     rows = [tried(rate, 3.0, 0, decay=0.1, name=name) for rate in (1, 2, 3) for name in "ab"]
-    assert on_edge(rows[0], rows, names) == ["optim.learning_rate"]
-    assert on_edge(rows[2], rows, names) == []
-    assert on_edge(rows[4], rows, names) == ["optim.learning_rate"]
+    assert on_edge(rows[0], frame(rows), names) == ["optim.learning_rate"]
+    assert on_edge(rows[2], frame(rows), names) == []
+    assert on_edge(rows[4], frame(rows), names) == ["optim.learning_rate"]
 
 
 def test_the_cells_are_those_of_the_paired_test():

@@ -53,11 +53,6 @@ def render_markdown(template: str, **values: Any) -> str:
     return _MARKDOWN.get_template(template).render(**values)
 
 
-def render_picture(template: str, **values: Any) -> str:
-    """A picture of this folder as a file of its own, SVG text."""
-    return _ENVIRONMENT.get_template(template).render(is_file=True, **values)
-
-
 def markdown_table(table: Any) -> str:
     """One table as Markdown."""
     return _MARKDOWN.get_template("parts.md").module.table_of(table)
