@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from avatarl.errors import UserError
 
@@ -60,3 +61,15 @@ def pick_precision(name: str, device: torch.device) -> str:
         known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
     return "bf16" if native else "fp32"
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` of the host on ``device``; the host does not wait for the copy."""
+    # From pinned memory a GPU fetches it by itself; from other memory the host would wait for its turn.
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

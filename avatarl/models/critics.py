@@ -1,23 +1,316 @@
-"""Critics: any causal language model that reads the same tokens as the player, frozen."""
+"""Critics: any causal language model that reads the same tokens as the player, frozen (distillation calls it a teacher).
+
+A :class:`Critic` answers for a batch. There are four kinds: a live model, a cache of one, the moving average of the
+player, and one of random weights. :func:`open_critic` makes each from its name.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from avatarl.data import PreparedData
+from avatarl.device import local, send
 from avatarl.errors import UserError
+from avatarl.objective import Answers, CachedAnswers, HiddenAnswers
 
-from .loading import head_weight, load_model, load_tokenizer
-from .players import PRESETS, PlayerConfig, random_player
+from .config import PRESETS, PlayerConfig
+from .counting import forward_flops_per_token
+from .critic_cache.read import SPLITS, CriticCache, is_cache
+from .digest import digest_of_model
+from .loading import check_window, head_weight, last_hidden, load_model, load_tokenizer, longest_sequence
+from .players import random_player
 
 EMA_CRITIC = re.compile(r"ema:(0|0?\.\d+):(\d+)")
 RANDOM_CRITIC = re.compile(r"random:([^:]*):(\d+)")
 RANDOM_CRITIC_CONTEXT = 1 << 17  # positions are rotations, so this costs nothing
+
+
+class CriticInputs(Protocol):
+    """What a critic needs to know of a batch."""
+
+    inputs: Tensor  # (B, T) int64, on the device
+    others: Mapping[str, Any]  # what else models read beside the tokens, as attention_mask
+    split: str | None  # that the windows are of, and their numbers in it; None where they are of no prepared data
+    indices: Sequence[int] | None
+
+
+class Critic:
+    """What a player learns from besides the text. Subclasses are the kinds of critics."""
+
+    start_step = 0  # the last step without its answers
+    keeps_state = False  # whether checkpoints hold its weights
+    flops_per_token = 0  # of a forward pass inside the run
+    limits: tuple[int, int] | None = None  # numbers of most likely and of drawn tokens, where it knows no others
+    longest: int | None = None  # the most tokens that it was made to read at once; None where that is not known
+    costs: Mapping[str, int] = {}  # FLOPs that were spent on it elsewhere, by its digest
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def answers(self, batch: CriticInputs) -> Answers:
+        """What it says of every position of the batch."""
+        raise NotImplementedError
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its answers follow from, as far as it is known when a run starts."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise RunFailed where its files are no longer those that were opened."""
+
+    def start(self, player: nn.Module, step: int) -> None:
+        """Begin to follow the player where that is due by ``step`` and has not happened."""
+
+    def update(self, player: nn.Module, step: int) -> None:
+        """Include the player as it is after ``step``, which is 0 before the first one."""
+
+    def compile(self) -> None:
+        """Compile its forward pass."""
+
+    def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
+        """Divide its weights among the processes, where the run divides those of such critics."""
+
+    def release(self) -> None:
+        """Free its memory; it is not asked again."""
+
+
+class FrozenModel(nn.Module):
+    """A model that is read and never trained: a critic, or an earlier player. Its weights may be divided (FSDP2)."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, **others: Any) -> HiddenAnswers:
+        """Hidden states of windows (B, T), and the head."""
+        return HiddenAnswers(last_hidden(self.model, input_ids, **others), head_weight(self.model))
+
+
+class LiveCritic(Critic):
+    """A model that runs beside the player."""
+
+    def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
+        """
+        Args:
+            name: As the recipe has it.
+            model: The model; it is frozen.
+            block_size: The windows that it will read; None where that is not known and its FLOPs are not counted.
+
+        Raises:
+            UserError: It cannot read such windows.
+        """
+        super().__init__(name)
+        self.module: FrozenModel | None = FrozenModel(model)
+        self.longest = longest_sequence(model)
+        if block_size is not None:
+            if self.longest is not None and self.longest < block_size:
+                raise UserError(
+                    f"critic {name} reads at most {self.longest} tokens; expected at least block_size, {block_size}"
+                )
+            check_window(model, block_size, f"critic {name}")
+            self.flops_per_token = forward_flops_per_token(model, block_size)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.module.model
+
+    def answers(self, batch: CriticInputs) -> HiddenAnswers:
+        return self.module(batch.inputs, **batch.others)
+
+    @property
+    def digest(self) -> str:
+        return digest_of_model(self.model)
+
+    def compile(self) -> None:
+        self.module.compile()
+
+    def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
+        if shard_critics:
+            divide(self.module, self.model)
+
+    def release(self) -> None:
+        self.module = None
+
+
+class RandomCritic(LiveCritic):
+    """``random:PRESET:SEED``, a model of random weights. It knows nothing, as a control, and needs no file."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        block_size: int | None = None,
+    ):
+        match = RANDOM_CRITIC.fullmatch(name)
+        if match is None or match[1] not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise UserError(
+                f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {known}"
+            )
+        model = random_player(PlayerConfig(preset=match[1]), tokenizer, RANDOM_CRITIC_CONTEXT, int(match[2]))
+        super().__init__(name, model.to(device=device, dtype=dtype), block_size)
+
+
+class AverageCritic(LiveCritic):
+    """``ema:DECAY:START_STEP``, the player's own moving average: after each step θ̄ ← decay · θ̄ + (1 − decay) · θ.
+
+    It begins as a copy of the player after ``start_step``, and answers from the step after that.
+    """
+
+    keeps_state = True
+
+    def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
+        """``model`` is one like the player, whose weights are replaced."""
+        decay, self.start_step = parse_ema_critic(name)
+        self.has_started, self._average = False, get_ema_multi_avg_fn(decay)
+        super().__init__(name, model, block_size)
+
+    def start(self, player: nn.Module, step: int) -> None:
+        if not self.has_started:
+            self.update(player, step)
+
+    @torch.no_grad()
+    def update(self, player: nn.Module, step: int) -> None:
+        if step < self.start_step or self.module is None:
+            return
+        _reshard(self.module)
+        averages = [local(weight) for weight in self.model.parameters()]  # tied ones once
+        weights = [local(weight) for weight in player.parameters()]
+        if self.has_started:
+            self._average(averages, weights, None)
+        else:
+            torch._foreach_copy_(averages, weights)
+        self.has_started = True
+
+    def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
+        divide(self.module, self.model)  # as the player is, whose parts it takes
+
+
+class Snapshot(LiveCritic):
+    """An earlier player, which ``ppo`` draws its actions from; no critic of a recipe."""
+
+    keeps_state = has_started = True
+
+    @torch.no_grad()
+    def refresh(self, player: PreTrainedModel) -> None:
+        """Become the player as it is now."""
+        _reshard(self.module)
+        current = player.state_dict()
+        for name, tensor in self.model.state_dict().items():
+            tensor.copy_(current[name])
+
+
+class CachedCritic(Critic):
+    """A critic whose answers were stored before (``avatarl critic cache``); it is not in memory."""
+
+    def __init__(self, name: str, cache: CriticCache):
+        super().__init__(name)
+        self.cache, self.digest = cache, cache.digest
+        self.limits, self.costs = (cache.record.num_top, cache.record.num_draws), {cache.digest: cache.flops}
+
+    digest = ""
+
+    def answers(self, batch: CriticInputs) -> CachedAnswers:
+        """
+        Raises:
+            UserError: The batch is of no windows of prepared data.
+            IndexError: There is no such window.
+            RunFailed: A file can no longer be read, or somebody has changed it.
+        """
+        if batch.indices is None:
+            raise UserError(f"critic {self.name} is a cache, and the batch does not say which windows it has")
+        return self.cache.rows(batch.split, batch.indices).map(partial(send, device=batch.inputs.device))
+
+    def check(self) -> None:
+        self.cache.check()
+
+
+def _reshard(module: nn.Module) -> None:
+    """Forget weights that were gathered from all processes, before they change."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def kind_of_critic(name: str | Path) -> str:
+    """What a critic's name stands for: ``cache``, ``average``, ``random`` or ``model``."""
+    if is_cache(name):
+        return "cache"
+    prefix = str(name).partition(":")[0]
+    return {"ema": "average", "random": "random"}.get(prefix, "model")
+
+
+def open_critic(
+    critic: str | Path | PreTrainedModel | CriticCache,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int | None = None,
+    data: PreparedData | None = None,
+    train_windows: int | None = None,
+    splits: Collection[str] = SPLITS,
+    build_player: Callable[[], PreTrainedModel] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Mapping[str, Any] | None = None,
+    after_main: Callable[[Callable[[str | None], CriticCache]], CriticCache] = lambda open_: open_(None),
+) -> Critic:
+    """Open a critic: a run folder, a model folder or a hub id, a cache, ``ema:…``, ``random:…``, or what is open already.
+
+    Args:
+        critic: Its name, a model, or a cache.
+        tokenizer: The data's.
+        block_size: Tokens in the windows that it will read (None: of any length; a cache then is refused).
+        data: What the windows are of (None: any text; a cache then is refused).
+        train_windows, splits: Those of the data that a cache has to cover; see :meth:`CriticCache.open`.
+        build_player: Makes a model like the player (None: no player is trained; an average then is refused).
+        dtype, device: Where and in what the weights are held.
+        quantization: Quantises the weights, as :func:`~avatarl.models.load_model` does.
+        after_main: Calls its argument in the main process first, then in the others with the digest of what it opened.
+
+    Raises:
+        UserError: Its vocabulary is not ``tokenizer``'s, it cannot be opened, quantised or read windows of that length.
+    """
+    if isinstance(critic, PreTrainedModel):
+        return LiveCritic(critic.name_or_path or type(critic).__name__, critic.to(device), block_size)
+    if isinstance(critic, CriticCache):
+        return CachedCritic(str(critic.path), critic)
+    name, kind = str(critic), kind_of_critic(critic)
+    if kind == "cache":
+        if data is None or block_size is None:
+            raise UserError(f"critic {name} is a cache, which answers for windows of its data alone; give a model")
+        return CachedCritic(
+            name,
+            after_main(
+                lambda verified: CriticCache.open(name, data, block_size, train_windows, splits, verified=verified)
+            ),
+        )
+    if kind == "average":
+        parse_ema_critic(name)
+        if build_player is None:
+            raise UserError(f"critic {name} is the average of a player that is being trained; expected a model")
+        return AverageCritic(name, build_player().to(device), block_size)
+    if kind == "random":
+        if quantization is not None:
+            raise UserError(f"critic {name} is not read from files; expected no critic_quantization")
+        return RandomCritic(name, tokenizer, dtype, device, block_size)
+    check_same_vocabulary(tokenizer, load_tokenizer(name), name)
+    model = load_model(name, dtype, device, quantization)
+    if head_weight(model).shape[0] < len(tokenizer):
+        raise UserError(f"critic {name} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
+    return LiveCritic(name, model, block_size)
 
 
 def load_critic(
@@ -27,27 +320,12 @@ def load_critic(
     device: torch.device | str = "cpu",
     quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Open a critic: a run folder, a model folder or a hub id; frozen, in eval mode.
-
-    ``random:PRESET:SEED`` is one of random weights. It knows nothing, as a control, and needs no file.
-    ``quantization`` quantises the weights, as :func:`~avatarl.models.load_model` does.
+    """Load the model of a critic, frozen and in eval mode; see :func:`open_critic`.
 
     Raises:
-        UserError: Its vocabulary is not ``tokenizer``'s, or it cannot be opened, or not be quantised.
+        UserError: It has none, its vocabulary is not ``tokenizer``'s, or it cannot be opened or quantised.
     """
-    if str(critic) == "ema":
-        parse_ema_critic(str(critic))
-    if str(critic).startswith("ema:"):
-        raise UserError(f"critic {critic} is the average of a player that is being trained; expected a model")
-    if str(critic).startswith("random:"):
-        if quantization is not None:
-            raise UserError(f"critic {critic} is not read from files; expected no critic_quantization")
-        return _random_critic(str(critic), tokenizer).to(device=device, dtype=dtype)
-    check_same_vocabulary(tokenizer, load_tokenizer(critic), str(critic))
-    model = load_model(critic, dtype, device, quantization).requires_grad_(False)
-    if head_weight(model).shape[0] < len(tokenizer):
-        raise UserError(f"critic {critic} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
-    return model
+    return open_critic(critic, tokenizer, dtype=dtype, device=device, quantization=quantization).model
 
 
 def parse_ema_critic(name: str) -> tuple[float, int]:
@@ -60,17 +338,6 @@ def parse_ema_critic(name: str) -> tuple[float, int]:
     if match is None:
         raise UserError(f"critic is {name!r}; expected ema:DECAY:START_STEP, as ema:0.999:500, with a decay below 1")
     return float(match[1]), int(match[2])
-
-
-def _random_critic(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    match = RANDOM_CRITIC.fullmatch(name)
-    if match is None or match[1] not in PRESETS:
-        raise UserError(
-            f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {', '.join(PRESETS)}"
-        )
-    preset, seed = match[1], int(match[2])
-    model = random_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
-    return model.eval().requires_grad_(False)
 
 
 def check_same_vocabulary(

@@ -5,13 +5,11 @@ from avatarl.lazy import lazy_exports
 __getattr__, __all__ = lazy_exports(
     __name__,
     {
-        "config": ("AvataRLConfig", "BaselineConfig"),
-        "fused": ("linear_avatarl_loss", "linear_objective_loss"),
-        "losses": ("AvataRL", "avatarl_loss"),
-        "baselines": ("OBJECTIVES", "make_objective"),
-        "protocol": ("Objective", "objective_loss"),
+        "config": ("OBJECTIVES", "AvataRLConfig", "BaselineConfig"),
+        "answers": ("Answers", "CachedAnswers", "HiddenAnswers", "LiveAnswers"),
+        "engine": ("avatarl_loss", "linear_avatarl_loss", "linear_objective_loss", "objective_loss"),
+        "objectives": ("AvataRL", "Objective", "make_objective"),
         "rewards": ("RewardLandscape", "reward_landscape"),
         "schedule": ("Scheduled",),
-        "stored": ("StoredCritic",),
     },
 )

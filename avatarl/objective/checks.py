@@ -1,79 +1,63 @@
-"""Shapes and dtypes at the public doors of the objective: what fits goes on flat, what does not is named."""
+"""Shapes and dtypes that the public functions accept; a refusal names what was found."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .stored import StoredCritic
+
+def check_logits(logits: Tensor, name: str, targets: Tensor, vocab_size: int | None) -> None:
+    """Raise a ValueError unless ``logits`` (…, V) are floating, fit ``targets`` (…) and have ``vocab_size`` columns."""
+    check_targets(targets, logits, name)
+    check_floating(logits, name)
+    _check_vocabulary(vocab_size, logits, name, "columns", -1)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float32 for half precision, otherwise the input's own."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def check_critic_logits(logits: Tensor, targets: Tensor, width: int, vocab_size: int | None) -> None:
+    """Raise a ValueError unless a critic's logits (…, V) fit ``targets`` (…) and a player with ``width`` columns."""
+    check_floating(logits, "critic_logits")
+    check_targets(targets, logits, "critic_logits")
+    if vocab_size is None and logits.shape[-1] != width:
+        raise ValueError(
+            f"critic_logits {tuple(logits.shape)} and player_logits {(*targets.shape, width)} differ; "
+            f"models padded to different widths need vocab_size"
+        )
+    _check_vocabulary(vocab_size, logits, "critic_logits", "columns", -1)
 
 
-def as_critics(critics) -> Sequence:
-    """One critic, several or none, as a sequence; None in a list stays."""
-    if critics is None:
-        return ()
-    # What is stored of a critic is a tuple itself.
-    return (critics,) if isinstance(critics, (Tensor, StoredCritic)) else critics
+def check_head(
+    states_name: str, states: Tensor, weight_name: str, weight: Tensor, targets: Tensor, vocab_size: int
+) -> None:
+    """Raise a ValueError unless hidden states (…, d) and a head weight (V, d) fit each other and ``targets`` (…)."""
+    check_floating(states, states_name)
+    check_floating(weight, weight_name)
+    check_targets(targets, states, states_name)
+    if weight.dim() != 2 or weight.shape[1] != states.shape[-1]:
+        raise ValueError(
+            f"{weight_name} {tuple(weight.shape)} does not fit {states_name} {tuple(states.shape)}; "
+            f"expected (V, {states.shape[-1]})"
+        )
+    _check_vocabulary(vocab_size, weight, weight_name, "rows", 0)
+    if states.dtype != weight.dtype and not torch.is_autocast_enabled(states.device.type):
+        raise ValueError(f"{states_name} is {states.dtype} and {weight_name} {weight.dtype}; expected one dtype")
 
 
-def check_logits(
-    player_logits: Tensor,
-    critic_logits: Tensor | StoredCritic | Sequence[Tensor | StoredCritic] | None,
-    targets: Tensor,
-    vocab_size: int | None,
-) -> tuple[Tensor, list[Tensor | StoredCritic], Tensor]:
-    """Flatten (…, V) logits and (…) targets to (N, vocab_size), a list of such, and (N,) int64.
-
-    Raises:
-        ValueError: with the shapes or dtypes found.
-    """
-    critics = list(as_critics(critic_logits))
-    check_targets(targets, player_logits, "player_logits")
-    check_floating(player_logits, "player_logits")
-    vocabulary = player_logits.shape[-1] if vocab_size is None else vocab_size
-    _check_vocabulary(vocabulary, player_logits, "player_logits")
-    for critic in critics:
-        if isinstance(critic, StoredCritic):
-            check_stored(critic, targets, vocabulary)
-            continue
-        check_floating(critic, "critic_logits")
-        check_targets(targets, critic, "critic_logits")
-        if vocab_size is None and critic.shape != player_logits.shape:
-            raise ValueError(
-                f"critic_logits {tuple(critic.shape)} and player_logits {tuple(player_logits.shape)} differ; "
-                f"models padded to different widths need vocab_size"
-            )
-        _check_vocabulary(vocabulary, critic, "critic_logits")
-    player, *judges = (
-        scores.flat() if isinstance(scores, StoredCritic) else scores.reshape(-1, scores.shape[-1])[:, :vocabulary]
-        for scores in (player_logits, *critics)
-    )
-    return player, judges, targets.reshape(-1).long()
-
-
-def check_stored(critic: StoredCritic, targets: Tensor, vocabulary: int) -> None:
-    """Raise unless what is stored is of the targets' positions and vocabulary."""
-    if critic.log_rest.shape != targets.shape:
-        raise ValueError(f"stored critic {tuple(critic.log_rest.shape)} does not fit targets {tuple(targets.shape)}")
-    if critic.vocab_size != vocabulary:
-        raise ValueError(f"stored critic has {critic.vocab_size} tokens; expected the player's {vocabulary}")
+def check_cached(log_rest: Tensor, cached_vocabulary: int, targets: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError unless cached answers are of the positions of ``targets`` (…) and of ``vocab_size`` tokens."""
+    if log_rest.shape != targets.shape:
+        raise ValueError(f"cached critic {tuple(log_rest.shape)} does not fit targets {tuple(targets.shape)}")
+    if cached_vocabulary != vocab_size:
+        raise ValueError(f"cached critic has {cached_vocabulary} tokens; expected the player's {vocab_size}")
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
-    """Raise unless the tensor is floating."""
+    """Raise a ValueError unless the tensor is floating."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating dtype")
 
 
 def check_targets(targets: Tensor, scores: Tensor, name: str) -> None:
-    """Raise unless integer ``targets`` (…) match the leading dimensions of ``scores`` (…, d)."""
+    """Raise a ValueError unless integer ``targets`` (…) match the leading dimensions of ``scores`` (…, d)."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"targets have dtype {targets.dtype}; expected integer token ids")
     if scores.dim() < 1 or scores.shape[:-1] != targets.shape:
@@ -83,9 +67,9 @@ def check_targets(targets: Tensor, scores: Tensor, name: str) -> None:
         )
 
 
-def _check_vocabulary(vocabulary: int, logits: Tensor, name: str) -> None:
-    if not 1 <= vocabulary <= logits.shape[-1]:
+def _check_vocabulary(vocab_size: int | None, tensor: Tensor, name: str, of: str, dim: int) -> None:
+    found = tensor.shape[dim]
+    if vocab_size is not None and not 1 <= vocab_size <= found:
         raise ValueError(
-            f"vocab_size is {vocabulary} but {name} {tuple(logits.shape)} have {logits.shape[-1]} columns; "
-            f"expected 1 to {logits.shape[-1]}"
+            f"vocab_size is {vocab_size} but {name} {tuple(tensor.shape)} have {found} {of}; expected 1 to {found}"
         )

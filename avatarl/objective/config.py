@@ -26,7 +26,7 @@ class AvataRLConfig:
             of these in proportion, ``target`` gives it to the target; with the arithmetic pool, ``dense`` leaves it
             where it is, and ``sample`` does so in expectation, by sampled tokens that join the actions. None is
             ``renormalise`` for the geometric pool (the article) and ``target`` for the arithmetic one.
-        tail_samples: Tokens that ``sample`` draws from each critic that is asked itself (a cached one has its own).
+        tail_samples: Tokens that ``sample`` draws from each live critic (a cached one has its own).
         reality_weight: w_R, the weight of the text.
         critic_weight: w_C, the weight of the critic: a number, split evenly over several critics, or one per critic.
         reward_scale: A reward is this times the consensus probability, before the cap.
@@ -37,6 +37,12 @@ class AvataRLConfig:
         temperature: The loss takes the policy at logits divided by this.
         per_action_mean: Divide a position's reward term by its number of active actions (the released code).
         player_proposes: Whether the player's own proposals are among the actions, or the critics' alone.
+
+    Attributes:
+        tail_rule: ``tail``, or the pool's own rule where that is None.
+        needs_critic: Whether any critic has a weight above 0.
+        needs_critic_normaliser: Whether rewards depend on the critic's probabilities, and not only on its logits at the
+            active actions.
 
     Raises:
         UserError: A value is out of its range; the message names the field, the value and what is accepted.
@@ -101,6 +107,11 @@ class AvataRLConfig:
             require_number(name, getattr(self, name), lambda x: x > 0, "a number above 0")
         for weight in self._weights_as_given():
             require_number("critic_weight", weight, lambda x: x >= 0, "a number of at least 0, or one per critic")
+        # Resolved here, since a training step asks for them at every chunk.
+        object.__setattr__(self, "tail_rule", self.tail or DEFAULT_TAIL[self.pool])
+        object.__setattr__(self, "needs_critic", any(weight > 0 for weight in self._weights_as_given()))
+        needs_normaliser = self.tail_rule != "renormalise" or self.threshold == "mass"
+        object.__setattr__(self, "needs_critic_normaliser", needs_normaliser)
         self._check_weights_together()
         self._check_tail()
 
@@ -148,21 +159,6 @@ class AvataRLConfig:
             raise UserError(f"critic_weight has {len(self.critic_weight)} entries for {num_critics} critics")
         return self.critic_weight
 
-    @property
-    def needs_critic(self) -> bool:
-        """Whether any critic has a weight above 0."""
-        return any(weight > 0 for weight in self._weights_as_given())
-
-    @property
-    def needs_critic_normaliser(self) -> bool:
-        """Whether rewards depend on the critic's probabilities and not only on its logits at the active actions."""
-        return self.tail_rule != "renormalise" or self.threshold == "mass"
-
-    @property
-    def tail_rule(self) -> str:
-        """``tail``, or the pool's own rule where that is None."""
-        return self.tail or DEFAULT_TAIL[self.pool]
-
 
 @dataclass(frozen=True)
 class BaselineConfig:
@@ -188,6 +184,44 @@ class BaselineConfig:
         require_whole("samples", self.samples, minimum=1)
         require_number("ppo_clip", self.ppo_clip, lambda x: 0 < x < 1, "a number in (0, 1)")
         require_whole("ppo_refresh_every", self.ppo_refresh_every, minimum=1)
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """What an objective uses.
+
+    Args:
+        settings: The settings that it depends on, or groups of them, by their names in a recipe.
+        needs_critic: Whether the loss depends on a critic under given settings.
+        is_rewarded: Whether it uses the reward landscape.
+        is_sampled: Whether it draws actions.
+        needs_snapshot: Whether it needs an earlier policy.
+    """
+
+    settings: tuple[str, ...] = ()
+    needs_critic: Callable[[AvataRLConfig, BaselineConfig], bool] = lambda avatarl, baseline: False
+    is_rewarded: bool = False
+    is_sampled: bool = False
+    needs_snapshot: bool = False
+
+
+def _rewarded(*settings: str, **kind: bool) -> ObjectiveKind:
+    needs_critic = lambda avatarl, baseline: avatarl.needs_critic  # noqa: E731
+    return ObjectiveKind(("avatarl.", *settings), needs_critic, is_rewarded=True, **kind)
+
+
+# The objectives by name; :mod:`.objectives` has a class for each.
+OBJECTIVES = {
+    "avatarl": _rewarded(),
+    "cross_entropy": ObjectiveKind(),
+    "label_smoothing": ObjectiveKind(("baseline.label_smoothing",)),
+    "distillation": ObjectiveKind(("baseline.distillation_alpha",), lambda _, baseline: baseline.distillation_alpha < 1),
+    "expected_reward": _rewarded(),
+    "reinforce": _rewarded("baseline.samples", is_sampled=True),
+    "ppo": _rewarded(
+        *("baseline.samples", "baseline.ppo_clip", "baseline.ppo_refresh_every"), is_sampled=True, needs_snapshot=True
+    ),
+}
 
 
 # What fields of these types are in words, and of each class of settings its fields with what they accept.

@@ -22,11 +22,19 @@ class Scheduled(NamedTuple):
 Weight = float | Tensor
 
 
+def base_weights(config: AvataRLConfig, num_critics: int) -> Sequence[float]:
+    """Each critic's weight before any schedule; :meth:`AvataRLConfig.critic_weights` has checked their number."""
+    weight = config.critic_weight
+    if isinstance(weight, tuple):
+        return weight if num_critics else ()
+    return (weight / max(1, num_critics),) * num_critics
+
+
 def expert_weights(
     config: AvataRLConfig, num_critics: int, scheduled: Scheduled | None
 ) -> tuple[Weight, Sequence[Weight]]:
     """The weight of the text, and that of each critic; their sum does not change over time."""
-    weights = config.critic_weights(num_critics)
+    weights = base_weights(config, num_critics)
     if scheduled is None:
         return config.reality_weight, weights
     now = [scheduled.critic_factors[i] * weight for i, weight in enumerate(weights)]
@@ -42,16 +50,6 @@ def distillation_shares(
         return config.distillation_alpha, [share] * num_critics
     now = [scheduled.critic_factors[i] * share for i in range(num_critics)]
     return 1 - sum(now), now
-
-
-def smoothing(config: AvataRLConfig, scheduled: Scheduled | None) -> Weight:
-    """ε of the step."""
-    return config.smoothing if scheduled is None else scheduled.smoothing
-
-
-def entropy_coef(config: AvataRLConfig, scheduled: Scheduled | None) -> Weight:
-    """β of the step."""
-    return config.entropy_coef if scheduled is None else scheduled.entropy_coef
 
 
 def weighted(weight: Weight, log_probs: Tensor) -> Tensor:

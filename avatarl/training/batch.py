@@ -1,32 +1,28 @@
-"""What one forward pass of player and objective reads."""
+"""What one forward pass of player, critics and objective reads."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from avatarl.objective import Scheduled, StoredCritic
+from avatarl.device import send
 
 
 class Batch(NamedTuple):
-    """Some windows, with all that the objective asks of them besides the player."""
+    """Some windows of one split."""
 
     inputs: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
-    draws: Tensor | None  # (B·T, S), for objectives that sample
-    stored: list[StoredCritic]  # (B, T) each, of critics that are cached
-    scheduled: Scheduled | None  # on the device already
+    uniforms: Tensor | None  # (B·T, S) in [0, 1), for objectives that sample
+    split: str  # train or valid
+    indices: Sequence[int]  # of the windows in it
+    others: Mapping[str, Any] = MappingProxyType({})  # what else models read beside the tokens
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            # From pinned memory a GPU fetches it by itself; from other memory the host would wait for its turn.
-            source = tensor.pin_memory() if device.type == "cuda" else tensor
-            return source.to(device, non_blocking=True)
-
-        draws = None if self.draws is None else moved(self.draws)
-        stored = [critic.map(moved) for critic in self.stored]
-        return self._replace(inputs=moved(self.inputs), targets=moved(self.targets), draws=draws, stored=stored)
+        uniforms = None if self.uniforms is None else send(self.uniforms, device)
+        return self._replace(inputs=send(self.inputs, device), targets=send(self.targets, device), uniforms=uniforms)
