@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from avatarl.models import ParameterCount
-    from avatarl.models.critic_cache import RecordFormat
 
 # The share of a device's peak FLOP/s that a run reaches. Small models on large GPUs stay below it, large compiled ones
 # exceed it; the first lines of a run tell.
@@ -171,7 +170,7 @@ class Plan:
         """Bytes of tensors by part, at the highest of each phase of an optimiser step."""
         import torch
 
-        from avatarl.objective.fused.chunked import chunk_rows
+        from avatarl.objective.engine import chunk_rows
 
         player, critics = self.player, [critic for critic, _ in self.critics]
         models = [player, *critics, *([player] if self.has_snapshot else [])]
@@ -271,8 +270,6 @@ def plan(
         UserError: A setting cannot be used, the device is unknown or lacks the precision, a model cannot be counted, or
             ``epochs`` is given and the data does not exist.
     """
-    from avatarl.models.critic_cache import RecordFormat
-    from avatarl.models.critics import parse_ema_critic
     from avatarl.models.players import player_shape
     from avatarl.objective import make_objective
     from avatarl.training.schedule import Schedules
@@ -293,23 +290,21 @@ def plan(
 
     objective = make_objective(config.objective, config.avatarl, config.baseline)
     names = config.critics if objective.needs_critic else []
-    shapes = [_critic_shape(name, vocab_size, config, critic_preset, recipe, warnings) for name in names]
-    records = [shape for shape in shapes if isinstance(shape, RecordFormat)]
-    start_steps = [parse_ema_critic(name)[1] if name.startswith("ema:") else 0 for name in names]
+    found = [_find_critic(name, vocab_size, config, critic_preset, recipe, warnings) for name in names]
     try:
-        objective.check_settings(vocab_size, len(names), [(record.num_top, record.num_draws) for record in records])
-        schedules = Schedules(config.schedules, objective, start_steps, steps)
+        objective.check_settings(vocab_size, [critic.limits for critic in found])
+        schedules = Schedules(config.schedules, objective, found, steps)
     except ValueError as error:
         raise UserError(str(error)) from error
 
     about = f"player.architecture {config.player.architecture!r} with player.settings {config.player.settings}"
     shape = player_shape(config.player, vocab_size, config.block_size)
     critics = []
-    for place, name in enumerate(names):
-        if shapes[place] is not None and shapes[place] not in records:
-            dtype = "fp32" if name.startswith("ema:") else precision
-            sizes = count(shapes[place], f"critic {name}", vocab_size, config.block_size, precision, dtype)
-            critics.append((sizes, schedules.steps_of(place)))
+    for critic in found:
+        if critic.shape is not None:
+            dtype = "fp32" if critic.is_average else precision
+            sizes = count(critic.shape, f"critic {critic.name}", vocab_size, config.block_size, precision, dtype)
+            critics.append((sizes, schedules.steps_of(critic)))
     return Plan(
         config,
         processes,
@@ -320,8 +315,8 @@ def plan(
         steps,
         player=count(shape, about, vocab_size, config.block_size, precision),
         critics=tuple(critics),
-        averages=sum(name.startswith("ema:") for name in names),
-        cache_bytes=sum(12 * (1 + record.num_top) + 8 * record.num_draws + 8 for record in records),
+        averages=sum(critic.is_average for critic in found),
+        cache_bytes=sum(12 * (1 + top) + 8 * draws + 8 for top, draws in filter(None, (c.limits for c in found))),
         has_snapshot=objective.needs_snapshot,
         warnings=tuple(warnings),
     )
@@ -439,39 +434,63 @@ def _vocabulary_and_steps(config: TrainConfig, vocab_size: int | None, warnings:
     return vocab_size or GPT2_VOCABULARY, config.steps
 
 
-def _critic_shape(
+class _FoundCritic(NamedTuple):
+    """What is known of a critic that is not opened."""
+
+    name: str
+    shape: PreTrainedConfig | None = None  # None of a cache, and where nothing is known
+    limits: tuple[int, int] | None = None  # numbers of most likely and of drawn tokens in a cache
+    start_step: int = 0  # the last step without its answers
+    is_average: bool = False  # of the player
+
+
+def _find_critic(
     name: str,
     vocab_size: int,
     config: TrainConfig,
     preset: str | None,
     recipe: str | Path | None,
     warnings: list[str],
-) -> PreTrainedConfig | RecordFormat | None:
-    """A critic's configuration, or what a cache stores of a position; None if nothing is known of it.
+) -> _FoundCritic:
+    """What a critic's name tells.
 
     A critic that does not exist has the size of ``preset``, else of the player in the recipe that makes it.
     """
+    from avatarl.models.critic_cache.read import read_manifest
+    from avatarl.models.critics import RANDOM_CRITIC, kind_of_critic, parse_ema_critic
+    from avatarl.models.players import player_shape
+
+    match kind_of_critic(name):
+        case "cache":
+            manifest = read_manifest(Path(name))[1]
+            if manifest["vocab_size"] != vocab_size:
+                raise UserError(f"critic {name} is a cache of {manifest['vocab_size']} tokens; expected {vocab_size}")
+            return _FoundCritic(name, limits=(manifest["num_top"], manifest["num_draws"]))
+        case "average":
+            shape = player_shape(config.player, vocab_size, config.block_size)
+            return _FoundCritic(name, shape, start_step=parse_ema_critic(name)[1], is_average=True)
+        case "random":
+            match = RANDOM_CRITIC.fullmatch(name)
+            if match is None:
+                raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
+            return _FoundCritic(name, player_shape(PlayerConfig(match[1]), vocab_size, config.block_size))
+    return _FoundCritic(name, _shape_of_model(name, vocab_size, config, preset, recipe, warnings))
+
+
+def _shape_of_model(
+    name: str,
+    vocab_size: int,
+    config: TrainConfig,
+    preset: str | None,
+    recipe: str | Path | None,
+    warnings: list[str],
+) -> PreTrainedConfig | None:
+    """The configuration of a critic that is a model; None if nothing is known of it."""
     from transformers import AutoConfig
 
-    from avatarl.models.critic_cache import is_cache
-    from avatarl.models.critic_cache.read import read_manifest, record_format
-    from avatarl.models.critics import RANDOM_CRITIC, parse_ema_critic
     from avatarl.models.loading import one_line, resolve_model
     from avatarl.models.players import player_shape
 
-    if is_cache(name):
-        manifest = read_manifest(Path(name))[1]
-        if manifest["vocab_size"] != vocab_size:
-            raise UserError(f"critic {name} is a cache of {manifest['vocab_size']} tokens; expected {vocab_size}")
-        return record_format(manifest)
-    if name.startswith("ema:"):
-        parse_ema_critic(name)
-        return player_shape(config.player, vocab_size, config.block_size)
-    if name.startswith("random:"):
-        match = RANDOM_CRITIC.fullmatch(name)
-        if match is None:
-            raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
-        return player_shape(PlayerConfig(match[1]), vocab_size, config.block_size)
     try:
         # A name without a folder may be a hub id: only what was downloaded before is looked at.
         shape = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, local_files_only=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from avatarl.objective import AvataRLConfig, avatarl_loss, linear_avatarl_loss, linear_objective_loss, make_objective
 
-COMPILED, TRITON = "avatarl compiled", "avatarl triton"
+COMPILED = "avatarl compiled"
 REFERENCE, PLAIN = "F.linear_cross_entropy", "plain AvataRL"
 
 
@@ -193,7 +193,6 @@ LOSSES: dict[str, Loss] = {
     COMPILED: functools.partial(fused_avatarl, impl="compiled"),
     REFERENCE: functools.partial(torch_linear_cross_entropy, chunked=False),
     PLAIN: on_all(plain_avatarl),
-    TRITON: functools.partial(fused_avatarl, impl="triton"),
     "avatarl chunked": functools.partial(fused_avatarl, impl="chunked"),
     "our cross-entropy compiled": functools.partial(fused_cross_entropy, impl="compiled"),
     "F.linear_cross_entropy chunked": functools.partial(torch_linear_cross_entropy, chunked=True),
@@ -211,9 +210,9 @@ PACKAGES = {
     "Liger JSD": "liger-kernel",
     "cut cross-entropy": "cut-cross-entropy",
 }
-CUDA_ONLY = {TRITON, *PACKAGES}
+CUDA_ONLY = set(PACKAGES)
 WITH_ALL = {name for name in LOSSES if name.endswith("torch.compile")} | {"our cross-entropy chunked", "bare products"}
-SWEPT = (COMPILED, TRITON, REFERENCE, PLAIN)
+SWEPT = (COMPILED, REFERENCE, PLAIN)
 MEMORY_OF = (COMPILED, REFERENCE, PLAIN, "avatarl chunked")
 
 

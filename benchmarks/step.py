@@ -48,9 +48,10 @@ from avatarl.models import (
 from avatarl.models.critic_cache import RecordFormat
 from avatarl.models.critic_cache.parts import FREQUENCIES, parts_of
 from avatarl.models.critic_cache.write import fill_part
+from avatarl.models.critics import CachedCritic, Critic, LiveCritic
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective
-from avatarl.objective.fused.implementations import IMPLEMENTATIONS
+from avatarl.objective.engine import IMPLEMENTATIONS
 from avatarl.training.batch import Batch
 from avatarl.training.config import GuardConfig, OptimConfig
 from avatarl.training.guard import Guard
@@ -115,17 +116,17 @@ class Training:
         self._windows, self._order = random_windows(case), WindowOrder(NUM_WINDOWS, seed=1)
         self._position = 0
 
-    def batch(self, cache: CriticCache | None = None) -> Batch:
-        """Inputs and targets (B, T), each time others, and what a cache holds of them."""
+    def batch(self) -> Batch:
+        """Inputs and targets (B, T), each time others."""
         indices = self._order.indices(self._position, self.case.micro_batch_size)
         self._position += self.case.micro_batch_size
-        stored = [cache.rows("train", indices)] if cache else []
-        return Batch(*self._windows.batch(indices), None, stored, None).to(torch.device(self.case.device))
+        batch = Batch(*self._windows.batch(indices), None, "train", indices)
+        return batch.to(torch.device(self.case.device))
 
     @functools.cache  # noqa: B019 - there is one training at a time
-    def cache(self, kind: str) -> CriticCache:
+    def cache(self, kind: str) -> CachedCritic:
         """The critic's answers on disk, as ``avatarl critic cache`` writes them."""
-        return random_cache(self.case, kind, self.critic, self._windows)
+        return CachedCritic("cache", random_cache(self.case, kind, self.critic, self._windows))
 
     def update(self) -> None:
         """What follows the backward pass, as in training."""
@@ -134,26 +135,27 @@ class Training:
         self.optimisers.step(1, refused)
 
     def model(
-        self, objective: str, critic: PreTrainedModel | None = None, settings: AvataRLConfig | None = None
+        self, objective: str, critic: Critic | None = None, settings: AvataRLConfig | None = None
     ) -> Callable[[Batch], Tensor]:
         """A batch in, loss out, as in training."""
-        made = make_objective(objective, settings)
         model = RewardedPlayer(
-            self.player, made, [critic] if made.needs_critic else [], self.case.vocabulary, self.impl
+            self.player, make_objective(objective, settings), self.case.vocabulary, self.impl == "compiled"
         )
         model, num_valid = self.compiled(model), self.case.block_size * self.case.micro_batch_size
-        return lambda batch: model(batch.inputs, batch.targets, num_valid, *batch[2:])[0]
+        if critic and self.case.compile:
+            critic.compile()
 
-    def step(
-        self,
-        model: Callable[[Batch], Tensor],
-        beside: Callable[[Tensor], object] | None = None,
-        cache: CriticCache | None = None,
-    ):
+        def loss(batch: Batch) -> Tensor:
+            answers = [critic.answers(batch)] if critic else []
+            return model(batch.inputs, batch.targets, answers, num_valid)[0]
+
+        return loss
+
+    def step(self, model: Callable[[Batch], Tensor], beside: Callable[[Tensor], object] | None = None):
         """A function that does one optimiser step, and something else with its inputs."""
 
         def run() -> None:
-            batch = self.batch(cache)
+            batch = self.batch()
             with self._autocast:
                 loss = model(batch)
             loss.backward()
@@ -167,14 +169,14 @@ class Training:
     # --- whole steps -----------------------------------------------------------------------------------------------
 
     def avatarl(self) -> Callable[[], object]:
-        return self.step(self.model("avatarl", self.critic))
+        return self.step(self.model("avatarl", LiveCritic("critic", self.critic)))
 
     def avatarl_cached(self) -> Callable[[], object]:
-        return self.step(self.model("avatarl"), cache=self.cache("top"))
+        return self.step(self.model("avatarl", self.cache("top")))
 
     def avatarl_sampled(self) -> Callable[[], object]:
         settings = AvataRLConfig(pool="arithmetic", threshold="none", tail="sample")
-        return self.step(self.model("avatarl", settings=settings), cache=self.cache("sample"))
+        return self.step(self.model("avatarl", self.cache("sample"), settings))
 
     def avatarl_alone(self) -> Callable[[], object]:
         return self.step(self.model("avatarl", settings=AvataRLConfig(critic_weight=0.0, reality_weight=1.0)))

@@ -5,7 +5,8 @@ from jsonargparse import auto_cli
 from lightning_fabric import Fabric  # or `from lightning.fabric import Fabric`, which is the same
 
 from avatarl.data import PreparedData, WindowOrder, Windows
-from avatarl.models import PlayerConfig, build_player, load_critic
+from avatarl.models import PlayerConfig, build_player, open_critic
+from avatarl.models.critics import CriticInputs
 from avatarl.objective import AvataRLConfig, make_objective
 from avatarl.training.rewarded_player import RewardedPlayer
 
@@ -28,17 +29,19 @@ def main(
     order = WindowOrder(len(windows), seed=1)
     share = batch // fabric.world_size  # as many windows for each process, so that a mean of means is right
 
-    judge = load_critic(critic, tokenizer, device=fabric.device)
+    opened = open_critic(critic, tokenizer, block_size=block_size, device=fabric.device)
     player = build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1)
     # The loss is computed inside of what Fabric wraps: outside, gradients would not be averaged over processes.
-    model = RewardedPlayer(player, make_objective("avatarl", AvataRLConfig.article()), [judge], len(tokenizer))
+    model = RewardedPlayer(player, make_objective("avatarl", AvataRLConfig.article()), len(tokenizer))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
 
     cross_entropies = []
     for step in range(steps):
         mine = order.indices(step * batch + fabric.global_rank * share, share)
         inputs, targets = (tensor.to(fabric.device) for tensor in windows.batch(mine))  # (share, block_size) each
-        loss, metrics = model(inputs, targets)
+        with torch.no_grad(), fabric.autocast():
+            answers = [opened.answers(CriticInputs(inputs))]
+        loss, metrics = model(inputs, targets, answers)
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()

@@ -9,8 +9,8 @@ from jsonargparse import auto_cli
 
 from avatarl import AvataRLConfig, linear_avatarl_loss
 from avatarl.data import PreparedData, WindowOrder, Windows
-from avatarl.models import CriticCache, PlayerConfig, build_player, load_critic
-from avatarl.models.critic_cache import is_cache
+from avatarl.models import PlayerConfig, build_player, open_critic
+from avatarl.models.critics import CriticInputs
 
 
 def main(data: str, critic: str, steps: int = 100, block_size: int = 128, batch: int = 8) -> list[float]:
@@ -20,7 +20,7 @@ def main(data: str, critic: str, steps: int = 100, block_size: int = 128, batch:
     windows = Windows(prepared.train, block_size)
     order = WindowOrder(len(windows), seed=1)
 
-    judge = CriticCache.open(critic, prepared, block_size) if is_cache(critic) else load_critic(critic, tokenizer)
+    opened = open_critic(critic, tokenizer, block_size=block_size, data=prepared)  # a model or a cache
     player = build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1)
     optimizer = torch.optim.AdamW(player.parameters(), lr=1e-3)
     settings = AvataRLConfig.article()
@@ -30,13 +30,9 @@ def main(data: str, critic: str, steps: int = 100, block_size: int = 128, batch:
         indices = order.indices(step * batch, batch)
         inputs, targets = windows.batch(indices)  # (batch, block_size) each
         hidden = player.base_model(input_ids=inputs).last_hidden_state  # (batch, block_size, width)
-        if isinstance(judge, CriticCache):
-            opinion = judge.rows("train", indices), None
-        else:
-            with torch.no_grad():
-                opinion = judge.base_model(input_ids=inputs).last_hidden_state, judge.get_output_embeddings().weight
+        answers = opened.answers(CriticInputs(inputs, "train", indices))
         head = player.get_output_embeddings().weight
-        loss, metrics = linear_avatarl_loss(hidden, head, *opinion, targets, settings, vocab_size=len(tokenizer))
+        loss, metrics = linear_avatarl_loss(hidden, head, answers, None, targets, settings, vocab_size=len(tokenizer))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(player.parameters(), 1.0)
         optimizer.step()

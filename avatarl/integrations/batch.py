@@ -1,7 +1,9 @@
-"""What a batch of Trainer's holds: what is predicted, what player and critics read of it, what they say of it."""
+"""What a batch of Trainer's holds: what is predicted, what player and critics read of it, and the critics' answers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from avatarl.errors import UserError
-from avatarl.models import CriticCache
-from avatarl.models.loading import longest_sequence, one_line
-from avatarl.objective import StoredCritic
+from avatarl.models import Critic
+from avatarl.models.critics import CriticInputs
+from avatarl.models.loading import last_hidden, longest_sequence, one_line
+from avatarl.objective import Answers
 
 IGNORED = -100
 SPLITS = ("train", "valid")
@@ -68,26 +71,23 @@ def _shapes(batch: dict[str, Any]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes)
 
 
-@torch.no_grad()
-def ask(critic: PreTrainedModel | CriticCache, batch: dict[str, Tensor]) -> Tensor | StoredCritic:
-    """A critic's hidden states (B, T − 1, d), or what is stored of it.
+def answers_of(critic: Critic, batch: dict[str, Tensor]) -> Answers:
+    """A critic's answers for positions (B, T − 1).
 
     Raises:
-        UserError: A cache does not know the batch.
+        UserError: The critic does not know the batch, or cannot read it.
     """
-    if not isinstance(critic, CriticCache):
-        return last_hidden_of(critic, reads_of(batch))
-    if "window" not in batch:
-        raise UserError(f"a batch has {', '.join(batch)}; a cached critic needs window too, as PreparedWindows has it")
-    targets, (splits, indices) = targets_of(batch), batch["window"].t().tolist()
-    try:
-        stored = critic.rows(SPLITS[splits[0]], indices).map(lambda tensor: tensor.to(targets.device))
-        is_known = targets.shape == stored.log_rest.shape
-    except IndexError:
-        is_known = False
-    if not is_known or not ((targets == stored.tokens[..., 0]) | (targets == IGNORED)).all():
-        raise UserError(f"labels are not those of their windows in {critic.path}; expected PreparedWindows of its data")
-    return stored
+    reads, targets = reads_of(batch), targets_of(batch)
+    split = indices = None
+    if "window" in batch:
+        (number, *_), indices = batch["window"].t().tolist()
+        split = SPLITS[number]
+    tokens = reads.pop("input_ids")
+    with _refusing_unreadable(critic.name, critic.longest, tokens, reads):
+        answers = critic.answers(CriticInputs(tokens, split, indices, reads))
+    if not answers.are_for(targets, IGNORED):
+        raise UserError(f"labels are not those of their windows in {critic.name}; expected PreparedWindows of its data")
+    return answers
 
 
 def last_hidden_of(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
@@ -96,19 +96,24 @@ def last_hidden_of(model: PreTrainedModel, reads: dict[str, Tensor]) -> Tensor:
     Raises:
         UserError: The model was made for shorter sequences, or cannot read what is beside the tokens.
     """
-    length, longest = reads["input_ids"].shape[1], longest_sequence(model)
+    tokens = reads.pop("input_ids")
+    with _refusing_unreadable(name_of(model), longest_sequence(model), tokens, reads):
+        return last_hidden(model, tokens, **reads)
+
+
+@contextmanager
+def _refusing_unreadable(name: str, longest: int | None, tokens: Tensor, others: dict[str, Tensor]) -> Iterator[None]:
+    length = tokens.shape[1]
     if longest is not None and length > longest:
-        raise UserError(
-            f"a batch has {length} tokens to read and one to predict; {name_of(model)} was made to read {longest}"
-        )
+        raise UserError(f"a batch has {length} tokens to read and one to predict; {name} was made to read {longest}")
     try:
-        return model.base_model(**reads, use_cache=False).last_hidden_state
-    except torch.OutOfMemoryError:
+        yield
+    except (torch.OutOfMemoryError, UserError):
         raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{name_of(model)} cannot read a batch of {_shapes(reads)}: {one_line(error)}; expected what its forward "
-            "takes, with an entry for each of the tokens (B, T), or for each pair of them (B, 1, T, T)"
+            f"{name} cannot read a batch of {_shapes({'input_ids': tokens, **others})}: {one_line(error)}; expected "
+            "what its forward takes, with an entry for each of the tokens (B, T), or for each pair of them (B, 1, T, T)"
         ) from error
 
 

@@ -17,8 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from avatarl.data import PreparedData, Windows
 from avatarl.errors import UserError
-from avatarl.models import CriticCache, load_critic
-from avatarl.models.critic_cache import is_cache
+from avatarl.models import Critic, CriticCache, open_critic
 from avatarl.models.loading import check_loss, check_model, check_rows, head_weight
 from avatarl.objective import (
     OBJECTIVES,
@@ -31,12 +30,12 @@ from avatarl.objective import (
 from avatarl.objective.config import require_choice
 from avatarl.untrusted import refusing
 
-from .batch import IGNORED, SPLITS, ask, count_valid, labels_of, last_hidden_of, name_of, reads_of, targets_of
+from .batch import IGNORED, SPLITS, answers_of, count_valid, labels_of, last_hidden_of, name_of, reads_of, targets_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Critic = PreTrainedModel | CriticCache | str | Path
+CriticLike = PreTrainedModel | CriticCache | str | Path
 
 
 class PreparedWindows(Dataset):
@@ -93,7 +92,7 @@ class AvataRLTrainer(Trainer):
         args: TrainingArguments | None = None,
         data_collator: Callable | None = None,
         *,
-        critics: Critic | Sequence[Critic] | None = None,
+        critics: CriticLike | Sequence[CriticLike] | None = None,
         objective: str | Objective = "avatarl",
         avatarl: AvataRLConfig | None = None,
         baseline: BaselineConfig | None = None,
@@ -103,7 +102,7 @@ class AvataRLTrainer(Trainer):
         Args:
             model, args, data_collator, kwargs: Trainer's. ``processing_class``, the tokenizer that all models share,
                 is asked for; without a collator, batches are stacked and not padded.
-            critics: Who judges: names, as :func:`avatarl.models.load_critic` takes them, what it returns, or, with
+            critics: Names, as :func:`avatarl.models.load_critic` takes them, what it returns, or, with
                 :class:`PreparedWindows` to train on, caches. An objective that needs none leaves them alone.
             objective: What is minimised: a name, or an objective with its settings.
             avatarl: Settings of the rewards and the AvataRL loss.
@@ -126,19 +125,14 @@ class AvataRLTrainer(Trainer):
                 f"objective {self.objective.name!r} keeps a snapshot of the player, which Trainer does not; "
                 f"expected one of {others}, or `avatarl train --objective {self.objective.name}`"
             )
-        _check(self.model, "model", self.processing_class)
+        _check(self.model, self.processing_class)
         self.critics = self._open(critics) if self.objective.needs_critic else []
-        records = [critic.record for critic in self.critics if isinstance(critic, CriticCache)]
         try:
-            self.objective.check_settings(
-                len(self.processing_class),
-                len(self.critics),
-                [(record.num_top, record.num_draws) for record in records],
-            )
+            self.objective.check_settings(len(self.processing_class), self._limits)
         except ValueError as error:
             raise UserError(str(error)) from error
         self._since_log, self._evaluation = _Means(), _Means()
-        self._draws = torch.Generator(self.args.device)
+        self._generator = torch.Generator(self.args.device)
 
     def _refuse_what_has_no_effect(self) -> None:
         for setting, is_set, instead in (
@@ -154,34 +148,20 @@ class AvataRLTrainer(Trainer):
             if is_set:
                 raise UserError(f"{setting} {instead}")
 
-    def _open(self, critics: Critic | Sequence[Critic] | None) -> list[PreTrainedModel | CriticCache]:
-        given = [critics] if isinstance(critics, Critic) else critics or []
-        opened = []
-        for critic in given:
-            if isinstance(critic, str | Path):
-                critic = self._load(str(critic))
-            elif not isinstance(critic, CriticCache):
-                _check(critic, "critic", self.processing_class)
-                critic = critic.requires_grad_(False).eval().to(self.args.device)
-            opened.append(critic)
-        return opened
-
-    def _load(self, critic: str) -> PreTrainedModel:
-        if is_cache(critic):
-            raise UserError(f"critic {critic} is a cache; expected CriticCache.open({critic!r}, data, block_size)")
-        if critic.startswith("ema:"):
-            raise UserError(
-                f"critic {critic} is an average of the player, which Trainer does not keep; expected a model, or "
-                f"`avatarl train --critic {critic}`"
-            )
+    def _open(self, critics: CriticLike | Sequence[CriticLike] | None) -> list[Critic]:
+        given = [critics] if isinstance(critics, CriticLike) else critics or []
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        return load_critic(critic, self.processing_class, dtype, self.args.device)
+        return [open_critic(critic, self.processing_class, dtype=dtype, device=self.args.device) for critic in given]
+
+    @property
+    def _limits(self) -> list[tuple[int, int] | None]:
+        return [critic.limits for critic in self.critics]
 
     # --- training ---
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of an optimiser step, and how many positions count in it over all processes ()."""
-        self._seed_draws(0, self.state.global_step)
+        self._seed_generator(0, self.state.global_step)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
@@ -227,10 +207,9 @@ class AvataRLTrainer(Trainer):
             dataloader.batch_sampler.even_batches = False
         self._evaluation, nothing = _Means(), torch.zeros((), device=self.args.device)
         # A process may get no batch at all, and still takes part in the sums.
-        num_stored = sum(isinstance(critic, CriticCache) for critic in self.critics)
-        names = self.objective.metric_names(len(self.critics), num_stored)
+        names = self.objective.metric_names(self._limits)
         self._evaluation.add(dict.fromkeys(names, nothing), nothing)
-        self._seed_draws(1)
+        self._seed_generator(1)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._evaluation.over(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -261,9 +240,9 @@ class AvataRLTrainer(Trainer):
         targets = targets_of(inputs)
         player = self.accelerator.unwrap_model(model)
         uniforms = None
-        if self.objective.num_draws:
-            shape = targets.numel(), self.objective.num_draws
-            uniforms = torch.rand(shape, generator=self._draws, device=targets.device)
+        if self.objective.num_uniforms:
+            shape = targets.numel(), self.objective.num_uniforms
+            uniforms = torch.rand(shape, generator=self._generator, device=targets.device)
 
         def forward(**reads: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_objective_loss(
@@ -271,7 +250,7 @@ class AvataRLTrainer(Trainer):
                 last_hidden_of(player, reads),
                 head_weight(player),
                 answers,
-                [None if isinstance(critic, CriticCache) else head_weight(critic) for critic in self.critics],
+                None,
                 targets,
                 ignore_index=IGNORED,
                 vocab_size=len(self.processing_class),
@@ -281,14 +260,14 @@ class AvataRLTrainer(Trainer):
 
         # Trainer's own autocast is inside the forward that is replaced.
         with _forward_replaced(player, forward), self.accelerator.autocast():
-            answers = [ask(critic, inputs) for critic in self.critics]
+            answers = [answers_of(critic, inputs) for critic in self.critics]
             loss, metrics = model(**reads_of(inputs))
         return Judged(loss, metrics, count_valid(targets))
 
-    def _seed_draws(self, *place: int) -> None:
+    def _seed_generator(self, *place: int) -> None:
         """Let the draws of sampled objectives depend on the place in the run, and on nothing drawn before it."""
         seeds = np.random.SeedSequence([self.args.seed, self.accelerator.process_index, *place])
-        self._draws.manual_seed(int(seeds.generate_state(1)[0]))
+        self._generator.manual_seed(int(seeds.generate_state(1)[0]))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -330,13 +309,12 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = replaced
 
 
-def _check(model: PreTrainedModel, role: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model whose loss would not be that of its logits, or that lacks tokens; a critic needs no loss."""
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model whose loss would not be that of its logits, or that lacks tokens."""
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"{role} is a {name_of(model)}; expected a causal language model of transformers")
-    name = f"{role} {name_of(model)}"
+        raise UserError(f"model is a {name_of(model)}; expected a causal language model of transformers")
+    name = f"model {name_of(model)}"
     with refusing(f"{name} cannot be run on tokens: "):
         check_rows(model, tokenizer, name)
         check_model(model, name)
-        if role == "model":
-            check_loss(model, name)
+        check_loss(model, name)

@@ -1,4 +1,4 @@
-"""Players, the models that learn, and critics, the frozen ones that judge. Both are transformers models."""
+"""Players, the models that learn, and critics, the frozen ones they learn from. Both are transformers models."""
 
 from avatarl.lazy import lazy_exports
 
@@ -8,7 +8,7 @@ __getattr__, __all__ = lazy_exports(
         "config": ("PRESETS", "PlayerConfig"),
         "counting": ("ParameterCount", "count_parameters", "forward_flops_per_token", "training_flops_per_token"),
         "critic_cache": ("CriticCache", "cache_critic"),
-        "critics": ("check_same_vocabulary", "load_critic"),
+        "critics": ("Critic", "check_same_vocabulary", "load_critic", "open_critic"),
         "loading": ("load_model", "load_tokenizer"),
         "players": ("build_player",),
     },

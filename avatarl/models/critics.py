@@ -1,4 +1,4 @@
-"""Critics: any causal language model that reads the same tokens as the player, frozen (distillation calls it a teacher).
+"""Critics: causal language models that read the same tokens as the player, frozen. Distillation calls them teachers.
 
 A :class:`Critic` answers for a batch. There are four kinds: a live model, a cache of one, the moving average of the
 player, and one of random weights. :func:`open_critic` makes each from its name.
@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,22 @@ from avatarl.data import PreparedData
 from avatarl.device import local, send
 from avatarl.errors import UserError
 from avatarl.objective import Answers, CachedAnswers, HiddenAnswers
+from avatarl.untrusted import refusing
 
 from .config import PRESETS, PlayerConfig
 from .counting import forward_flops_per_token
 from .critic_cache.read import SPLITS, CriticCache, is_cache
 from .digest import digest_of_model
-from .loading import check_window, head_weight, last_hidden, load_model, load_tokenizer, longest_sequence
+from .loading import (
+    check_model,
+    check_rows,
+    check_window,
+    head_weight,
+    last_hidden,
+    load_model,
+    load_tokenizer,
+    longest_sequence,
+)
 from .players import random_player
 
 EMA_CRITIC = re.compile(r"ema:(0|0?\.\d+):(\d+)")
@@ -35,13 +46,13 @@ RANDOM_CRITIC = re.compile(r"random:([^:]*):(\d+)")
 RANDOM_CRITIC_CONTEXT = 1 << 17  # positions are rotations, so this costs nothing
 
 
-class CriticInputs(Protocol):
-    """What a critic needs to know of a batch."""
+class CriticInputs(NamedTuple):
+    """What a critic needs to know of a batch; a training batch has the same fields."""
 
     inputs: Tensor  # (B, T) int64, on the device
-    others: Mapping[str, Any]  # what else models read beside the tokens, as attention_mask
-    split: str | None  # that the windows are of, and their numbers in it; None where they are of no prepared data
-    indices: Sequence[int] | None
+    split: str | None = None  # that the windows are of, and their numbers in it; None for text of no prepared data
+    indices: Sequence[int] | None = None
+    others: Mapping[str, Any] = MappingProxyType({})  # what models read beside the tokens, such as attention_mask
 
 
 class Critic:
@@ -133,6 +144,14 @@ class LiveCritic(Critic):
     def digest(self) -> str:
         return digest_of_model(self.model)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its weights are in use, and so belong into a checkpoint."""
+        return self.module is not None
+
+    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
+        """Take note that the run resumes, with the weights as they were saved or without."""
+
     def compile(self) -> None:
         self.module.compile()
 
@@ -176,11 +195,18 @@ class AverageCritic(LiveCritic):
     def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
         """``model`` is one like the player, whose weights are replaced."""
         decay, self.start_step = parse_ema_critic(name)
-        self.has_started, self._average = False, get_ema_multi_avg_fn(decay)
+        self._has_started, self._average = False, get_ema_multi_avg_fn(decay)
         super().__init__(name, model, block_size)
 
+    @property
+    def is_running(self) -> bool:
+        return self._has_started and self.module is not None
+
+    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
+        self._has_started = was_saved
+
     def start(self, player: nn.Module, step: int) -> None:
-        if not self.has_started:
+        if not self._has_started:
             self.update(player, step)
 
     @torch.no_grad()
@@ -190,11 +216,11 @@ class AverageCritic(LiveCritic):
         _reshard(self.module)
         averages = [local(weight) for weight in self.model.parameters()]  # tied ones once
         weights = [local(weight) for weight in player.parameters()]
-        if self.has_started:
+        if self._has_started:
             self._average(averages, weights, None)
         else:
             torch._foreach_copy_(averages, weights)
-        self.has_started = True
+        self._has_started = True
 
     def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
         divide(self.module, self.model)  # as the player is, whose parts it takes
@@ -203,7 +229,11 @@ class AverageCritic(LiveCritic):
 class Snapshot(LiveCritic):
     """An earlier player, which ``ppo`` draws its actions from; no critic of a recipe."""
 
-    keeps_state = has_started = True
+    keeps_state = is_running = True
+
+    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
+        if not was_saved:
+            self.refresh(player)
 
     @torch.no_grad()
     def refresh(self, player: PreTrainedModel) -> None:
@@ -227,13 +257,18 @@ class CachedCritic(Critic):
     def answers(self, batch: CriticInputs) -> CachedAnswers:
         """
         Raises:
-            UserError: The batch is of no windows of prepared data.
-            IndexError: There is no such window.
+            UserError: The batch is of no windows that the cache knows.
             RunFailed: A file can no longer be read, or somebody has changed it.
         """
         if batch.indices is None:
-            raise UserError(f"critic {self.name} is a cache, and the batch does not say which windows it has")
-        return self.cache.rows(batch.split, batch.indices).map(partial(send, device=batch.inputs.device))
+            raise UserError(
+                f"critic {self.name} is a cache; the batch does not say which windows it has, as PreparedWindows does"
+            )
+        try:
+            rows = self.cache.rows(batch.split, batch.indices)
+        except IndexError as error:
+            raise UserError(f"critic {self.name} does not cover {error}; expected windows of its data") from error
+        return rows.map(partial(send, device=batch.inputs.device))
 
     def check(self) -> None:
         self.cache.check()
@@ -267,7 +302,7 @@ def open_critic(
     quantization: Mapping[str, Any] | None = None,
     after_main: Callable[[Callable[[str | None], CriticCache]], CriticCache] = lambda open_: open_(None),
 ) -> Critic:
-    """Open a critic: a run folder, a model folder or a hub id, a cache, ``ema:…``, ``random:…``, or what is open already.
+    """Open a critic: a run folder, model folder or hub id, a cache, ``ema:…`` or ``random:…``; or one that is loaded.
 
     Args:
         critic: Its name, a model, or a cache.
@@ -283,14 +318,23 @@ def open_critic(
     Raises:
         UserError: Its vocabulary is not ``tokenizer``'s, it cannot be opened, quantised or read windows of that length.
     """
-    if isinstance(critic, PreTrainedModel):
-        return LiveCritic(critic.name_or_path or type(critic).__name__, critic.to(device), block_size)
     if isinstance(critic, CriticCache):
         return CachedCritic(str(critic.path), critic)
+    if not isinstance(critic, str | Path):
+        name = getattr(critic, "name_or_path", "") or type(critic).__name__
+        if not isinstance(critic, PreTrainedModel):
+            raise UserError(f"critic is a {name}; expected a causal language model of transformers")
+        with refusing(f"critic {name} cannot be run on tokens: "):
+            check_rows(critic, tokenizer, f"critic {name}")
+            check_model(critic, f"critic {name}")
+        return LiveCritic(name, critic.to(device), block_size)
     name, kind = str(critic), kind_of_critic(critic)
     if kind == "cache":
         if data is None or block_size is None:
-            raise UserError(f"critic {name} is a cache, which answers for windows of its data alone; give a model")
+            raise UserError(
+                f"critic {name} is a cache; expected a model, or CriticCache.open({name!r}, data, block_size) with "
+                "windows of its data"
+            )
         return CachedCritic(
             name,
             after_main(
@@ -300,7 +344,10 @@ def open_critic(
     if kind == "average":
         parse_ema_critic(name)
         if build_player is None:
-            raise UserError(f"critic {name} is the average of a player that is being trained; expected a model")
+            raise UserError(
+                f"critic {name} is the average of a player that is being trained; expected a model, or "
+                f"`avatarl train --critic {name}`"
+            )
         return AverageCritic(name, build_player().to(device), block_size)
     if kind == "random":
         if quantization is not None:

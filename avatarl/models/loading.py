@@ -383,9 +383,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, T, d) after the last layer and its normalisation, for token ids (B, T)."""
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def last_hidden(model: PreTrainedModel, input_ids: torch.Tensor, **others: Any) -> torch.Tensor:
+    """Hidden states (B, T, d) after the last layer and its normalisation, for token ids (B, T) and other inputs."""
+    return model.base_model(input_ids=input_ids, use_cache=False, **others).last_hidden_state
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

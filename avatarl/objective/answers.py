@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_critic_logits, check_cached, check_head
+from .checks import check_cached, check_critic_logits, check_head
 from .policy import DenseTail, Policy, compute_dtype
 
 # Below this many logits a row, torch.topk is as fast as :func:`top_k`.
@@ -38,6 +38,9 @@ class Answers(Protocol):
 
     def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
         """Raise a ValueError unless the answers fit ``targets`` (…) and a player with ``width`` output rows."""
+
+    def are_for(self, targets: Tensor, ignore_index: int) -> bool:
+        """Whether the answers can be those for ``targets`` (B, T), as far as they hold them."""
 
     def flat(self, vocab_size: int) -> Answers:
         """The answers with leading dimensions as one, N, and without ids from ``vocab_size`` on."""
@@ -60,6 +63,9 @@ class LiveAnswers:
 
     def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
         check_critic_logits(self.logits, targets, width, vocab_size)
+
+    def are_for(self, targets: Tensor, ignore_index: int) -> bool:
+        return True
 
     def flat(self, vocab_size: int) -> LiveAnswers:
         return LiveAnswers(self.logits.reshape(-1, self.logits.shape[-1])[:, :vocab_size])
@@ -168,6 +174,9 @@ class HiddenAnswers(NamedTuple):
             )
         check_head("critic_hidden", self.states, "critic_head_weight", self.weight, targets, vocab_size or width)
 
+    def are_for(self, targets: Tensor, ignore_index: int) -> bool:
+        return True
+
     def flat(self, vocab_size: int) -> HiddenAnswers:
         return HiddenAnswers(self.states.reshape(-1, self.states.shape[-1]), self.weight[:vocab_size])
 
@@ -222,6 +231,10 @@ class CachedAnswers(NamedTuple):
 
     def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
         check_cached(self.log_rest, self.vocab_size, targets, vocab_size or width)
+
+    def are_for(self, targets: Tensor, ignore_index: int) -> bool:
+        has_shape = targets.shape == self.log_rest.shape
+        return has_shape and bool(((targets == self.tokens[..., 0]) | (targets == ignore_index)).all())
 
     def flat(self, vocab_size: int) -> CachedAnswers:
         return self._replace(
@@ -312,7 +325,7 @@ class CachedAnswers(NamedTuple):
     def sample_outside(
         self, actions: Tensor, valid: Tensor, samples: int, uniforms: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`LiveAnswers.sample_outside`: what is stored outside of the actions, then the draws outside of them.
+        """See :meth:`LiveAnswers.sample_outside`: the stored tokens outside of the actions, then the drawn ones.
 
         Nothing is drawn here. Places that hold an action have no mass, since that has it already.
         """

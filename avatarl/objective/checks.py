@@ -68,8 +68,8 @@ def check_targets(targets: Tensor, scores: Tensor, name: str) -> None:
 
 
 def _check_vocabulary(vocab_size: int | None, tensor: Tensor, name: str, of: str, dim: int) -> None:
-    found = tensor.shape[dim]
+    found, verb = tensor.shape[dim], "have" if name.endswith("s") else "has"
     if vocab_size is not None and not 1 <= vocab_size <= found:
         raise ValueError(
-            f"vocab_size is {vocab_size} but {name} {tuple(tensor.shape)} have {found} {of}; expected 1 to {found}"
+            f"vocab_size is {vocab_size} but {name} {tuple(tensor.shape)} {verb} {found} {of}; expected 1 to {found}"
         )

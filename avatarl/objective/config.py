@@ -215,7 +215,9 @@ OBJECTIVES = {
     "avatarl": _rewarded(),
     "cross_entropy": ObjectiveKind(),
     "label_smoothing": ObjectiveKind(("baseline.label_smoothing",)),
-    "distillation": ObjectiveKind(("baseline.distillation_alpha",), lambda _, baseline: baseline.distillation_alpha < 1),
+    "distillation": ObjectiveKind(
+        ("baseline.distillation_alpha",), lambda _, baseline: baseline.distillation_alpha < 1
+    ),
     "expected_reward": _rewarded(),
     "reinforce": _rewarded("baseline.samples", is_sampled=True),
     "ppo": _rewarded(

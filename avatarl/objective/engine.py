@@ -89,7 +89,7 @@ def avatarl_loss(
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         num_valid=num_valid,
-        uniforms=_tail_uniforms(config, uniforms, targets),
+        uniforms=uniforms,
     )
 
 
@@ -114,6 +114,7 @@ def objective_loss(
     critics, snapshot = as_answers(critic_logits), as_answers(snapshot_logits)
     player, models = flat_logits(player_logits, [*critics, *snapshot], targets, vocab_size)
     objective.check_settings(player.shape[-1], [critic.limits for critic in critics])
+    uniforms = _with_tail_uniforms(objective, uniforms, targets)
     objective.check_inputs(bool(snapshot), uniforms, targets.numel())
     dtype = compute_dtype(player.dtype)
     weights, safe_targets = position_weights(targets.reshape(-1).long(), ignore_index, num_valid, dtype)
@@ -185,7 +186,7 @@ def linear_avatarl_loss(
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         num_valid=num_valid,
-        uniforms=_tail_uniforms(config, uniforms, targets),
+        uniforms=uniforms,
         impl=impl,
     )
 
@@ -220,6 +221,7 @@ def linear_objective_loss(
     if snapshot is not None:
         check_head("snapshot", snapshot[0], "snapshot", snapshot[1], targets, vocabulary)
     objective.check_settings(vocabulary, [critic.limits for critic in critics])
+    uniforms = _with_tail_uniforms(objective, uniforms, targets)
     objective.check_inputs(snapshot is not None, uniforms, targets.numel())
     return loss_from_hidden(
         objective,
@@ -408,11 +410,11 @@ def position_weights(
     return torch.where(counted & ~(total <= 0), 1 / total, 0.0), targets.masked_fill(~counted, 0)
 
 
-def _tail_uniforms(config: AvataRLConfig, uniforms: Tensor | None, targets: Tensor) -> Tensor | None:
-    """The numbers (N, 1) that ``tail="sample"`` needs: those given, else torch's own."""
-    if config.tail_rule != "sample" or uniforms is not None:
-        return uniforms
-    return torch.rand(targets.numel(), 1, device=targets.device)
+def _with_tail_uniforms(objective: Objective, uniforms: Tensor | None, targets: Tensor) -> Tensor | None:
+    """The uniforms given; torch's own (N, 1) where none are and only a sampled tail needs some."""
+    if uniforms is None and objective.samples_tail and objective.num_uniforms == 1:
+        return torch.rand(targets.numel(), 1, device=targets.device)
+    return uniforms
 
 
 def _weighted_sums(metrics: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:

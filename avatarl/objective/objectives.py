@@ -80,7 +80,9 @@ class Objective(ABC):
     @property
     def spec(self) -> str:
         """The objective as text: its name and its settings. A compiled graph can carry it as a constant."""
-        settings = [[_constant(getattr(s, f.name)) for f in dataclasses.fields(s)] for s in (self.avatarl, self.baseline)]
+        settings = [
+            [_constant(getattr(s, f.name)) for f in dataclasses.fields(s)] for s in (self.avatarl, self.baseline)
+        ]
         return repr((self.name, *settings))
 
     def metric_names(self, limits: Sequence[Limits]) -> tuple[str, ...]:
@@ -196,12 +198,10 @@ class RewardedObjective(Objective):
         )
 
     def rewards_and_policies(self, inputs: LossInputs) -> tuple[Rewards, Tensor, Policy, Policy, Weight]:
-        """The rewards, the same (N, A) as they enter the loss, the policy that metrics describe, that of the loss, β."""
+        """The rewards, the same (N, A) as they enter the loss, the policy for metrics, the one for the loss, and β."""
         temperature, scheduled = self.avatarl.temperature, inputs.scheduled
         uniforms = inputs.uniforms[:, -1:] if self.samples_tail else None
-        found = compute_rewards(
-            inputs.player_logits, inputs.critics, inputs.targets, self.avatarl, uniforms, scheduled
-        )
+        found = compute_rewards(inputs.player_logits, inputs.critics, inputs.targets, self.avatarl, uniforms, scheduled)
         in_loss = found.rewards
         if self.avatarl.per_action_mean:
             in_loss = in_loss / found.valid.sum(dim=1, keepdim=True)

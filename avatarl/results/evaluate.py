@@ -15,8 +15,8 @@ from torch import Tensor
 from avatarl.data import PreparedData, Windows
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import CriticCache, check_same_vocabulary, load_critic, load_model, load_tokenizer
-from avatarl.models.critic_cache import is_cache
+from avatarl.models import check_same_vocabulary, load_model, load_tokenizer, open_critic
+from avatarl.models.critics import CriticInputs
 from avatarl.models.loading import check_rows, check_window, head_weight, last_hidden, longest_sequence
 from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
 from avatarl.objective.config import require_choice, require_whole
@@ -82,30 +82,25 @@ def evaluate(
     require_whole("block_size", block_size, minimum=1)
     critic_names = [critic] if isinstance(critic, str) else list(critic or [])
     critics = [
-        CriticCache.open(name, prepared, block_size, splits=[split])
-        if is_cache(name)
-        else load_critic(name, tokenizer, device=chosen)
+        open_critic(name, tokenizer, block_size=block_size, data=prepared, splits=[split], device=chosen)
         for name in critic_names
     ]
     config = avatarl or AvataRLConfig.article()
     if critics:
-        stored = [(cache.record.num_top, cache.record.num_draws) for cache in critics if isinstance(cache, CriticCache)]
         try:
-            AvataRL(config).check_settings(len(tokenizer), len(critics), stored)
+            AvataRL(config).check_settings(len(tokenizer), [critic.limits for critic in critics])
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    for name, opened in zip([model, *critic_names], [player, *critics], strict=True):
-        longest = None if isinstance(opened, CriticCache) else longest_sequence(opened)
-        if longest is not None and longest < block_size:
-            raise UserError(f"block_size is {block_size}; expected at most {longest}, what {name} was made to read")
-        if not isinstance(opened, CriticCache):
-            check_window(opened, block_size, name)
+    longest = longest_sequence(player)
+    if longest is not None and longest < block_size:
+        raise UserError(f"block_size is {block_size}; expected at most {longest}, what {model} was made to read")
+    check_window(player, block_size, str(model))
     windows = Windows(prepared.train if split == "train" else prepared.valid, block_size)
     count = len(windows) if max_windows is None else min(max_windows, len(windows))
     require_whole("max_windows", count, minimum=1)
 
-    draws = torch.Generator().manual_seed(1)  # of a sampled tail
+    generator = torch.Generator().manual_seed(1)  # of a sampled tail
     scores, rewards = [], {}
     for start in range(0, count, WINDOWS_AT_ONCE):
         indices = range(start, min(start + WINDOWS_AT_ONCE, count))
@@ -115,21 +110,17 @@ def evaluate(
             hidden = last_hidden(player, inputs)
             scores.append(score_positions(hidden, head_weight(player), targets, len(tokenizer)))
             if critics:
-                answers = [
-                    (opened.rows(split, indices).map(lambda tensor: tensor.to(chosen)), None)
-                    if isinstance(opened, CriticCache)
-                    else (last_hidden(opened, inputs), head_weight(opened))
-                    for opened in critics
-                ]
+                batch = CriticInputs(inputs, split, indices)
                 _, metrics = linear_avatarl_loss(
                     hidden,
                     head_weight(player),
-                    *zip(*answers, strict=True),
+                    [critic.answers(batch) for critic in critics],
+                    None,
                     targets,
                     config,
                     vocab_size=len(tokenizer),
                     num_valid=count * block_size,
-                    uniforms=torch.rand(targets.numel(), 1, generator=draws).to(chosen),
+                    uniforms=torch.rand(targets.numel(), 1, generator=generator).to(chosen),
                 )
                 for name, value in metrics.items():
                     rewards[name] = rewards.get(name, 0.0) + value.item()

@@ -25,12 +25,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from avatarl.data.tokenizer import encode_texts, encode_with_bytes, end_of_text_id
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import load_critic, load_model, load_tokenizer
-from avatarl.models.critic_cache import is_cache
-from avatarl.models.loading import check_rows, head_weight, last_hidden, longest_sequence, resolve_model
-from avatarl.objective import AvataRL, AvataRLConfig, RewardLandscape, reward_landscape
-from avatarl.objective.critics import proposals
-from avatarl.objective.protocol import Rows
+from avatarl.models import Critic, load_model, load_tokenizer, open_critic
+from avatarl.models.critics import CriticInputs, kind_of_critic
+from avatarl.models.loading import check_rows, head_weight, last_hidden, resolve_model
+from avatarl.objective import AvataRL, AvataRLConfig, HiddenAnswers, LiveAnswers, RewardLandscape, reward_landscape
+from avatarl.objective.objectives import LossInputs
 from avatarl.places import CONFIG, require_found
 from avatarl.sanitise import visible
 from avatarl.untrusted import read_regular_file, refusing
@@ -123,7 +122,7 @@ class Inspector:
     def __init__(
         self,
         player: PreTrainedModel,
-        critics: Sequence[PreTrainedModel],
+        critics: Sequence[Critic],
         tokenizer: PreTrainedTokenizerBase,
         config: AvataRLConfig,
         names: Sequence[str],
@@ -131,7 +130,7 @@ class Inspector:
         """
         Args:
             player: The model whose policy is looked at, in eval mode.
-            critics: Those that judge.
+            critics: The critics.
             tokenizer: Of all of them.
             config: The settings. Of a sampled tail its expectation is shown, ``dense``.
             names: Of the player and each critic.
@@ -142,14 +141,13 @@ class Inspector:
         if config.tail_rule == "sample":
             config = dataclasses.replace(config, tail="dense")
         try:
-            AvataRL(config).check_settings(len(tokenizer), len(critics))
+            AvataRL(config).check_settings(len(tokenizer), [critic.limits for critic in critics])
         except ValueError as error:
             raise UserError(str(error)) from error
         self.player, self.critics, self.tokenizer, self.config = player, list(critics), tokenizer, config
         self.names = tuple(names)
         self.shown = cache(partial(shown_token, tokenizer))
-        limits = [longest_sequence(critic) for critic in critics]
-        self.block_size = min([context_length(player), *(limit for limit in limits if limit is not None)])
+        self.block_size = min([context_length(player), *(critic.longest for critic in critics if critic.longest)])
 
     @classmethod
     def open(
@@ -175,8 +173,8 @@ class Inspector:
         tokenizer = load_tokenizer(player)
         opened = load_model(player, torch.float32, chosen)
         check_rows(opened, tokenizer, str(player))
-        judges = [load_critic(name, tokenizer, device=chosen) for name in critics]
-        return cls(opened, judges, tokenizer, config, [str(player), *map(str, critics)])
+        opened_critics = [open_critic(name, tokenizer, device=chosen) for name in critics]
+        return cls(opened, opened_critics, tokenizer, config, [str(player), *map(str, critics)])
 
     def inspect(self, text: str) -> Inspection:
         """Judge a text; its first token too where the tokenizer has an end-of-text token to read before it.
@@ -219,14 +217,17 @@ class Inspector:
     def _judge(self, window: Tensor) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
         """Every position of a window (T + 1,), what its landscape is computed from, and its metrics."""
         inputs, targets, config = window[None, :-1], window[1:], self.config
-        player, *critics = answers = [self._logits(model, inputs) for model in (self.player, *self.critics)]
+        hidden = HiddenAnswers(last_hidden(self.player, inputs), head_weight(self.player))
+        of_critics = [critic.answers(CriticInputs(inputs)) for critic in self.critics]
+        player, *critics = answers = [self._logits(each) for each in (hidden, *of_critics)]
         for name, logits in zip(self.names, answers, strict=True):
             if not logits.amax().isfinite():
                 raise UserError(f"{name}: its logits are NaN or infinite, of which there is no softmax")
         landscape = reward_landscape(player, critics, targets, config)
-        rows = Rows(player.clone(), critics, targets, weights=torch.ones_like(player[:, 0]))
-        scores = AvataRL(config).score(rows, with_gradient=True)
-        metrics = _rows(**scores.metrics)
+        live = [LiveAnswers(logits) for logits in critics]
+        loss_inputs = LossInputs(player.clone(), live, targets, weights=torch.ones_like(player[:, 0]))
+        loss = AvataRL(config).loss_and_gradient(loss_inputs, with_gradient=True)
+        metrics = _rows(**loss.metrics)
         numbers = _rows(
             actions=landscape.actions,
             valid=landscape.valid,
@@ -235,13 +236,15 @@ class Inspector:
             critic=landscape.critic.permute(1, 2, 0) if critics else torch.empty(*landscape.actions.shape, 0),
             consensus=landscape.consensus,
             rewards=landscape.rewards,
-            gradient=scores.gradient.gather(1, landscape.actions),
+            gradient=loss.gradient.gather(1, landscape.actions),
         )
         voices = ["critic"] if len(critics) == 1 else [f"critic {i + 1}" for i in range(len(critics))]
         proposing = dict(zip(voices, critics, strict=True))
         if config.player_proposes:
             proposing = {"player": player, **proposing}
-        lists = {voice: proposals(logits, config.top_k, config.top_p) for voice, logits in proposing.items()}
+        lists = {
+            voice: LiveAnswers(logits).proposals(config.top_k, config.top_p) for voice, logits in proposing.items()
+        }
         tokens_of = {voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in lists.items()}
         proposers = _rows(**tokens_of) if tokens_of else [{}] * len(targets)
         positions = [
@@ -252,9 +255,9 @@ class Inspector:
         ]
         return positions, answers_of(player, critics, targets, config), metrics
 
-    def _logits(self, model: PreTrainedModel, inputs: Tensor) -> Tensor:
-        """Logits (T, V) in float64 of one window of inputs (1, T), without the rows that no token belongs to."""
-        return (last_hidden(model, inputs)[0] @ head_weight(model)[: len(self.tokenizer)].t()).double()
+    def _logits(self, answers: HiddenAnswers) -> Tensor:
+        """Logits (T, V) in float64 of one window (1, T), without the rows that no token belongs to."""
+        return (answers.states[0] @ answers.weight[: len(self.tokenizer)].t()).double()
 
     def _position(
         self,
@@ -309,7 +312,7 @@ def settings_and_critics(
     if config.needs_critic and not critics:
         raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
     for name in critics:
-        if name.startswith("ema:") or is_cache(name):
+        if kind_of_critic(name) in ("average", "cache"):
             raise UserError(f"critic {name} cannot be asked about any text; give a run, a model folder or a hub id")
     return config, critics
 
@@ -372,7 +375,7 @@ def disagreements(critics: Sequence[Tensor], targets: Tensor) -> list[float | No
 def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig) -> list[Answers]:
     """What is to be kept of logits (N, V), so that landscapes of other settings can be computed from it."""
     kept = min(max(config.top_k, KEPT_PROPOSALS), player.shape[1])
-    orders = [proposals(logits, kept, None)[0].tolist() for logits in (player, *critics)]
+    orders = [LiveAnswers(logits).proposals(kept, None)[0].tolist() for logits in (player, *critics)]
     log_policy, log_tempered = player.log_softmax(-1), (player / config.temperature).log_softmax(-1)
     log_critics = [logits.log_softmax(-1) for logits in critics]
     entropy = -torch.linalg.vecdot(log_tempered.exp(), log_tempered)

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from markupsafe import Markup, escape
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import check_same_vocabulary, load_critic
+from avatarl.models import Critic, check_same_vocabulary, open_critic
 from avatarl.objective import AvataRLConfig
 from avatarl.objective.config import require_whole
 from avatarl.sanitise import one_line
@@ -72,7 +72,7 @@ watch("value", () => element.querySelector("h2")?.scrollIntoView({block_size: "n
 class Judges:
     """The critics of a page and the settings under which they judge."""
 
-    critics: list[PreTrainedModel]
+    critics: list[Critic]
     names: list[str]
     config: AvataRLConfig
     tokenizer: PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def open_judges(side: Side, critics: Sequence[str] | None) -> Judges:
         UserError: There is none, or one cannot be opened.
     """
     config, names = settings_and_critics(side.run, critics)
-    opened = [load_critic(name, side.player.tokenizer, device=side.device) for name in names]
+    opened = [open_critic(name, side.player.tokenizer, device=side.device) for name in names]
     return Judges(opened, names, config, side.player.tokenizer)
 
 

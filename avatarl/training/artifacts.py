@@ -50,7 +50,7 @@ def card_of_player(parts: Setup, evaluation: Mapping[str, float]) -> str:
         "total": parts.parameters.total,
         "non_embedding": parts.parameters.non_embedding,
         "precision": parts.precision,
-        "critics": parts.critic_names,
+        "critics": [critic.name for critic in parts.critics],
         "unique_tokens": parts.sizes["unique_tokens"],
         "data_digest": parts.data.digest,
         "vocab_size": parts.data.vocab_size,

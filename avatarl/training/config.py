@@ -12,7 +12,7 @@ import yaml
 
 from avatarl.errors import UserError, nearest_name
 from avatarl.models import PlayerConfig
-from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig, make_objective
+from avatarl.objective import OBJECTIVES, AvataRLConfig, BaselineConfig
 from avatarl.objective.config import require_kinds, require_number, require_whole
 
 
@@ -150,12 +150,14 @@ def idle_settings(settings: Mapping[str, Any]) -> set[str]:
         for group in ("avatarl.", "baseline.")
     }
     try:
-        of_objective = AvataRLConfig(**groups["avatarl."]), BaselineConfig(**groups["baseline."])
-        objective = make_objective(settings["objective"], *of_objective)
+        objective = OBJECTIVES[settings["objective"]]
+        needs_critic = objective.needs_critic(
+            AvataRLConfig(**groups["avatarl."]), BaselineConfig(**groups["baseline."])
+        )
     except (ValueError, ArithmeticError, AttributeError, LookupError, TypeError):  # UserError among them
         return set()
     idle = {name for name in settings if name.startswith(tuple(groups)) and not name.startswith(objective.settings)}
-    if not objective.needs_critic:
+    if not needs_critic:
         idle |= {"critic", "critic_quantization", "shard_critics"}
     if settings.get("guard.spike_score") is None:
         idle.add("guard.spike_window")
@@ -194,8 +196,8 @@ class TrainConfig:
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 where the device multiplies it natively.
         device: ``cpu``, ``cuda``, or ``auto``.
         compile: Whether to compile player, critics and loss with ``torch.compile`` (a minute at the start).
-        loss_impl: What computes the loss: ``chunked`` (plain PyTorch), ``compiled``, ``triton`` (CUDA), or ``auto``:
-            ``compiled`` when ``compile`` is on, otherwise what was timed on that kind of device.
+        loss_impl: What computes the loss: ``chunked`` (plain PyTorch), ``compiled``, or ``auto``: ``compiled`` when
+            ``compile`` is on, otherwise what was timed on that kind of device.
         parallel: How several processes hold the player: ``ddp``, each the whole of it, or ``fsdp``, each a part of
             its weights, gradients and optimiser state (FSDP2).
         shard_critics: With ``fsdp``, whether critics are divided too.
@@ -232,7 +234,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str = "auto"
     compile: bool = False
-    loss_impl: Literal["auto", "chunked", "compiled", "triton"] = "auto"
+    loss_impl: Literal["auto", "chunked", "compiled"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     shard_critics: bool = False
     eval_every_steps: int = 500

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def uniform_draws(
+def uniforms_of(
     seed: int, windows: Iterable[int], block_size: int, samples: int, evaluation: bool = False
 ) -> Tensor | None:
     """Uniform numbers in [0, 1) for each position of each window, float32 (windows · block_size, samples).

@@ -1,4 +1,4 @@
-"""Settings over the steps of a run: which critics judge, how much they weigh, ε and β. Functions of the step alone."""
+"""Settings over the steps of a run: which critics answer, how much they weigh, ε and β. Functions of the step alone."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from avatarl.errors import UserError
+from avatarl.models import Critic
 from avatarl.objective import Objective, Scheduled, make_objective
-from avatarl.objective.losses import RewardedObjective
 
 from .config import Schedule, ScheduleConfig
 
 
 class Stage(NamedTuple):
-    """What holds for a stretch of steps: the critics that judge, by their place in the recipe, and what they judge by.
+    """What holds for a stretch of steps: the critics that answer, and the objective for these.
 
-    A critic that does not judge yet, or no longer, costs nothing, and the text has its weight.
+    A critic that does not answer yet, or no longer, costs nothing, and the text has its weight.
     """
 
-    critics: tuple[int, ...]
+    critics: tuple[Critic, ...]
     objective: Objective
 
 
@@ -34,15 +34,15 @@ class Schedules:
         self,
         config: ScheduleConfig,
         objective: Objective,
-        start_steps: Sequence[int],
+        critics: Sequence[Critic],
         total_steps: int,
         device: torch.device | str = "cpu",
     ):
         """
         Args:
             config: How the settings change.
-            objective: What is minimised while all critics judge.
-            start_steps: For each critic, the last step that it does not judge.
+            objective: What is minimised while all critics answer.
+            critics: All critics of the run; each answers after its ``start_step``.
             total_steps: Of the run.
             device: Where values are wanted.
 
@@ -50,8 +50,8 @@ class Schedules:
             UserError: A schedule ends after the run, or what it changes is not there.
         """
         self._config, self._objective, self._device = config, objective, device
-        self._start_steps, self._total_steps = start_steps, total_steps
-        self._stages: dict[tuple[int, ...], Stage] = {}
+        self._critics, self._total_steps = tuple(critics), total_steps
+        self._stages: dict[tuple[Critic, ...], Stage] = {}
         for name, schedule in config.items():
             if schedule.end_step is not None and schedule.end_step > total_steps:
                 raise UserError(f"schedules.{name}.end_step is {schedule.end_step}; the run takes {total_steps} steps")
@@ -59,7 +59,7 @@ class Schedules:
                 raise UserError(
                     f"schedules.{name}.start_step is {schedule.start_step}; the run takes {total_steps} steps"
                 )
-            if not schedule.is_constant and name != "critic_weight" and not isinstance(objective, RewardedObjective):
+            if not schedule.is_constant and name != "critic_weight" and not objective.kind.is_rewarded:
                 raise UserError(f"schedules.{name} changes nothing: objective {objective.name!r} has no {name}")
         most = objective.avatarl.smoothing * max(1.0, config.smoothing.final_fraction)
         if not config.smoothing.is_constant and most >= 1:
@@ -67,17 +67,17 @@ class Schedules:
                 f"schedules.smoothing.final_fraction is {config.smoothing.final_fraction}, which takes "
                 f"avatarl.smoothing from {objective.avatarl.smoothing} to {most}; expected less than 1"
             )
-        if not config.critic_weight.is_constant and not start_steps:
+        if not config.critic_weight.is_constant and not critics:
             raise UserError(f"schedules.critic_weight has no critic to weigh: objective {objective.name!r} asks none")
         self._check_starts()
 
     def over(self, total_steps: int) -> Schedules:
         """The same in a run of so many steps; raises as making one does."""
-        return Schedules(self._config, self._objective, self._start_steps, total_steps, self._device)
+        return Schedules(self._config, self._objective, self._critics, total_steps, self._device)
 
     def _check_starts(self) -> None:
-        """Refuse a critic that never judges."""
-        for start in self._start_steps:
+        """Refuse a critic that never answers."""
+        for start in (critic.start_step for critic in self._critics):
             if start >= self._total_steps:
                 raise UserError(f"critic ema judges from step {start + 1} on; the run takes {self._total_steps} steps")
             if start >= self.last_critic_step:
@@ -88,17 +88,17 @@ class Schedules:
 
     @property
     def last_critic_step(self) -> int:
-        """The last step in which a critic may judge."""
+        """The last step in which a critic may answer."""
         schedule = self._config.critic_weight
         falls_to_nothing = not schedule.is_constant and schedule.final_fraction == 0 and schedule.end_step is not None
         return schedule.end_step if falls_to_nothing else self._total_steps
 
     def stage(self, step: int) -> Stage:
-        """Which critics judge in ``step``."""
-        judging = tuple(i for i, start in enumerate(self._start_steps) if start < step <= self.last_critic_step)
-        if judging not in self._stages:
-            self._stages[judging] = Stage(judging, self._objective_of(judging))
-        return self._stages[judging]
+        """Which critics answer in ``step``."""
+        answering = tuple(critic for critic in self._critics if critic.start_step < step <= self.last_critic_step)
+        if answering not in self._stages:
+            self._stages[answering] = Stage(answering, self._objective_of(answering))
+        return self._stages[answering]
 
     def turns_after(self, step: int) -> bool:
         """Whether losses after ``step`` are of another kind than those before: critics come or go, a setting jumps or
@@ -107,10 +107,10 @@ class Schedules:
         turns = {schedule.end_step if schedule.shape == "first" else schedule.start_step for schedule in moving}
         return step in turns or self.stage(step + 1) is not self.stage(step)
 
-    def steps_of(self, critic: int, until: int | None = None) -> int:
-        """In how many steps a critic judges: of the run, or of the first ``until``."""
+    def steps_of(self, critic: Critic, until: int | None = None) -> int:
+        """In how many steps a critic answers: of the run, or of the first ``until``."""
         last = self.last_critic_step if until is None else min(until, self.last_critic_step)
-        return max(0, last - self._start_steps[critic])
+        return max(0, last - critic.start_step)
 
     def values(self, step: int) -> Scheduled | None:
         """What the settings are in ``step``, on the device; None where all of them are as the objective says.
@@ -132,9 +132,8 @@ class Schedules:
         now, settings = self._now(step), self._objective.avatarl
         values = {name: now[name] * getattr(settings, name) for name in ("smoothing", "entropy_coef")}
         values = {name: value for name, value in values.items() if not getattr(self._config, name).is_constant}
-        if not self._config.critic_weight.is_constant or any(self._start_steps):
-            shares = self._shares()
-            values["critic_weight"] = now["critic_weight"] * sum(shares[i] for i in self.stage(step).critics)
+        if not self._config.critic_weight.is_constant or any(critic.start_step for critic in self._critics):
+            values["critic_weight"] = now["critic_weight"] * sum(map(self._shares().get, self.stage(step).critics))
         return values
 
     def _now(self, step: int) -> dict[str, float]:
@@ -143,24 +142,24 @@ class Schedules:
     def _on_device(self, value: float) -> Tensor:
         return torch.full((), value, device=self._device)
 
-    def _shares(self) -> tuple[float, ...]:
-        """Each critic's weight where all of them judge."""
-        count = len(self._start_steps)
+    def _shares(self) -> dict[Critic, float]:
+        """Each critic's weight where all of them answer."""
+        count = len(self._critics)
         if self._objective.name == "distillation":
-            return ((1 - self._objective.baseline.distillation_alpha) / max(1, count),) * count
-        return self._objective.avatarl.critic_weights(count)
+            return dict.fromkeys(self._critics, (1 - self._objective.baseline.distillation_alpha) / max(1, count))
+        return dict(zip(self._critics, self._objective.avatarl.critic_weights(count), strict=True))
 
-    def _objective_of(self, judging: tuple[int, ...]) -> Objective:
+    def _objective_of(self, answering: tuple[Critic, ...]) -> Objective:
         """The objective with these critics alone; the weights of the others are the text's."""
-        if len(judging) == len(self._start_steps):
+        if len(answering) == len(self._critics):
             return self._objective
         shares = self._shares()
-        left = sum(share for i, share in enumerate(shares) if i not in judging)
+        left = sum(share for critic, share in shares.items() if critic not in answering)
         avatarl, baseline = self._objective.avatarl, self._objective.baseline
         if self._objective.name == "distillation":
             baseline = dataclasses.replace(baseline, distillation_alpha=min(1.0, baseline.distillation_alpha + left))
         else:
-            weights = tuple(shares[i] for i in judging)
+            weights = tuple(shares[critic] for critic in answering)
             avatarl = dataclasses.replace(
                 avatarl, critic_weight=weights or 0.0, reality_weight=avatarl.reality_weight + left
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,23 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.device import pick_device, pick_precision
 from avatarl.errors import UserError
-from avatarl.models import CriticCache, build_player, count_parameters, load_critic, training_flops_per_token
-from avatarl.models.counting import ParameterCount, forward_flops_per_token
-from avatarl.models.critic_cache import is_cache
-from avatarl.models.critics import parse_ema_critic
-from avatarl.models.digest import digest_of_model, digest_of_tokenizer
-from avatarl.models.loading import check_window, longest_sequence
+from avatarl.models import Critic, build_player, count_parameters, open_critic, training_flops_per_token
+from avatarl.models.counting import ParameterCount
+from avatarl.models.critics import LiveCritic, Snapshot
+from avatarl.models.digest import digest_of_tokenizer
 from avatarl.objective import Objective, make_objective
-from avatarl.objective.fused.implementations import check_implementation
+from avatarl.objective.engine import choose
 from avatarl.places import kept
 from avatarl.run_dir.identity import MUON, settings_digest
 
 from .batch import Batch
 from .config import TrainConfig
-from .draws import uniform_draws
+from .draws import uniforms_of
 from .optim import Optimisers, build_optimisers, muon_precision
 from .processes import Processes
-from .rewarded_player import AveragedPlayer, FrozenModel, RewardedPlayer
+from .rewarded_player import RewardedPlayer
 from .schedule import Schedules
 from .validation import Validation
 
@@ -61,9 +60,8 @@ class Setup:
     windows: Windows
     order: WindowOrder
     objective: Objective
-    critic_names: list[str]  # of those that judge
-    critic_flops: list[int]  # of a forward pass of each of them, per token; 0 of a cached one
-    caches: dict[int, CriticCache]  # of those of them that are not asked themselves, by place
+    critics: list[Critic]
+    snapshot: Snapshot | None  # the earlier player that ``ppo`` draws its actions from
     schedules: Schedules
     player: PreTrainedModel
     player_flops: int  # of a forward and a backward pass of it, per token
@@ -102,8 +100,9 @@ class Setup:
         begun = self.begun_at
         steps, tokens = step - begun.step, (step - begun.step) * self.tokens_per_step
         critics = sum(
-            (self.schedules.steps_of(i, step) - self.schedules.steps_of(i, begun.step)) * per_token
-            for i, per_token in enumerate(self.critic_flops)
+            (self.schedules.steps_of(critic, step) - self.schedules.steps_of(critic, begun.step))
+            * critic.flops_per_token
+            for critic in self.critics
         )
         return Reached(
             step,
@@ -111,7 +110,7 @@ class Setup:
             begun.tokens + tokens,
             begun.player_flops + tokens * self.player_flops,
             begun.critic_flops + critics * self.tokens_per_step,
-            begun.caches | {cache.digest: cache.flops for cache in self.caches.values()},
+            begun.caches | {digest: flops for critic in self.critics for digest, flops in critic.costs.items()},
         )
 
     def windows_of_step(self, step: int) -> range:
@@ -123,23 +122,28 @@ class Setup:
 
         Which windows a step has does not depend on the number of processes.
         """
-        stage, scheduled = self.schedules.stage(step), self.schedules.values(step)
-        caches = [self.caches[i] for i in stage.critics if i in self.caches]
+        samples = self.schedules.stage(step).objective.num_uniforms
         mine = self.processes.share(self.windows_of_step(step))
         passes = math.ceil(len(mine) / self.config.micro_batch_size)
         for places in np.array_split(mine, passes):  # of equal size, or one window more
             indices = self.order.indices(places[0], len(places))
-            draws = uniform_draws(self.config.seed, places, self.config.block_size, stage.objective.num_draws)
-            stored = [cache.rows("train", indices) for cache in caches]
-            yield Batch(*self.windows.batch(indices), draws, stored, scheduled).to(self.device)
+            uniforms = uniforms_of(self.config.seed, places, self.config.block_size, samples)
+            yield Batch(*self.windows.batch(indices), uniforms, "train", indices).to(self.device)
+
+    @property
+    def kept_critics(self) -> dict[str, LiveCritic]:
+        """Those whose weights checkpoints hold, by the names of their files."""
+        averages = [critic for critic in self.critics if critic.keeps_state]
+        kept = {f"average{number}": critic for number, critic in enumerate(averages)}
+        return kept | ({"snapshot": self.snapshot} if self.snapshot else {})
 
     def check_files(self) -> None:
-        """Look whether data and caches are still what they were when the run started.
+        """Check that the files of data and critics have not changed since the run started.
 
         Raises:
-            RunFailed: One is not; it is named.
+            RunFailed: One has; it is named.
         """
-        for opened in (self.data, *self.caches.values()):
+        for opened in (self.data, *self.critics):
             opened.check()
 
     def spent_until(self, step: int) -> dict[str, int]:
@@ -147,7 +151,7 @@ class Setup:
 
         Returns:
             ``tokens`` of training; ``player_flops``, of the player's forward and backward passes; ``critic_flops``, of
-            the critics' forward passes, where they judge and are not cached.
+            the critics' forward passes, where they run beside the player.
         """
         reached = self.reached_after(step)
         return {name: getattr(reached, name) for name in ("tokens", "player_flops", "critic_flops")}
@@ -157,7 +161,7 @@ class Setup:
         """Of the player and of the whole run: parameters, tokens and FLOPs.
 
         ``unique_tokens`` are those of an epoch.
-        ``cached_critic_flops`` were spent elsewhere: on critics' passes over the training windows of its caches.
+        ``cached_critic_flops`` were spent elsewhere: on critics' passes over the training windows of caches.
         """
         return {
             "parameters": self.parameters.total,
@@ -197,42 +201,51 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
         torch.cuda.set_device(device)
     precision = pick_precision(config.precision, device)
     objective = make_objective(config.objective, config.avatarl, config.baseline)
-    critic_names = config.critics if objective.needs_critic else []
-    if objective.needs_critic and not critic_names:
+    names = config.critics if objective.needs_critic else []
+    if objective.needs_critic and not names:
         raise UserError(f"objective {config.objective!r} needs a critic, and critic is empty; give a run or a model")
-    critics = open_critics(critic_names, config, processes, data, tokenizer, precision, device)
+
+    def new_player() -> PreTrainedModel:
+        return build_player(config.player, tokenizer, config.block_size, config.seed).to(device)
+
+    critics = [
+        open_critic(
+            name,
+            tokenizer,
+            block_size=config.block_size,
+            data=data,
+            train_windows=config.train_windows,
+            build_player=new_player,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            device=device,
+            quantization=config.critic_quantization,
+            after_main=processes.after_main,
+        )
+        for name in names
+    ]
     loss_impl = "compiled" if config.loss_impl == "auto" and config.compile else config.loss_impl
     try:
-        stored = [(cache.record.num_top, cache.record.num_draws) for cache in critics if isinstance(cache, CriticCache)]
-        objective.check_settings(len(tokenizer), len(critics), stored)
-        check_implementation(loss_impl, device.type)
+        objective.check_settings(len(tokenizer), [critic.limits for critic in critics])
     except ValueError as error:
         raise UserError(str(error)) from error
-    player = build_player(config.player, tokenizer, config.block_size, config.seed).to(device)
-    start_steps = [critic.start_step if isinstance(critic, AveragedPlayer) else 0 for critic in critics]
-    schedules = Schedules(config.schedules, objective, start_steps, total_steps, device)
-    caches = {place: critic for place, critic in enumerate(critics) if isinstance(critic, CriticCache)}
+    player = new_player()
+    schedules = Schedules(config.schedules, objective, critics, total_steps, device)
     # Counted before anything is divided among processes.
     parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block_size)
-    critic_flops = [
-        0 if isinstance(critic, CriticCache) else forward_flops_per_token(critic.model, config.block_size)
-        for critic in critics
-    ]
-    named = dict(zip(critic_names, critics, strict=True))
-    identity = processes.ask_main(lambda: identity_of_run(config, precision, data, named))
+    identity = processes.ask_main(lambda: identity_of_run(config, precision, data, critics))
     if config.optim.name == "muon":
         identity[MUON] = muon_precision(device)
 
-    asked = [None if place in caches else critic for place, critic in enumerate(critics)]
-    snapshot = None
-    if objective.needs_snapshot:
-        snapshot = FrozenModel(build_player(config.player, tokenizer, config.block_size, config.seed).to(device))
-    model = RewardedPlayer(player, objective, asked, len(tokenizer), loss_impl, snapshot)
+    snapshot = Snapshot("snapshot", new_player()) if objective.needs_snapshot else None
+    frozen = [*critics, *([snapshot] if snapshot else [])]
+    model = RewardedPlayer(player, objective, len(tokenizer), choose(loss_impl, device.type) == "compiled")
     if config.parallel == "fsdp" and processes.count > 1:
-        others = [critic for critic in asked if critic and (config.shard_critics or critic in model.averages)]
-        for judge in (*others, *([snapshot] if snapshot else [])):
-            processes.shard(judge, judge.model, device, keep_root=True)
+        for critic in frozen:
+            critic.shard(partial(processes.shard, device=device, keep_root=True), config.shard_critics)
         processes.shard(model, player, device)
+    if config.compile:
+        for critic in frozen:
+            critic.compile()
     step_model = torch.compile(model) if config.compile else model
     return Setup(
         config=config,
@@ -244,9 +257,8 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
         windows=windows,
         order=WindowOrder(len(windows), config.seed),
         objective=objective,
-        critic_names=critic_names,
-        critic_flops=critic_flops,
-        caches=caches,
+        critics=critics,
+        snapshot=snapshot,
         schedules=schedules,
         player=player,
         player_flops=player_flops,
@@ -254,64 +266,20 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
         model=model,
         step_model=processes.wrap(step_model, config.parallel, device),
         optimisers=build_optimisers(player, config.optim, total_steps),
-        validation=Validation(valid_windows, config, device, processes, caches),
+        validation=Validation(valid_windows, config, device, processes),
         total_steps=total_steps,
         identity=identity,
     )
 
 
 def identity_of_run(
-    config: TrainConfig, precision: str, data: PreparedData, critics: Mapping[str, FrozenModel | CriticCache]
+    config: TrainConfig, precision: str, data: PreparedData, critics: Sequence[Critic]
 ) -> dict[str, str]:
     """What decides a run's course: precision, and the SHA-256 of settings, data, tokenizer and each critic."""
-    digests = {
-        f"critic {name}": critic.digest if isinstance(critic, CriticCache) else digest_of_model(critic.model)
-        for name, critic in critics.items()
-    }
     return {
         "settings": settings_digest(kept(config.as_dict())),
         "precision": precision,
         "data": data.digest,
         "tokenizer": digest_of_tokenizer(data),
-        **digests,
+        **{f"critic {critic.name}": critic.digest for critic in critics},
     }
-
-
-def open_critics(
-    names: Sequence[str],
-    config: TrainConfig,
-    processes: Processes,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    precision: str,
-    device: torch.device,
-) -> list[FrozenModel | CriticCache]:
-    """The critics of these names.
-
-    Raises:
-        UserError: One cannot be opened, or reads sequences shorter than a window.
-    """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    critics: list[FrozenModel | CriticCache] = []
-    for name in names:
-        if is_cache(name):
-            critics.append(
-                processes.after_main(
-                    lambda verified, name=name: CriticCache.open(
-                        name, data, config.block_size, config.train_windows, verified=verified
-                    )
-                )
-            )
-        elif name.startswith("ema:"):
-            average = build_player(config.player, tokenizer, config.block_size, config.seed).to(device)
-            critics.append(AveragedPlayer(average, *parse_ema_critic(name)))
-        else:
-            critic = load_critic(name, tokenizer, dtype, device, config.critic_quantization)
-            longest = longest_sequence(critic)
-            if longest is not None and longest < config.block_size:
-                raise UserError(
-                    f"critic {name} reads at most {longest} tokens; expected at least block_size, {config.block_size}"
-                )
-            check_window(critic, config.block_size, f"critic {name}")
-            critics.append(FrozenModel(critic))
-    return critics

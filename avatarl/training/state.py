@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from avatarl.errors import UserError
+from avatarl.models.critics import LiveCritic
 from avatarl.run_dir.tensors import Held, SavedTensors, files_by_part, tensors_of_model
 
 from .optim import KEPT, Optimisers, kept_by
-from .rewarded_player import RewardedPlayer
 
 LARGEST_COUNT = 1 << 62  # of what is counted in an array's numbers; FLOPs outgrow it
 
@@ -88,12 +89,12 @@ def _is_record(record: Any) -> bool:
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def tensors_of_run(model: RewardedPlayer, optimisers: Optimisers) -> dict[str, dict[str, Held]]:
+def tensors_of_run(
+    player: PreTrainedModel, optimisers: Optimisers, critics: Mapping[str, LiveCritic]
+) -> dict[str, dict[str, Held]]:
     """Every tensor that a run resumes from, by file and name; views, not copies."""
-    parts = {"player": tensors_of_model(model.player), "optimiser": optimiser_tensors(model.player, optimisers)}
-    parts |= {"snapshot": tensors_of_model(model.snapshot.model)} if model.snapshot else {}
-    started = [(number, average) for number, average in enumerate(model.averages) if average.has_started]
-    parts |= {f"average{number}": tensors_of_model(average.model) for number, average in started}
+    parts = {"player": tensors_of_model(player), "optimiser": optimiser_tensors(player, optimisers)}
+    parts |= {name: tensors_of_model(critic.model) for name, critic in critics.items() if critic.is_running}
     return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
 
 
@@ -108,28 +109,26 @@ def optimiser_tensors(player: nn.Module, optimisers: Optimisers) -> dict[str, Te
     }
 
 
-def load_tensors(files: Sequence[Path], model: RewardedPlayer, optimisers: Optimisers) -> None:
+def load_tensors(
+    files: Sequence[Path], player: PreTrainedModel, optimisers: Optimisers, critics: Mapping[str, LiveCritic]
+) -> None:
     """Load what :func:`tensors_of_run` saved.
 
-    An optimiser that keeps another kind of state than was saved starts anew, and so does a snapshot that was not saved:
-    the run was started with others.
+    An optimiser that keeps another kind of state than was saved starts anew, and so does a critic or snapshot that was
+    not saved: the run was started with others.
 
     Raises:
         UserError: The files hold tensors of another model.
     """
     saved = {part: SavedTensors(paths) for part, paths in files_by_part(files).items()}
     nothing = SavedTensors([])
-    saved.get("player", nothing).copy_into(tensors_of_model(model.player))
-    if model.snapshot and "snapshot" in saved:
-        saved["snapshot"].copy_into(tensors_of_model(model.snapshot.model))
-    elif model.snapshot:
-        model.refresh_snapshot()
-    for number, average in enumerate(model.averages):
-        average.has_started = f"average{number}" in saved
-        if average.has_started:
-            saved[f"average{number}"].copy_into(tensors_of_model(average.model))
+    saved.get("player", nothing).copy_into(tensors_of_model(player))
+    for name, critic in critics.items():
+        if name in saved:
+            saved[name].copy_into(tensors_of_model(critic.model))
+        critic.resumed(player, was_saved=name in saved)
     kept = saved.get("optimiser", nothing)
-    names = {id(parameter): name for name, parameter in model.player.named_parameters()}
+    names = {id(parameter): name for name, parameter in player.named_parameters()}
     for optimiser in optimisers.optimisers:
         for parameter in (parameter for group in optimiser.param_groups for parameter in group["params"]):
             owner = names[id(parameter)]

@@ -124,7 +124,8 @@ def load_checkpoint(checkpoint: Path, parts: Setup, guard: Guard, is_same_run: b
     """
     try:
         manifest = read_manifest(checkpoint)
-        load_tensors([checkpoint / name for name in manifest["files"]], parts.model, parts.optimisers)
+        files = [checkpoint / name for name in manifest["files"]]
+        load_tensors(files, parts.player, parts.optimisers, parts.kept_critics)
         progress = start_of_run() | json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         check_state(progress, manifest["step"])
         guard.load_state_dict(progress.pop("guard"), is_same_run)
@@ -174,25 +175,32 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
         tokens_logged = unlogged.get("since_tokens", parts.spent_until(logged_at)["tokens"])
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
-        parts.model.start_averages(progress["step"])
+        for critic in parts.critics:
+            critic.start(player, progress["step"])
         for step in range(progress["step"] + 1, total_steps + 1):
             if signum:
                 break
             if parts.objective.needs_snapshot and (step - 1) % config.baseline.ppo_refresh_every == 0:
-                parts.model.refresh_snapshot()
+                parts.snapshot.refresh(player)
 
             stage = parts.schedules.stage(step)
-            parts.model.consult(*stage)
+            parts.model.objective = stage.objective
             if step > parts.schedules.last_critic_step:
-                parts.model.dismiss_critics()
+                for critic in parts.critics:
+                    critic.release()
+            scheduled = parts.schedules.values(step)
 
             parts.model.train()
             seed_dropout(config.seed, step, processes.rank)
             metrics = MetricSums()
-            for is_last, (inputs, targets, *others) in with_last(parts.batches(step)):
+            for is_last, batch in with_last(parts.batches(step)):
                 with gradients_are_summed_later(parts.step_model, is_last):
                     with parts.autocast:
-                        loss, values = parts.step_model(inputs, targets, num_valid, *others)
+                        answers = [critic.answers(batch) for critic in stage.critics]
+                        earlier = parts.snapshot.answers(batch) if parts.snapshot else None
+                        loss, values = parts.step_model(
+                            batch.inputs, batch.targets, answers, num_valid, batch.uniforms, scheduled, earlier
+                        )
                     loss.backward()
                 metrics.add(values)
             grad_norm = clip_gradients(player.parameters(), config.optim.clip_norm, processes)
@@ -200,7 +208,8 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
             if parts.schedules.turns_after(step):
                 guard.forget_losses()
             learning_rate = parts.optimisers.step(step, refused)
-            parts.model.follow(step)
+            for critic in parts.critics:
+                critic.update(player, step)
             since_log.add({**metrics.sums, "grad_norm": grad_norm, "taken": torch.ones_like(grad_norm)}, refused)
 
             # Once in a while, and where critics come or go: a line is of steps of one kind.
@@ -231,7 +240,9 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
 
             started = time.monotonic()
             if step % config.eval_every_steps == 0 or step == total_steps:
-                values = parts.validation.evaluate(parts.model, stage, parts.schedules.values(step), parts.autocast)
+                values = parts.validation.evaluate(
+                    parts.model, stage.critics, parts.snapshot, scheduled, parts.autocast
+                )
                 if not math.isfinite(values["cross_entropy"]):
                     raise RunFailed(leave_evaluation(parts, guard, step, values))
                 if log:
@@ -258,7 +269,9 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
                     log.flush()
                 reached = dataclasses.asdict(parts.reached_after(step))
                 state = {**progress, "reached": reached, "guard": guard.state_dict()}
-                if not checkpoints.save(step, tensors_of_run(parts.model, parts.optimisers), state, is_last=is_end):
+                if not checkpoints.save(
+                    step, tensors_of_run(player, parts.optimisers, parts.kept_critics), state, is_last=is_end
+                ):
                     display.say(f"step {step}: the checkpoint before is still being written; this one is left out")
             clock += time.monotonic() - started  # speed is that of training alone
 

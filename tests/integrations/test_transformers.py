@@ -122,7 +122,7 @@ def test_a_line_has_the_means_over_its_steps(make_trainer):
     each.train(), every_second.train()
     found, expected = train_lines(every_second), train_lines(each)
     assert [line["step"] for line in found] == [2, 4]
-    for name in make_objective("avatarl").metric_names(1):
+    for name in make_objective("avatarl").metric_names([None]):
         means = [(first[name] + second[name]) / 2 for first, second in zip(expected[::2], expected[1::2], strict=True)]
         assert [line[name] for line in found] == pytest.approx(means, rel=1e-5)
 
@@ -259,7 +259,7 @@ def with_router_loss() -> MixtralForCausalLM:
             "model MixtralForCausalLM: output_router_logits: True, router_aux_loss_coef: 1",
         ),
         ({}, {"critics": "no/such/model"}, "no/such/model: no such folder"),
-        ({}, {"critics": "ema:0.999:500"}, "is an average of the player, which Trainer does not keep"),
+        ({}, {"critics": "ema:0.999:500"}, "is the average of a player that is being trained; expected a model"),
         ({}, {"critics": [torch.nn.Linear(2, 2)]}, "critic is a Linear; expected a causal language model"),
         ({}, {"model": torch.nn.Linear(2, 2)}, "model is a Linear; expected a causal language model"),
         ({}, {"objective": "avatar"}, "objective is 'avatar'; expected one of .* did you mean 'avatarl'"),
@@ -313,7 +313,7 @@ def test_a_cached_critic_judges_shuffled_windows_as_the_critic_itself(
 
 
 def test_a_cache_refuses_what_it_does_not_know(make_trainer, rows: Rows, data_folder: Path, cache: CriticCache):
-    with pytest.raises(UserError, match="a batch has input_ids, labels; a cached critic needs window too"):
+    with pytest.raises(UserError, match="is a cache; the batch does not say which windows it has"):
         make_trainer(train_dataset=rows, critics=cache).train()
     with pytest.raises(
         UserError, match=r"critic is a cache; expected CriticCache.open\('.*critic', data, block_size\)"

@@ -19,7 +19,7 @@ from avatarl.models import CriticCache, cache_critic, load_critic
 from avatarl.models.critic_cache import RecordFormat, is_cache, parts, write
 from avatarl.models.critic_cache.record import NATS_PER_UNIT, decode, encode
 from avatarl.models.loading import head_weight, last_hidden
-from avatarl.objective import StoredCritic
+from avatarl.objective import CachedAnswers
 
 from ..conftest import BLOCK
 from .conftest import COMMON
@@ -67,7 +67,7 @@ def test_what_a_budget_buys(kind, budget, keep, vocabulary, expected):
 def test_records_there_and_back(vocabulary):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(vocabulary, (5, 1 + 4 + 3), generator=generator)
-    held = StoredCritic(
+    held = CachedAnswers(
         ids[:, :5],
         -torch.rand(5, 5, generator=generator),
         -torch.rand(5),

@@ -32,6 +32,7 @@ from avatarl.models import (
     forward_flops_per_token,
     load_critic,
 )
+from avatarl.models.critics import FrozenModel
 from avatarl.models.loading import head_weight
 from avatarl.models.players import model_from_config
 from avatarl.objective import AvataRLConfig, make_objective
@@ -191,8 +192,8 @@ def test_a_padded_critic_says_the_same_as_without_padding(tmp_path: Path, critic
     tokens = torch.arange(2 * (BLOCK + 1)).reshape(2, BLOCK + 1)
     losses = []
     for critic in (plain, padded):
-        model = RewardedPlayer(player, objective, [critic], vocab_size=len(tokenizer))
-        losses.append(model(tokens[:, :-1], tokens[:, 1:])[0])
+        model, answers = RewardedPlayer(player, objective, len(tokenizer)), FrozenModel(critic)(tokens[:, :-1])
+        losses.append(model(tokens[:, :-1], tokens[:, 1:], [answers])[0])
     torch.testing.assert_close(losses[0], losses[1])
 
 

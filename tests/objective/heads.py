@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avatarl import AvataRLConfig, avatarl_loss
-from avatarl.objective.fused import chunked
+from avatarl.objective import engine
 
 POSITIONS, VOCABULARY, WIDTH, CRITIC_WIDTH = 23, 31, 7, 5
 CONFIG = AvataRLConfig.article(top_k=4, threshold="none")
@@ -34,7 +34,7 @@ def gradients(loss, *inputs):
 
 
 def small_chunks(monkeypatch, elements):
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", elements)
 
 
 def assert_same(found, expected, rel=1e-12):

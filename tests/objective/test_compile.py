@@ -8,8 +8,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss
-from avatarl.objective import OBJECTIVES, BaselineConfig, linear_objective_loss, make_objective, objective_loss
-from avatarl.objective.fused import chunked
+from avatarl.objective import OBJECTIVES, BaselineConfig, engine, linear_objective_loss, make_objective, objective_loss
 
 from .landscapes import random_inputs
 
@@ -58,7 +57,7 @@ def test_one_graph_with_inductor():
 
 
 def test_linear_loss_in_one_graph(monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 4 * 17)
+    monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", 4 * 17)
     torch._dynamo.reset()
     compiled = torch.compile(linear_avatarl_loss, fullgraph=True, backend="aot_eager")
     player, (critic,), targets = random_inputs(6, 17)
@@ -149,7 +148,7 @@ def both_paths(name, config, device="cpu", dtype=torch.float32, positions=8, voc
     critic_hidden, critic_weight = [normal(positions, 6) for _ in critics], [normal(vocabulary, 6) for _ in critics]
     snapshot, heads = normal(positions, vocabulary), (normal(positions, 5), normal(vocabulary, 5))
     targets = torch.full((positions,), 2, dtype=torch.int64, device=device)
-    extra = {"uniforms": torch.rand(positions, 3, device=device)} if objective.num_draws else {}
+    extra = {"uniforms": torch.rand(positions, 3, device=device)} if objective.num_uniforms else {}
     count = torch.full((), 5, device=device)
 
     def run():
@@ -170,7 +169,7 @@ def both_paths(name, config, device="cpu", dtype=torch.float32, positions=8, voc
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_the_host_never_waits(name, config, vocabulary, monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 3 * vocabulary)
+    monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", 3 * vocabulary)
     run = both_paths(name, CONFIGS[config], vocabulary=vocabulary)
     with Waits() as waits:
         run()

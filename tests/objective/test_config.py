@@ -268,8 +268,8 @@ def test_each_baseline_setting_changes_the_gradient(field):
         player, critics, targets = random_inputs()
         objective, extra = make_objective(name, BASE, baseline), {}
         draws = torch.rand(24, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        if objective.num_draws:
-            extra["uniforms"] = draws[:, : objective.num_draws]
+        if objective.num_uniforms:
+            extra["uniforms"] = draws[:, : objective.num_uniforms]
         if objective.needs_snapshot:
             extra["snapshot_logits"] = player.detach() * 0.8
         objective_loss(objective, player, critics, targets, **extra)[0].backward()

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from avatarl import AvataRLConfig, linear_avatarl_loss
-from avatarl.objective import OBJECTIVES, BaselineConfig, linear_objective_loss, make_objective
-from avatarl.objective.checks import compute_dtype
-from avatarl.objective.fused import chunked, implementations
-from avatarl.objective.protocol import Rows
+from avatarl.objective import OBJECTIVES, BaselineConfig, LiveAnswers, engine, linear_objective_loss, make_objective
+from avatarl.objective.objectives import LossInputs
+from avatarl.objective.policy import compute_dtype
 
 from .heads import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
 
@@ -22,18 +21,18 @@ def sampled_inputs(objective, hidden, weight):
     found = {}
     if objective.needs_snapshot:
         found["snapshot"] = (hidden.detach() + 0.1, weight.detach() * 0.9)
-    if objective.num_draws:
-        found["uniforms"] = torch.rand(POSITIONS, objective.num_draws, generator=torch.Generator().manual_seed(1))
+    if objective.num_uniforms:
+        found["uniforms"] = torch.rand(POSITIONS, objective.num_uniforms, generator=torch.Generator().manual_seed(1))
     return found
 
 
 def test_auto_says_once_what_it_took(caplog, monkeypatch):
-    implementations._say_choice.cache_clear()
+    engine._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="avatarl"):
-        assert implementations.choose("auto", "cpu") == implementations.AUTO["cpu"]
-        assert implementations.choose("auto", "cpu") == implementations.AUTO["cpu"]
-        assert implementations.choose("auto", "xpu") == implementations.UNTIMED
-        assert implementations.choose("compiled", "cpu") == "compiled"
+        assert engine.choose("auto", "cpu") == engine.AUTO["cpu"]
+        assert engine.choose("auto", "cpu") == engine.AUTO["cpu"]
+        assert engine.choose("auto", "xpu") == engine.UNTIMED
+        assert engine.choose("compiled", "cpu") == "compiled"
     assert [record.message for record in caplog.records] == [
         "linear loss on cpu: chunked",
         "linear loss on xpu: chunked; nothing was timed there",
@@ -47,16 +46,18 @@ def test_metrics_have_the_names_that_the_objective_says(name, critics):
     objective = make_objective(
         name, AvataRLConfig.article(top_k=2, critic_weight=weight), BaselineConfig(distillation_alpha=1.0)
     )
-    logits = [torch.randn(3, 7) for _ in range(critics)]
-    uniforms = torch.rand(3, objective.num_draws)
-    rows = Rows(torch.randn(3, 7), logits, torch.zeros(3, dtype=torch.long), torch.ones(3), torch.randn(3, 7), uniforms)
-    assert tuple(objective.score(rows, with_gradient=False).metrics) == objective.metric_names(critics)
+    logits = [LiveAnswers(torch.randn(3, 7)) for _ in range(critics)]
+    uniforms = torch.rand(3, objective.num_uniforms)
+    targets = torch.zeros(3, dtype=torch.long)
+    inputs = LossInputs(torch.randn(3, 7), logits, targets, torch.ones(3), torch.randn(3, 7), uniforms)
+    names = tuple(objective.loss_and_gradient(inputs, with_gradient=False).metrics)
+    assert names == objective.metric_names([None] * critics)
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_one_node_of_a_graph(name, monkeypatch):
     """However many chunks there are: no break, no unrolling, and the eager result."""
-    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 4 * VOCABULARY)
+    monkeypatch.setitem(engine.CHUNK_ELEMENTS, "cpu", 4 * VOCABULARY)
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(critics=2)
     targets[3] = -100
     objective = make_objective(name, CONFIG, BaselineConfig(samples=3))
@@ -103,19 +104,15 @@ def test_the_operator_keeps_its_word():
     hidden = hidden.detach().t().contiguous().t()  # strides that a gradient must not take over
     for wants in ((True, True), (False, True), (False, False)):
         arguments = (
-            *make_objective("avatarl", CONFIG).spec,
-            [False],
-            hidden.detach(),
-            weight.detach(),
-            critic_hidden,
-            critic_weight,
-            [],
+            make_objective("avatarl", CONFIG).spec,
+            [2, 2],
+            [hidden.detach(), weight.detach(), *critic_hidden, *critic_weight],
             targets,
             torch.full((POSITIONS,), 1 / POSITIONS),
             None,
             [],
             *wants,
-            "chunked",
+            False,
         )
         torch.library.opcheck(torch.ops.avatarl.chunked_sums.default, arguments)
 
@@ -124,7 +121,7 @@ def test_the_operator_keeps_its_word():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels(dtype, monkeypatch):
     """As good as the plain ones, judged against float64; chunks of two sizes, a padded vocabulary, a temperature."""
-    monkeypatch.setitem(chunked.CHUNK_ROWS, "cpu", 8)  # 8, 8, 7
+    monkeypatch.setitem(engine.CHUNK_ROWS, "cpu", 8)  # 8, 8, 7
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     hidden, weight, critic_hidden, critic_weight, targets = random_heads(dtype=dtype)

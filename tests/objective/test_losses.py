@@ -39,8 +39,8 @@ def run_objective(name, config, player, critics, targets, **kwargs):
     objective = make_objective(name, config, BASELINE)
     generator = torch.Generator().manual_seed(5)
     extra = {}
-    if objective.num_draws:
-        extra["uniforms"] = torch.rand(len(player), objective.num_draws, generator=generator, dtype=torch.float64)
+    if objective.num_uniforms:
+        extra["uniforms"] = torch.rand(len(player), objective.num_uniforms, generator=generator, dtype=torch.float64)
     if objective.needs_snapshot:
         noise = torch.randn(player.shape, generator=generator, dtype=torch.float64).to(player.dtype)
         extra["snapshot_logits"] = player.detach() + (2 * noise).round() / 8

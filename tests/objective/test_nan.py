@@ -11,12 +11,12 @@ from avatarl import AvataRLConfig, avatarl_loss
 from avatarl.objective import (
     OBJECTIVES,
     BaselineConfig,
+    engine,
     linear_objective_loss,
     make_objective,
     objective_loss,
     reference,
 )
-from avatarl.objective.fused import chunked
 
 from .landscapes import random_inputs, settings_of
 from .test_stored import SAMPLE, stored
@@ -62,7 +62,7 @@ class Models:
             for who in ("player", "critic", "other critic", "snapshot")
         }
         self.targets = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
-        self.uniforms = torch.rand(POSITIONS, self.objective.num_draws, generator=generator)
+        self.uniforms = torch.rand(POSITIONS, self.objective.num_uniforms, generator=generator)
 
     @property
     def who(self) -> list[str]:
@@ -75,7 +75,7 @@ class Models:
         player, *critics, snapshot = self.logits.values()
         head = torch.eye(VOCABULARY)
         leaves = [player.clone().requires_grad_()]
-        common = dict(uniforms=self.uniforms if self.objective.num_draws else None)
+        common = dict(uniforms=self.uniforms if self.objective.num_uniforms else None)
         needs_snapshot = self.objective.needs_snapshot
         if path == "logits":
             common |= dict(snapshot_logits=snapshot if needs_snapshot else None)
@@ -89,7 +89,7 @@ class Models:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(chunked.CHUNK_ROWS, "cpu", 4)
+    monkeypatch.setitem(engine.CHUNK_ROWS, "cpu", 4)
 
 
 @pytest.mark.parametrize("path", PATHS)

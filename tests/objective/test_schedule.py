@@ -25,7 +25,7 @@ FACTORS = (0.5, 0.25)
 
 def answer(objective, scheduled=None):
     player, critics, targets = random_inputs(critics=2)
-    uniforms = torch.full((24, objective.num_draws), 0.4, dtype=torch.float64) if objective.num_draws else None
+    uniforms = torch.full((24, objective.num_uniforms), 0.4, dtype=torch.float64) if objective.num_uniforms else None
     value, metrics = objective_loss(objective, player, critics, targets, uniforms=uniforms, scheduled=scheduled)
     return value, torch.autograd.grad(value, player)[0], metrics
 

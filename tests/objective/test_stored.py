@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
-from avatarl.objective import BaselineConfig, StoredCritic, make_objective, objective_loss
-from avatarl.objective.critics import LiveCritic
+from avatarl.objective import BaselineConfig, CachedAnswers, make_objective, objective_loss
+from avatarl.objective.answers import LiveAnswers
 
 from .landscapes import random_inputs
 
@@ -35,9 +35,9 @@ def stored(
     draws: int = 0,
     uniforms: Tensor | None = None,
     log_frequencies: Tensor | None = None,
-) -> StoredCritic:
+) -> CachedAnswers:
     """What a cache would hold of a critic, without rounding, in a text where all tokens are as frequent."""
-    critic = LiveCritic(logits)
+    critic = LiveAnswers(logits)
     tokens = torch.cat([targets.unsqueeze(1), logits.topk(top, dim=1).indices], dim=1)
     log_probs, _ = critic.log_probs_at(tokens, logits.dtype)
     is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :1]], dim=1)
@@ -46,7 +46,7 @@ def stored(
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     if log_frequencies is None:
         log_frequencies = torch.full(logits.shape[1:], -math.log(logits.shape[1]), dtype=logits.dtype)
-    return StoredCritic(tokens, log_probs, log_rest, drawn, entropy, log_frequencies)
+    return CachedAnswers(tokens, log_probs, log_rest, drawn, entropy, log_frequencies)
 
 
 def gradient(critic, player, targets, config, **arguments) -> Tensor:
@@ -261,7 +261,7 @@ def test_the_fused_path_takes_both(compiles):
     targets = torch.randint(VOCABULARY, (3, 7), generator=generator)
     critic_logits = critic_hidden @ critic_head.t()
     flat = stored(critic_logits.flatten(0, 1), targets.flatten(), 6)
-    held = StoredCritic(*(tensor.unflatten(0, (3, 7)) for tensor in flat[:-1]), flat.log_frequencies)
+    held = CachedAnswers(*(tensor.unflatten(0, (3, 7)) for tensor in flat[:-1]), flat.log_frequencies)
     config = dataclasses.replace(CONFIG, critic_weight=(0.2, 0.1))
 
     def fused(hidden, head):
@@ -281,7 +281,7 @@ def test_the_fused_path_takes_both(compiles):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (DENSE, "tail='dense' needs the critic itself, and a cached one is given; use tail='sample'"),
+        (DENSE, "tail='dense' needs a live critic, and a cached one is given; use tail='sample'"),
         (SAMPLE, r"tail='sample' needs a cache with drawn tokens \(kind sample\); found one of kind top"),
         (dataclasses.replace(CONFIG, top_k=6), "has 5 of its most likely tokens at a position; top_k=6 .* as many"),
     ],
@@ -301,9 +301,9 @@ def test_distillation_refuses_a_distribution_that_is_cut():
 def test_what_is_stored_of_other_positions_or_tokens():
     player, (critic,), targets = random_inputs()
     held = stored(critic, targets, 5)
-    with pytest.raises(ValueError, match=r"stored critic \(24,\) does not fit targets \(23,\)"):
+    with pytest.raises(ValueError, match=r"cached critic \(24,\) does not fit targets \(23,\)"):
         avatarl_loss(player[1:], held, targets[1:], CONFIG)
-    with pytest.raises(ValueError, match="stored critic has 29 tokens; expected the player's 28"):
+    with pytest.raises(ValueError, match="cached critic has 29 tokens; expected the player's 28"):
         avatarl_loss(player, held, targets.clamp(max=27), CONFIG, vocab_size=28)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
-from avatarl.objective import BaselineConfig, make_objective, objective_loss, reference
-from avatarl.objective.fused import chunked
+from avatarl.objective import BaselineConfig, engine, make_objective, objective_loss, reference
 
 from .landscapes import LANDSCAPE_SETTINGS, oracle, random_inputs, settings_of
 
@@ -175,7 +174,7 @@ def test_an_offset_that_all_logits_share_changes_nothing(rule):
 @pytest.mark.parametrize("rule", [rule for rule in RULES if "sample" in rule or "dense" in rule])
 def test_the_fused_path(rule, dtype, monkeypatch):
     """In ragged chunks, judged by the excess of its error over that of the plain path in the same precision."""
-    monkeypatch.setitem(chunked.CHUNK_ROWS, "cpu", 8)
+    monkeypatch.setitem(engine.CHUNK_ROWS, "cpu", 8)
     config, generator = RULES[rule], torch.Generator().manual_seed(3)
     hidden, critic_hidden = (torch.randn(23, 16, generator=generator) for _ in range(2))
     head, critic_head = (torch.randn(31, 16, generator=generator) for _ in range(2))
@@ -248,7 +247,7 @@ def test_a_critic_in_another_precision(tail):
 def test_objectives_that_do_not_pay_every_token_say_so(name):
     player, critics, targets = random_inputs()
     objective = make_objective(name, dataclasses.replace(LINEAR, tail="dense"), BaselineConfig(samples=2))
-    with pytest.raises(ValueError, match=f"tail='dense' pays every token, which '{name}' does not"):
+    with pytest.raises(ValueError, match=f"tail='dense' rewards every token, which '{name}' does not"):
         objective_loss(objective, player, critics, targets, snapshot_logits=player.detach())
 
 
@@ -258,7 +257,7 @@ def test_sampled_actions_are_paid_by_the_other_objectives_too(name):
     objective = make_objective(name, dataclasses.replace(LINEAR, tail="sample"), BaselineConfig(samples=4))
     losses = []
     for point in (0.1, 0.9):
-        uniforms = torch.full((24, objective.num_draws), 0.4, dtype=torch.float64)
+        uniforms = torch.full((24, objective.num_uniforms), 0.4, dtype=torch.float64)
         uniforms[:, -1] = point
         losses.append(objective_loss(objective, player, critics, targets, uniforms=uniforms)[1]["expected_reward"])
     assert losses[0] != losses[1]

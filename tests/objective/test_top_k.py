@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avatarl.objective.top_k import top_k
+from avatarl.objective.answers import top_k
 
 
 class TopKWidths(TorchDispatchMode):

@@ -181,9 +181,13 @@ def test_flops_are_those_of_a_real_step(wide_config, objective: str, models: set
     player = PlayerConfig("1m", architecture=architecture)
     config = wide_config(player=player, objective=objective, block_size=128, micro_batch_size=2, steps=1)
     parts = set_up(config, Processes())
-    inputs, targets, *others = next(parts.batches(1))
+    batch, stage = next(parts.batches(1)), parts.schedules.stage(1)
     with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        loss, _ = parts.model(inputs, targets, targets.numel(), *others)
+        answers = [critic.answers(batch) for critic in stage.critics]
+        snapshot = parts.snapshot.answers(batch) if parts.snapshot else None
+        loss, _ = parts.model(
+            batch.inputs, batch.targets, answers, batch.targets.numel(), batch.uniforms, None, snapshot
+        )
         loss.backward()
     planned = plan(config).flops
     print(f"planned {sum(planned.values()):.4g}, counted {counter.get_total_flops():.4g} FLOPs")

@@ -15,6 +15,7 @@ from avatarl import AvataRLConfig, UserError, avatarl_loss, reward_landscape
 from avatarl.cli import main
 from avatarl.data.tokenizer import end_of_text_id, open_tokenizer
 from avatarl.models import load_model
+from avatarl.models.critics import LiveCritic
 from avatarl.results.inspector import Inspector, shown_token, thresholds
 from avatarl.results.payouts import SUMMARY
 
@@ -387,7 +388,9 @@ def test_texts_of_another_tokenizer_have_their_spaces(tmp_path: Path):
     """In the positions and their candidates, as terminal, page and JSON have them."""
     tokenizer = open_tokenizer(save_tokenizer("SentencePiece", tmp_path))
     player = load_model(save_model(tmp_path / "player", tokenizer, seed=5, factor=15), torch.float32, "cpu")
-    inspection = Inspector(player, [player], tokenizer, CONFIG, ["player", "critic"]).inspect("to the door 龍")
+    inspection = Inspector(player, [LiveCritic("critic", player)], tokenizer, CONFIG, ["player", "critic"]).inspect(
+        "to the door 龍"
+    )
     texts = [position["text"] for position in inspection.as_dict()["positions"]]
     assert "".join(texts) == "␣to␣the␣door␣\\xe9\\xbe\\x8d"
     assert texts == [inspection.texts[position.token] for position in inspection.positions]

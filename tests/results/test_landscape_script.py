@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from avatarl import AvataRLConfig, reward_landscape
-from avatarl.objective import AvataRL
-from avatarl.objective.protocol import Rows
+from avatarl.objective import AvataRL, LiveAnswers
+from avatarl.objective.objectives import LossInputs
 from avatarl.results.inspector import answers_of, thresholds
 from avatarl.results.pages import read_source
 from avatarl.results.payouts import answers_data, settings_of
@@ -64,6 +64,14 @@ def logits_of(seed: int, critics: int, spread=3.0) -> tuple[torch.Tensor, list[t
     return player, judges, targets
 
 
+def loss_of(config, player, critics, targets):
+    """Metrics and gradient of each position by itself."""
+    live = [LiveAnswers(logits) for logits in critics]
+    return AvataRL(config).loss_and_gradient(
+        LossInputs(player.clone(), live, targets, torch.ones_like(player[:, 0])), True
+    )
+
+
 @pytest.mark.parametrize("critics", [0, 1, 2])
 @pytest.mark.parametrize("name", CHANGED)
 def test_the_page_computes_what_the_objective_computes(script, name: str, critics: int):
@@ -76,7 +84,7 @@ def test_the_page_computes_what_the_objective_computes(script, name: str, critic
     player, judges, targets = logits_of(seed=len(name), critics=critics)
     kept_under = dataclasses.replace(config, top_k=KEPT_UNDER.top_k, top_p=None)
     landscape = reward_landscape(player, judges, targets, config)
-    scores = AvataRL(config).score(Rows(player.clone(), judges, targets, torch.ones_like(player[:, 0])), True)
+    scores = loss_of(config, player, judges, targets)
     bars = thresholds(landscape, config)
     for number, answers in enumerate(answers_of(player, judges, targets, kept_under)):
         found = script(answers_data(answers), settings_of(config))
@@ -123,7 +131,7 @@ def test_the_best_of_a_dense_tail_may_be_no_action(script):
     critic[0, 5] = other[0, 5] = 2.9
     player[0, 5], targets = 9.0, torch.tensor([7])
     config = AvataRLConfig.dense(top_k=1, player_proposes=False, reality_weight=0.05, critic_weight=(0.6, 0.35))
-    scores = AvataRL(config).score(Rows(player.clone(), [critic, other], targets, torch.ones(1)), False)
+    scores = loss_of(config, player, [critic, other], targets)
     (answers,) = answers_of(player, [critic, other], targets, config)
     found = script(answers_data(answers), settings_of(config))
     assert len(found["actions"]) == 3 and all(action["token"] != 5 for action in found["actions"])
@@ -135,7 +143,7 @@ def test_a_temperature_of_the_loss_is_that_of_the_inspected_run(script):
     config = AvataRLConfig.released(top_k=5, temperature=1.7, entropy_coef=0.1)
     player, judges, targets = logits_of(seed=3, critics=1)
     landscape = reward_landscape(player, judges, targets, config)
-    scores = AvataRL(config).score(Rows(player.clone(), judges, targets, torch.ones_like(player[:, 0])), True)
+    scores = loss_of(config, player, judges, targets)
     for number, answers in enumerate(answers_of(player, judges, targets, config)):
         found = script(answers_data(answers), settings_of(config))
         gradient = scores.gradient[number, landscape.actions[number, landscape.valid[number]]].tolist()

@@ -10,9 +10,9 @@ import pytest
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.cli import main
-from avatarl.models import cache_critic
+from avatarl.models import cache_critic, critics
 from avatarl.objective import BaselineConfig
-from avatarl.training import setup, train
+from avatarl.training import train
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
@@ -48,7 +48,7 @@ def test_the_losses_of_the_live_critic(tiny_config, tmp_path: Path, critic_cache
     """
     settings = CASES[case] | dict(epochs=1.5, steps=None, micro_batch_size=64, eval_every_steps=3)
     train(tiny_config(tmp_path / "live", **settings), quiet=True)
-    monkeypatch.setattr(setup, "load_critic", None)  # nothing may ask for it
+    monkeypatch.setattr(critics, "load_model", None)  # nothing may ask for it
     summary = train(tiny_config(tmp_path / "cached", critic=str(critic_cache), **settings), quiet=True)
     assert_close_lines(tmp_path / "cached" / "run", tmp_path / "live" / "run", 2e-2 if case == "article" else 2e-3)
     assert summary["critic_flops"] == 0 and summary["cached_critic_flops"] > 0
@@ -109,7 +109,7 @@ def test_a_resumed_run_knows_its_cache(tiny_config, tmp_path: Path, critic_folde
     [
         (dict(avatarl=AvataRLConfig(top_k=20)), "has 16 of its most likely tokens at a position; top_k=20"),
         (dict(avatarl=AvataRLConfig(**LINEAR, tail="sample")), "needs a cache with drawn tokens"),
-        (dict(avatarl=AvataRLConfig(**LINEAR, tail="dense")), "tail='dense' needs the critic itself"),
+        (dict(avatarl=AvataRLConfig(**LINEAR, tail="dense")), "tail='dense' needs a live critic"),
         (dict(objective="distillation"), "expected a cache of kind sample"),
         (dict(block_size=8), "a cache of windows of 16 tokens; expected block_size, 8"),
     ],

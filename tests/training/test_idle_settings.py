@@ -100,11 +100,11 @@ def test_what_an_objective_depends_on_is_what_it_says(name: str):
     def result(avatarl: dict, baseline: dict) -> tuple:
         settings = AvataRLConfig(**{"top_k": 4, "threshold": "none", **avatarl}), BaselineConfig(**baseline)
         objective = make_objective(name, *settings)
-        draws = torch.rand(6, objective.num_draws, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        kwargs = dict(uniforms=draws if objective.num_draws else None)
+        draws = torch.rand(6, objective.num_uniforms, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        kwargs = dict(uniforms=draws if objective.num_uniforms else None)
         kwargs["snapshot_logits"] = snapshot if objective.needs_snapshot else None
         loss, _ = objective_loss(objective, player, critic if objective.needs_critic else None, targets, **kwargs)
-        return round(loss.item(), 9), objective.num_draws
+        return round(loss.item(), 9), objective.num_uniforms
 
     changed = {"label_smoothing": 0.3, "distillation_alpha": 0.9, "samples": 5, "ppo_clip": 0.01}
     depends = {f"baseline.{field}" for field in changed if result({}, {field: changed[field]}) != result({}, {})}

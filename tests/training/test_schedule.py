@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.cli import main
-from avatarl.models import build_player
+from avatarl.models import Critic, build_player
+from avatarl.models.critics import AverageCritic, FrozenModel
 from avatarl.objective import BaselineConfig, make_objective
 from avatarl.training import Schedule, ScheduleConfig, train
 from avatarl.training.optim import Optimisers
-from avatarl.training.rewarded_player import AveragedPlayer, FrozenModel
 from avatarl.training.schedule import Schedules, factor
 
 from ..conftest import BLOCK, TINY_PLAYER
@@ -104,17 +104,27 @@ def test_schedules_that_do_not_fit_the_run(tiny_config, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_text_has_the_weight_of_critics_that_do_not_judge():
+def critics_from(*start_steps: int) -> list[Critic]:
+    """Critics that answer after these steps."""
+    critics = [Critic(f"from {start}") for start in start_steps]
+    for critic, start in zip(critics, start_steps, strict=True):
+        critic.start_step = start
+    return critics
+
+
+def test_the_text_has_the_weight_of_critics_that_do_not_answer():
     objective = make_objective("avatarl", AvataRLConfig(critic_weight=(0.2, 0.1)))
-    schedules = Schedules(ScheduleConfig(critic_weight=Schedule("linear", end_step=6)), objective, [0, 3], 9)
-    assert [schedules.stage(step).critics for step in (1, 3, 4, 6, 7, 9)] == [(0,), (0,), (0, 1), (0, 1), (), ()]
+    one, other = critics_from(0, 3)
+    schedules = Schedules(ScheduleConfig(critic_weight=Schedule("linear", end_step=6)), objective, [one, other], 9)
+    stages = [schedules.stage(step).critics for step in (1, 3, 4, 6, 7, 9)]
+    assert stages == [(one,), (one,), (one, other), (one, other), (), ()]
     configs = [schedules.stage(step).objective.avatarl for step in (1, 4, 7)]
     assert [config.critic_weight for config in configs] == [(0.2,), (0.2, 0.1), 0.0]
     assert [config.reality_weight for config in configs] == pytest.approx([0.8, 0.7, 1.0])
-    assert [schedules.steps_of(critic) for critic in (0, 1)] == [6, 3]
+    assert [schedules.steps_of(critic) for critic in (one, other)] == [6, 3]
     assert schedules.logged(4) == {"critic_weight": pytest.approx(0.15)}
     distillation = make_objective("distillation", baseline=BaselineConfig(distillation_alpha=0.4))
-    stage = Schedules(ScheduleConfig(), distillation, [0, 5], 9).stage(2)
+    stage = Schedules(ScheduleConfig(), distillation, critics_from(0, 5), 9).stage(2)
     assert stage.objective.baseline.distillation_alpha == pytest.approx(0.7)
 
 
@@ -194,14 +204,14 @@ def test_each_schedule_changes_the_run(tiny_config, tmp_path: Path, name: str):
 
 def test_the_average_by_hand(tokenizer):
     players = [build_player(TINY_PLAYER, tokenizer, BLOCK, seed=seed) for seed in range(4)]
-    average = AveragedPlayer(build_player(TINY_PLAYER, tokenizer, BLOCK, seed=9), decay=0.75, start_step=1)
+    average = AverageCritic("ema:0.75:1", build_player(TINY_PLAYER, tokenizer, BLOCK, seed=9))
     for step, player in enumerate(players):
-        average.follow(player, step)
+        average.update(player, step)
     found, weights = average.model.state_dict(), [player.state_dict() for player in players]
     for name, mean in found.items():
         expected = 0.75 * (0.75 * weights[1][name] + 0.25 * weights[2][name]) + 0.25 * weights[3][name]
         torch.testing.assert_close(mean, expected)
-    assert not any(parameter.requires_grad for parameter in average.parameters())
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
 def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):

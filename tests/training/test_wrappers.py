@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from avatarl.models.critics import FrozenModel
 from avatarl.objective import OBJECTIVES, Objective, make_objective
 from avatarl.training.processes import Processes
-from avatarl.training.rewarded_player import FrozenModel, RewardedPlayer
+from avatarl.training.rewarded_player import RewardedPlayer
 
 VOCABULARY, BLOCK, WINDOWS, PROCESSES = 40, 8, 4, 2
 
@@ -34,10 +35,13 @@ def small_llama(seed: int, width: int, tied: bool) -> LlamaForCausalLM:
 
 
 def rewarded_player(objective: str, tied: bool) -> RewardedPlayer:
-    critic = FrozenModel(small_llama(1, 16, tied=True))
-    player, made = small_llama(0, 32, tied), make_objective(objective)
-    snapshot = FrozenModel(small_llama(4, 32, tied)) if made.needs_snapshot else None
-    return RewardedPlayer(player, made, [critic], VOCABULARY, snapshot=snapshot)
+    return RewardedPlayer(small_llama(0, 32, tied), make_objective(objective), VOCABULARY)
+
+
+def answers_of(objective: Objective, inputs: Tensor, tied: bool) -> dict:
+    """What a critic, and the snapshot where there is one, answer for inputs."""
+    critic, snapshot = FrozenModel(small_llama(1, 16, tied=True)), FrozenModel(small_llama(4, 32, tied))
+    return dict(answers=[critic(inputs)], snapshot=snapshot(inputs) if objective.needs_snapshot else None)
 
 
 def windows() -> tuple[Tensor, Tensor]:
@@ -59,15 +63,16 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 def uniforms(objective: Objective) -> Tensor | None:
     """Draws for every position (WINDOWS · BLOCK, S), for the objectives that sample."""
-    if objective.num_draws == 0:
+    if objective.num_uniforms == 0:
         return None
-    return torch.rand(WINDOWS * BLOCK, objective.num_draws, generator=torch.Generator().manual_seed(3))
+    return torch.rand(WINDOWS * BLOCK, objective.num_uniforms, generator=torch.Generator().manual_seed(3))
 
 
 def plain_gradients(objective: str, tied: bool) -> dict[str, Tensor]:
     model = rewarded_player(objective, tied)
     inputs, targets = windows()
-    loss, _ = model(inputs, targets, (targets != -100).sum(), uniforms(model.objective))
+    answers = answers_of(model.objective, inputs, tied)
+    loss, _ = model(inputs, targets, num_valid=(targets != -100).sum(), uniforms=uniforms(model.objective), **answers)
     loss.backward()
     return gradients_of(model)
 
@@ -94,7 +99,9 @@ def one_process_of_two(rank: int, rendezvous: str, cases: list[tuple[str, str, b
         wrapped = processes.wrap(model, wrapper, torch.device("cpu"))
         draws = uniforms(model.objective)
         draws = draws if draws is None else draws.chunk(PROCESSES)[rank]
-        loss, _ = wrapped(inputs, targets, num_valid / PROCESSES, draws)  # wrappers take the mean over processes
+        answers = answers_of(model.objective, inputs, tied)
+        # Wrappers take the mean over processes.
+        loss, _ = wrapped(inputs, targets, num_valid=num_valid / PROCESSES, uniforms=draws, **answers)
         loss.backward()
         assert_same_gradients(gradients_of(wrapped), plain_gradients(objective, tied))
     dist.destroy_process_group()
@@ -112,6 +119,7 @@ def test_gradient_checkpointing_changes_nothing(tied: bool):
     model.player.gradient_checkpointing_enable()
     model.train()
     inputs, targets = windows()
-    loss, _ = model(inputs, targets, num_valid=(targets != -100).sum())
+    answers = answers_of(model.objective, inputs, tied)
+    loss, _ = model(inputs, targets, num_valid=(targets != -100).sum(), **answers)
     loss.backward()
     assert_same_gradients(gradients_of(model), plain_gradients("avatarl", tied))

@@ -1,7 +1,8 @@
-"""A critic's answers on disk: read once over the data, asked in every epoch of every run."""
+"""A critic's answers on disk: computed once over the data, read in every epoch of every run."""
 
-from .read import CriticCache, is_cache
-from .record import RecordFormat
-from .write import cache_critic
+from avatarl.lazy import lazy_exports
 
-__all__ = ["CriticCache", "RecordFormat", "cache_critic", "is_cache"]
+__getattr__, __all__ = lazy_exports(
+    __name__,
+    {"read": ("CriticCache", "is_cache"), "record": ("RecordFormat",), "write": ("cache_critic",)},
+)

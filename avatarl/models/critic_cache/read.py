@@ -14,7 +14,7 @@ import torch
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.files import File, ask
-from avatarl.objective import StoredCritic
+from avatarl.objective import CachedAnswers
 from avatarl.untrusted import parse_json, read_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
@@ -110,7 +110,7 @@ class CriticCache:
         """Of the critic's forward passes on the training windows; see :func:`training_flops`."""
         return training_flops(self.manifest)
 
-    def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> StoredCritic:
+    def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> CachedAnswers:
         """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory.
 
         Raises:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from avatarl.errors import UserError
-from avatarl.objective import StoredCritic
+from avatarl.objective import CachedAnswers
 
 KINDS = ("top", "sample")
 NATS_PER_UNIT = 2.0**-11
@@ -79,7 +79,7 @@ class RecordFormat:
             ]
         )
 
-    def pack(self, critic: StoredCritic) -> np.ndarray:
+    def pack(self, critic: CachedAnswers) -> np.ndarray:
         """Records (N,) of what is known at positions (N)."""
         records = np.zeros(critic.log_rest.shape[0], self.dtype)
         records["rest"] = encode(critic.log_rest)
@@ -90,11 +90,11 @@ class RecordFormat:
         records["draws"] = critic.draws.cpu().numpy()
         return records
 
-    def unpack(self, records: np.ndarray, targets: Tensor, log_frequencies: Tensor) -> StoredCritic:
+    def unpack(self, records: np.ndarray, targets: Tensor, log_frequencies: Tensor) -> CachedAnswers:
         """What records (…) say; ``targets`` int64 (…) and ``log_frequencies`` (V,) are the data's."""
         top = torch.from_numpy(records["top"].astype(np.int64))
         codes = np.concatenate([records["target"][..., None], records["top_log_probs"]], axis=-1)
-        return StoredCritic(
+        return CachedAnswers(
             tokens=torch.cat([targets.unsqueeze(-1), top], dim=-1),
             log_probs=decode(codes),
             log_rest=decode(records["rest"]),

@@ -21,11 +21,10 @@ from avatarl.console import Console
 from avatarl.data import PreparedData, Windows
 from avatarl.device import launched_as, pick_device, pick_precision
 from avatarl.errors import RunFailed, UserError
-from avatarl.objective import StoredCritic
+from avatarl.objective import CachedAnswers, LiveAnswers
 from avatarl.objective.config import require_choice, require_whole
-from avatarl.objective.critics import LiveCritic
-from avatarl.objective.fused.chunked import chunk_rows
-from avatarl.objective.kernels import PLAIN
+from avatarl.objective.engine import chunk_rows
+from avatarl.objective.policy import Policy
 from avatarl.sanitise import one_line
 from avatarl.untrusted import check_place
 
@@ -221,7 +220,7 @@ def fill_part(
 
 def answers_of(
     hidden: Tensor, head: Tensor, targets: Tensor, record: RecordFormat, uniforms: Tensor | None
-) -> Iterator[StoredCritic]:
+) -> Iterator[CachedAnswers]:
     """What to store of positions with hidden states (N, d) and targets (N,), a chunk of them at a time.
 
     ``uniforms`` (N, 1) in [0, 1) decide the drawn tokens.
@@ -230,8 +229,8 @@ def answers_of(
     rows = chunk_rows(len(hidden), record.vocab_size, hidden.device)
     for first in range(0, len(hidden), rows):
         logits, target = hidden[first : first + rows] @ head.t(), targets[first : first + rows].unsqueeze(1)
-        *normaliser, entropy = PLAIN.statistics(logits, 1.0)
-        critic = LiveCritic(logits, normaliser)
+        policy = Policy.of(logits)
+        critic = LiveAnswers(logits, (policy.largest, policy.log_total))
         tokens = torch.cat([target, critic.proposals(record.num_top, None)[0]], dim=1) if record.num_top else target
         log_probs, _ = critic.log_probs_at(tokens, torch.float32)
         is_new = torch.cat([torch.ones_like(target, dtype=torch.bool), tokens[:, 1:] != target], dim=1)
@@ -240,7 +239,8 @@ def answers_of(
         if uniforms is not None:
             points = uniforms[first : first + rows].to(hidden.device)
             draws, _ = critic.sample_outside(tokens, is_new, record.num_draws, points)
-        yield StoredCritic(tokens, log_probs, log_rest, draws, entropy, log_probs.new_empty(0))  # no estimates here
+        no_frequencies = log_probs.new_empty(0)  # nothing is estimated here
+        yield CachedAnswers(tokens, log_probs, log_rest, draws, policy.entropy, no_frequencies)
 
 
 def log_frequencies_of(data: PreparedData) -> np.ndarray:
