@@ -250,9 +250,13 @@ class CachedCritic(Critic):
     def __init__(self, name: str, cache: CriticCache):
         super().__init__(name)
         self.cache, self.digest = cache, cache.digest
-        self.limits, self.costs = (cache.record.num_top, cache.record.num_draws), {cache.digest: cache.flops}
+        self.limits = cache.record.num_top, cache.record.num_draws
 
     digest = ""
+
+    @property
+    def costs(self) -> dict[str, int]:
+        return {self.digest: self.cache.flops}
 
     def answers(self, batch: CriticInputs) -> CachedAnswers:
         """

@@ -316,7 +316,7 @@ def test_a_cache_refuses_what_it_does_not_know(make_trainer, rows: Rows, data_fo
     with pytest.raises(UserError, match="is a cache; the batch does not say which windows it has"):
         make_trainer(train_dataset=rows, critics=cache).train()
     with pytest.raises(
-        UserError, match=r"critic is a cache; expected CriticCache.open\('.*critic', data, block_size\)"
+        UserError, match=r"critic is a cache; expected a model, or CriticCache.open\('.*critic', data, block_size\)"
     ):
         make_trainer(critics=cache.path)
     data = PreparedData.open(data_folder)

@@ -78,8 +78,8 @@ def test_drawn_tokens_train_too(tiny_config, tmp_path: Path, critic_folder, data
 def test_a_cached_and_a_live_critic(tiny_config, tmp_path: Path, critic_cache: Path, critic_folder: Path):
     weights = AvataRLConfig(top_k=4, threshold="none", critic_weight=(0.2, 0.1))
     names = dict(mixed=[str(critic_cache), "random:1m:7"], live=[str(critic_folder), "random:1m:7"])
-    for name, critics in names.items():
-        train(tiny_config(tmp_path / name, critic=critics, avatarl=weights), quiet=True)
+    for name, both in names.items():
+        train(tiny_config(tmp_path / name, critic=both, avatarl=weights), quiet=True)
     assert_close_lines(tmp_path / "mixed" / "run", tmp_path / "live" / "run", tolerance=2e-3)
 
 
