@@ -54,6 +54,7 @@ from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objecti
 from avatarl.objective.engine import IMPLEMENTATIONS
 from avatarl.training.batch import Batch
 from avatarl.training.config import GuardConfig, OptimConfig
+from avatarl.training.draws import uniforms_of
 from avatarl.training.guard import Guard
 from avatarl.training.optim import build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
@@ -120,7 +121,8 @@ class Training:
         """Inputs and targets (B, T), each time others."""
         indices = self._order.indices(self._position, self.case.micro_batch_size)
         self._position += self.case.micro_batch_size
-        batch = Batch(*self._windows.batch(indices), None, "train", indices)
+        uniforms = uniforms_of(1, indices, self.case.block_size, samples=1)  # for a sampled tail
+        batch = Batch(*self._windows.batch(indices), uniforms, "train", indices)
         return batch.to(torch.device(self.case.device))
 
     @functools.cache  # noqa: B019 - there is one training at a time
@@ -147,7 +149,7 @@ class Training:
 
         def loss(batch: Batch) -> Tensor:
             answers = [critic.answers(batch)] if critic else []
-            return model(batch.inputs, batch.targets, answers, num_valid)[0]
+            return model(batch.inputs, batch.targets, answers, num_valid, batch.uniforms)[0]
 
         return loss
 

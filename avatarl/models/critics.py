@@ -223,13 +223,14 @@ class AverageCritic(LiveCritic):
         self._has_started = True
 
     def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
-        divide(self.module, self.model)  # as the player is, whose parts it takes
+        divide(self.module, self.model)  # as the player is, since weights are copied part by part
 
 
 class Snapshot(LiveCritic):
     """An earlier player, which ``ppo`` draws its actions from; no critic of a recipe."""
 
     keeps_state = is_running = True
+    shard = AverageCritic.shard
 
     def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
         if not was_saved:

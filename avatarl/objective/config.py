@@ -38,12 +38,6 @@ class AvataRLConfig:
         per_action_mean: Divide a position's reward term by its number of active actions (the released code).
         player_proposes: Whether the player's own proposals are among the actions, or the critics' alone.
 
-    Attributes:
-        tail_rule: ``tail``, or the pool's own rule where that is None.
-        needs_critic: Whether any critic has a weight above 0.
-        needs_critic_normaliser: Whether rewards depend on the critic's probabilities, and not only on its logits at the
-            active actions.
-
     Raises:
         UserError: A value is out of its range; the message names the field, the value and what is accepted.
     """
@@ -107,11 +101,6 @@ class AvataRLConfig:
             require_number(name, getattr(self, name), lambda x: x > 0, "a number above 0")
         for weight in self._weights_as_given():
             require_number("critic_weight", weight, lambda x: x >= 0, "a number of at least 0, or one per critic")
-        # Resolved here, since a training step asks for them at every chunk.
-        object.__setattr__(self, "tail_rule", self.tail or DEFAULT_TAIL[self.pool])
-        object.__setattr__(self, "needs_critic", any(weight > 0 for weight in self._weights_as_given()))
-        needs_normaliser = self.tail_rule != "renormalise" or self.threshold == "mass"
-        object.__setattr__(self, "needs_critic_normaliser", needs_normaliser)
         self._check_weights_together()
         self._check_tail()
 
@@ -142,6 +131,16 @@ class AvataRLConfig:
             )
         if self.per_action_mean:
             raise UserError(f"per_action_mean divides by the active actions, which tail={self.tail!r} goes beyond")
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether any critic has a weight above 0."""
+        return any(weight > 0 for weight in self._weights_as_given())
+
+    @property
+    def tail_rule(self) -> str:
+        """``tail``, or the pool's own rule where that is None."""
+        return self.tail or DEFAULT_TAIL[self.pool]
 
     def critic_weights(self, num_critics: int) -> tuple[float, ...]:
         """Return one weight for each of ``num_critics`` critics.

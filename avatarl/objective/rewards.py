@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .answers import Answers, CachedAnswers, LiveAnswers, as_answers, is_one
 from .checks import check_logits
-from .config import AvataRLConfig
+from .config import DEFAULT_TAIL, AvataRLConfig
 from .policy import DenseTail, compute_dtype, sums_of_each
 from .schedule import Scheduled, Weight, base_weights, expert_weights, weighted
 
@@ -128,12 +128,13 @@ def compute_rewards(
     No softmax of a critic is computed where the rewards do not depend on it. ``uniforms`` (N, 1) are for the tokens
     that ``tail="sample"`` draws.
     """
-    dtype, tail = compute_dtype(player.dtype), config.tail_rule
+    dtype, tail = compute_dtype(player.dtype), config.tail or DEFAULT_TAIL[config.pool]
+    # Without these the rewards depend on a critic's logits at the actions alone.
+    normalised = tail != "renormalise" or config.threshold == "mass"
     actions, valid = active_actions(player, critics, targets, config)
     num_active = valid.sum(dim=1, keepdim=True)  # (N, 1)
     log_reality = _log_reality(valid, config.smoothing if scheduled is None else scheduled.smoothing, dtype)
-    how = dict(normalised=config.needs_critic_normaliser, by_draws=tail == "sample")
-    answers = [critic.log_probs_at(actions, dtype, **how) for critic in critics]
+    answers = [critic.log_probs_at(actions, dtype, normalised, by_draws=tail == "sample") for critic in critics]
     estimates = [is_estimate for _, is_estimate in answers if is_estimate is not None]
     shares = [(is_estimate & valid).sum(dim=1) / num_active[:, 0] for is_estimate in estimates]
 

@@ -86,7 +86,7 @@ def test_every_objective_trains_and_leaves_a_whole_run_folder(tiny_config, tmp_p
     assert all(math.isfinite(value) for line in lines_of(run) for name, value in line.items() if name != "event")
     assert (summary["steps"], summary["tokens"]) == (8, 8 * 4 * BLOCK)
     assert summary["best_cross_entropy"] == min(x["cross_entropy"] for x in lines_of(run) if x["event"] == "eval")
-    assert (summary["critic_flops"] > 0) == (OBJECTIVES[objective](config.avatarl, config.baseline).needs_critic)
+    assert (summary["critic_flops"] > 0) == (OBJECTIVES[objective].needs_critic(config.avatarl, config.baseline))
     for line in lines_of(run):
         assert tuple(line)[2:5] == SPENT and all(type(line[name]) is int for name in SPENT)
         assert [8 * line[name] for name in SPENT] == [line["step"] * summary[name] for name in SPENT]
