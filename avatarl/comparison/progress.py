@@ -122,10 +122,11 @@ class Progress:
             critics = critics_of(comparison.untuned[kind, name])
             options = [comparison.cache_options(critic) for critic in critics if critic in comparison.critics]
             records = [self._record_format(of_cache) for of_cache in options if of_cache is not None]
-            stored = [(record.num_top, record.num_draws) for record in records]
-            for objective in objectives if stored else ():
+            live = [None] * (len(critics) - len(records))
+            limits = [(record.num_top, record.num_draws) for record in records] + live
+            for objective in objectives if records else ():
                 try:
-                    objective.check_settings(self.data.vocab_size, len(critics), stored)
+                    objective.check_settings(self.data.vocab_size, limits)
                 except ValueError as error:
                     raise UserError(f"{kind} {name}: {error}") from error
 

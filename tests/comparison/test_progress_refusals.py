@@ -184,7 +184,7 @@ def test_a_wrong_setting_is_found_at_once(compared: Compared, data: PreparedData
                     "u": {"objective": "avatarl", "critic": "t", "avatarl.tail": "dense", "avatarl.pool": "arithmetic"},
                 },
             },
-            "critic u: tail='dense' needs the critic itself",
+            "critic u: tail='dense' needs a live critic",
         ),
         (
             {

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from avatarl.data import PreparedData
+from avatarl.models import Critic
 from avatarl.run_dir.curve import HEIGHT, WIDTH, draw_curve
 from avatarl.run_dir.log import evaluations_of
 from avatarl.run_dir.model_card import hub_dataset
@@ -158,7 +159,7 @@ def with_manifest(parts: Setup, **entries) -> Setup:
 )
 def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
     hostile = with_manifest(assembly, sources=[text, {"a": [1]}], tokenizer=text)
-    hostile.config, hostile.critic_names = dataclasses.replace(hostile.config, out=text), [text]
+    hostile.config, hostile.critics = dataclasses.replace(hostile.config, out=text), [Critic(text)]
     (plain_front, plain), (front, page) = (
         card_of_player(parts, {**EVALUATION, name: 1.0}).split("\n---\n", maxsplit=1)
         for parts, name in ((assembly, "metric"), (hostile, text))
