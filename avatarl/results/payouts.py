@@ -1,12 +1,14 @@
-"""An inspected text for people: in the terminal, as a page that computes again what its reader changes, as JSON."""
+"""Show an inspected text: in the terminal, as a page whose settings its reader can change, as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -15,12 +17,14 @@ from rich.text import Text
 from avatarl.console import Console
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
-from avatarl.objective import AvataRLConfig
+from avatarl.objective.config import AvataRLConfig
 from avatarl.sanitise import one_line
 from avatarl.untrusted import refusing
 
-from .inspector import Action, Answers, Inspection
 from .pages import read_source, render_page
+
+if TYPE_CHECKING:
+    from .inspector import Action, Answers, Inspection
 
 LOWEST_LOG_PROB = -1e30  # JSON knows no infinity; its exp is 0 all the same
 SUMMARY = {  # of docs/metrics.md
@@ -51,8 +55,10 @@ def write_inspection(inspection: Inspection, out: str | Path) -> None:
     Raises:
         UserError: Another suffix, or the file cannot be written.
     """
-    write = {".html": inspection_page, ".json": lambda numbers: json.dumps(numbers.as_dict(), indent=1) + "\n"}
-    content = write[kind_of(out)](inspection)
+    if kind_of(out) == ".html":
+        content = inspection_page(inspection)
+    else:
+        content = json.dumps(inspection.as_dict(), indent=1) + "\n"
     with refusing(f"out is {str(out)!r}, which cannot be written (", ")"):
         replace_file(Path(out).resolve(), content)
 
@@ -110,11 +116,9 @@ def settings_of(config: AvataRLConfig) -> dict[str, Any]:
 
 
 def answers_data(answers: Answers) -> dict[str, Any]:
-    """Answers as the page's script has them."""
-    names = {
-        name: name.split("_")[0] + "".join(part.title() for part in name.split("_")[1:]) for name in Answers._fields
-    }
-    return {names[name]: _digits(value) for name, value in answers._asdict().items()}
+    """Answers as the page's script has them, whose names are in camel case."""
+    camel = {name: re.sub("_(.)", lambda match: match[1].upper(), name) for name in answers._fields}
+    return {camel[name]: _digits(value) for name, value in answers._asdict().items()}
 
 
 def _digits(value: Any) -> Any:
@@ -128,7 +132,7 @@ def _digits(value: Any) -> Any:
 
 
 def print_inspection(console: Console, inspection: Inspection, position: int | None = None) -> None:
-    """The text coloured by what it earned, its means and where critic and text disagree; or one position's payouts.
+    """Print the text coloured by its expected reward, its means and disagreements; or the candidates of one position.
 
     Args:
         console: Where to.
@@ -146,29 +150,22 @@ def print_inspection(console: Console, inspection: Inspection, position: int | N
     console.print(_plain(f"player {inspection.player}, critic {', '.join(inspection.critics) or 'none'}"))
     console.print("a line's number is that of its first token", style="dim", highlight=False)
     print_text(console, inspection)
-    means = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for name, value in inspection.summary.items():
-        if name in SUMMARY:
-            words, unit = SUMMARY[name]
-            means.add_row(words, _number(value), unit)
-    console.print(means)
-    places = inspection.disagreements(DISAGREEMENTS)
-    if places:
+    summary = ((*SUMMARY[name], value) for name, value in inspection.summary.items() if name in SUMMARY)
+    console.print(_table([words, _number(value), unit] for words, unit, value in summary))
+    if places := inspection.disagreements(DISAGREEMENTS):
         console.print("\nWhere critic and text disagree most (--position N shows one):", highlight=False)
-        apart = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        rows = []
         for place in places:
             at = inspection.positions[place]
-            favourites = dict.fromkeys(
-                max(at.actions, key=lambda a, c=c: a.critic[c]).text for c in range(len(inspection.critics))
-            )
-            apart.add_row(
-                str(place), _plain(at.text), _plain(f"{at.disagreement:.2f} nats for {', '.join(favourites)}")
-            )
-        console.print(apart)
+            critics = range(len(inspection.critics))
+            best = (max(at.actions, key=lambda action, c=c: action.critic[c]).text for c in critics)
+            favourites = ", ".join(dict.fromkeys(best))
+            rows.append([str(place), _plain(at.text), _plain(f"{at.disagreement:.2f} nats for {favourites}")])
+        console.print(_table(rows))
 
 
 def print_text(console: Console, inspection: Inspection) -> None:
-    """The text's tokens, each on the ground of what it earned; the number of a line is that of its first token."""
+    """Print the text's tokens, coloured by expected reward; the number of a line is that of its first token."""
     width = len(str(len(inspection.positions)))
     line, used = Text(), 0
     for number, position in enumerate(inspection.positions):
@@ -176,8 +173,7 @@ def print_text(console: Console, inspection: Inspection) -> None:
         if not used:
             line.append(f"{number:>{width}} ", style="dim")
             used = width + 1
-        style = next(style for bound, style in EARNED.items() if position.expected_reward_share < bound)
-        line.append(shown, style=style)
+        line.append(shown, style=next(style for end, style in EARNED.items() if position.expected_reward_share < end))
         used += cell_len(shown)
         if shown.endswith("⏎") or used > console.width - 12:
             line.append("\n")
@@ -187,75 +183,59 @@ def print_text(console: Console, inspection: Inspection) -> None:
         line.append("(without colours: --position N shows what was earned at a token)", style="dim")
     else:
         line.append("expected reward, share of the best: ", style="dim")
-        for bound, style in EARNED.items():
-            line.append(f" < {bound:.0%} " if bound < 1 else " more ", style=style)
+        for end, style in EARNED.items():
+            line.append(f" < {end:.0%} " if end < 1 else " more ", style=style)
     console.print(line, soft_wrap=True)
 
 
 def print_position(console: Console, inspection: Inspection, place: int) -> None:
-    """The active actions of one position: who proposed them, what was said of them, what they were paid."""
-    at = inspection.positions[place]
+    """Print the active actions of one position: who proposed them, their probabilities, what each was paid."""
+    at, critics = inspection.positions[place], range(len(inspection.critics))
     before = "".join(position.text for position in inspection.positions[max(0, place - 12) : place])
     context = Text(before.replace("␣", " ")[-console.width + 30 :], style="dim")
     console.print(Text(f"position {place}: ").append(context).append(at.text, style="reverse"), soft_wrap=True)
     console.print(
-        _plain(
-            f"cross-entropy {at.cross_entropy:.3f} nats, entropy {at.entropy:.3f} nats, expects "
-            f"{at.expected_reward_share:.1%} of the best reward"
-        )
+        f"cross-entropy {at.cross_entropy:.3f} nats, entropy {at.entropy:.3f} nats, expects "
+        f"{at.expected_reward_share:.1%} of the best reward",
+        highlight=False,
     )
-    bar = "every action is paid" if at.threshold is None else f"paid is a consensus above {_number(at.threshold)}"
-    console.print(_plain(f"{len(at.actions)} active actions (of Text, Player, Critic), {bar}"))
+    paid_from = "every action is paid" if at.threshold is None else f"paid is a consensus above {_number(at.threshold)}"
+    console.print(f"{len(at.actions)} active actions (of Text, Player, Critic), {paid_from}", highlight=False)
 
     first, *others = at.actions
     others.sort(key=lambda action: -action.consensus)
     paid = [action for action in others if action.reward > 0]
     unpaid = others[len(paid) :]
-    table = Table(box=None, padding=(0, 1, 0, 0))
+    best = max(action.reward for action in at.actions) or 1.0
+
+    def numbers(actions: Sequence[Action]) -> list[str]:
+        """Reality, critics, consensus and policy of one action, or of several together."""
+        columns = zip(*((a.reality, *a.critic, a.consensus, a.policy) for a in actions), strict=True)
+        return [_number(sum(column)) for column in columns]
+
+    table = _table([], padding=1, show_header=True)
     table.add_column("token", no_wrap=True, max_width=14)
     table.add_column("by", no_wrap=True)
-    critics = (
-        ["critic"] if len(inspection.critics) == 1 else [f"critic {i + 1}" for i in range(len(inspection.critics))]
-    )
-    for name in ("reality", *critics, "consensus", "player π", "push", "reward"):
+    voices = ["critic"] if len(critics) == 1 else [f"critic {c + 1}" for c in critics]
+    for name in ("reality", *voices, "consensus", "player π", "push", "reward"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    best = max(action.reward for action in at.actions) or 1.0
     for action in [first, *paid, *unpaid[:MOST_UNPAID]]:
-        table.add_row(*_row(action, best), style="dim" if action.reward == 0 else "")
+        arrow = "↑" if action.gradient < 0 else "↓" if action.gradient > 0 else " "
+        by = "".join(voice[0].upper() + voice[len("critic ") :] for voice in action.proposed_by)
+        bar = "█" * round(BAR * action.reward / best) or ("▏" if action.reward else "")
+        push, style = f"{arrow}{_number(abs(action.gradient))}", "" if action.reward else "dim"
+        table.add_row(_plain(action.text), by, *numbers([action]), push, _number(action.reward), bar, style=style)
     if rest := unpaid[MOST_UNPAID:]:
-        table.add_row(*_rest(rest, len(critics)), style="dim")
+        table.add_row(f"{len(rest)} more", "", *numbers(rest), "", "0", "", style="dim")
     console.print(table)
 
 
-def _row(action: Action, best: float) -> list[Text | str]:
-    arrow = "↑" if action.gradient < 0 else "↓" if action.gradient > 0 else " "
-    return [
-        _plain(action.text),
-        "".join(voice[0].upper() + voice[len("critic ") :] for voice in action.proposed_by),
-        _number(action.reality),
-        *map(_number, action.critic),
-        _number(action.consensus),
-        _number(action.policy),
-        f"{arrow}{_number(abs(action.gradient))}",
-        _number(action.reward),
-        "█" * round(BAR * action.reward / best) or ("▏" if action.reward else ""),
-    ]
-
-
-def _rest(actions: list[Action], critics: int) -> list[str]:
-    """What the actions that are not listed have together; none of them is paid."""
-    return [
-        f"{len(actions)} more",
-        "",
-        _number(sum(action.reality for action in actions)),
-        *(_number(sum(action.critic[critic] for action in actions)) for critic in range(critics)),
-        _number(sum(action.consensus for action in actions)),
-        _number(sum(action.policy for action in actions)),
-        "",
-        "0",
-        "",
-    ]
+def _table(rows: Iterable[Sequence[Text | str]], padding: int = 2, show_header: bool = False) -> Table:
+    table = Table(box=None, padding=(0, padding, 0, 0), show_header=show_header)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _number(value: float) -> str:
@@ -266,5 +246,5 @@ def _number(value: float) -> str:
 
 
 def _plain(text: str) -> Text:
-    """Text from outside: no markup, no highlighting, one line."""
+    """Untrusted text: no markup, no highlighting, one line."""
     return Text(one_line(text), overflow="fold")
