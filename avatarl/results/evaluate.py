@@ -1,244 +1,82 @@
-"""How good a model is on held-out text: likelihood, accuracy and calibration; with a critic, its rewards too."""
+"""How good a model is: on held-out text, on minimal pairs, on tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from avatarl.data import PreparedData, Windows
-from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import check_same_vocabulary, load_model, load_tokenizer, open_critic
-from avatarl.models.critics import CriticInputs
-from avatarl.models.loading import check_rows, check_window, head_weight, last_hidden, longest_sequence
-from avatarl.objective import AvataRL, AvataRLConfig, linear_avatarl_loss
-from avatarl.objective.config import require_choice, require_whole
-
-RELIABILITY_BINS = 15
-FORECASTS = 16  # of a position: its most likely tokens, each with its probability
-ACCURACY_RANKS = (1, FORECASTS)
-WINDOWS_AT_ONCE = 8
-
-
-class PositionScores(NamedTuple):
-    """What is kept of each position (N,), in float32."""
-
-    cross_entropy: Tensor  # nats
-    entropy: Tensor  # nats
-    confidence: Tensor  # probability of the most likely token
-    rank: Tensor  # int64, how many tokens are more likely than the target
-    top_probs: Tensor  # (N, R), probabilities of the R most likely tokens in falling order; of 16, or of all if fewer
-    ties: Tensor | int = 1  # int64, how many tokens are as likely as the target, itself included
+from avatarl.objective.config import AvataRLConfig
 
 
 def evaluate(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     critic: str | Sequence[str] | None = None,
     avatarl: AvataRLConfig | None = None,
     split: str = "valid",
     block_size: int | None = None,
     max_windows: int | None = None,
+    pairs: str | Path | None = None,
+    tasks: str | None = None,
+    include_path: str | Path | None = None,
     device: str = "auto",
 ) -> dict:
-    """Evaluate a model on every window of a split, in float32.
+    """Evaluate a model on held-out text, minimal pairs and tasks of the lm-evaluation-harness, in float32.
 
     Args:
         model: A run folder (its best player), a model folder or a hub id.
-        data: A prepared data folder with the model's vocabulary.
-        critic: A critic or its cache, or several: adds ``rewards``, the metrics of the AvataRL objective.
-        avatarl: Settings of those rewards; the article's when None.
-        split: ``valid`` or ``train``.
-        block_size: Tokens in a window; the model's own context when None.
-        max_windows: Look at the first so many windows only.
-        device: ``cpu``, ``cuda`` or ``auto``.
+        data: A prepared data folder with the model's vocabulary: likelihood, accuracy and calibration on its text.
+        critic: Critics or their caches: adds the reward metrics on data.
+        avatarl: Settings of these rewards; the article's when None.
+        split: Of data: valid or train.
+        block_size: Of data: tokens in a window; the model's context when None.
+        max_windows: Of data: read only the first windows, this many.
+        pairs: Minimal pairs: a .jsonl file or a folder of them.
+        tasks: Tasks, groups and tags of the lm-evaluation-harness: NAME,NAME.
+        include_path: Of tasks: a folder with your own (YAML). They may name Python functions, which the harness runs.
+        device: cpu, cuda or auto.
 
     Returns:
-        cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes; where it is
-        None bits_per_byte_missing says why), top1_accuracy and top16_accuracy, expected_calibration_error with its
-        reliability table (bins of equal width over the top token's probability), top16_calibration_error with its
-        top16_reliability (the same of the 16 most likely tokens, each a forecast of its own, in bins of halving
-        width), tokens, bytes, windows, block_size, split, and with a critic ``rewards`` and ``reward_settings``.
+        Of data: cross_entropy and entropy (nats per token), perplexity, bits_per_byte (special tokens have no bytes;
+        where it is None bits_per_byte_missing says why), top1_accuracy and top16_accuracy, expected_calibration_error
+        with its reliability table (bins of equal width over the top token's probability), top16_calibration_error with
+        its top16_reliability (the same of the 16 most likely tokens, each a forecast of its own, in bins of halving
+        width), tokens, bytes, windows, block_size, split, and with a critic rewards and reward_settings. Of pairs:
+        minimal_pairs, see :func:`~avatarl.results.score_pairs`. Of tasks: harness, see
+        :func:`~avatarl.results.run_tasks`.
 
     Raises:
-        UserError: The model, data or critic cannot be used, or do not fit each other.
+        UserError: The model, data, critic, pairs or tasks cannot be used, or do not fit each other.
     """
-    require_choice("split", split, ("train", "valid"))
-    prepared = PreparedData.open(data)
-    tokenizer = prepared.load_tokenizer()
-    check_same_vocabulary(tokenizer, load_tokenizer(model), str(model), role="model")
-    chosen = pick_device(device)
-    player = load_model(model, torch.float32, chosen)
-    check_rows(player, tokenizer, str(model))
-    block_size = context_length(player) if block_size is None else block_size
-    require_whole("block_size", block_size, minimum=1)
-    critic_names = [critic] if isinstance(critic, str) else list(critic or [])
-    critics = [
-        open_critic(name, tokenizer, block_size=block_size, data=prepared, splits=[split], device=chosen)
-        for name in critic_names
-    ]
-    config = avatarl or AvataRLConfig.article()
-    if critics:
-        try:
-            AvataRL(config).check_settings(len(tokenizer), [critic.limits for critic in critics])
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    if data is None and pairs is None and tasks is None:
+        raise UserError("nothing to evaluate on; expected data (a prepared folder), pairs (.jsonl) or tasks (by name)")
+    options_of_data = {"critic": critic, "block_size": block_size, "max_windows": max_windows}
+    if split != "valid":
+        options_of_data["split"] = split
+    for what, value, options in (("data", data, options_of_data), ("tasks", tasks, {"include_path": include_path})):
+        for name, given in options.items():
+            if value is None and given is not None:
+                raise UserError(f"{name} is {given!r}, which is an option of {what}; expected {what} too")
 
-    longest = longest_sequence(player)
-    if longest is not None and longest < block_size:
-        raise UserError(f"block_size is {block_size}; expected at most {longest}, what {model} was made to read")
-    check_window(player, block_size, str(model))
-    windows = Windows(prepared.train if split == "train" else prepared.valid, block_size)
-    count = len(windows) if max_windows is None else min(max_windows, len(windows))
-    require_whole("max_windows", count, minimum=1)
+    from .harness import open_tasks, run_tasks
+    from .likelihood import evaluate_text
+    from .minimal_pairs import read_pairs, score_pairs
+    from .players import open_player
 
-    generator = torch.Generator().manual_seed(1)  # of a sampled tail
-    scores, rewards = [], {}
-    for start in range(0, count, WINDOWS_AT_ONCE):
-        indices = range(start, min(start + WINDOWS_AT_ONCE, count))
-        inputs, targets = windows.batch(indices)
-        inputs, targets = inputs.to(chosen), targets.to(chosen)
-        with torch.no_grad():
-            hidden = last_hidden(player, inputs)
-            scores.append(score_positions(hidden, head_weight(player), targets, len(tokenizer)))
-            if critics:
-                batch = CriticInputs(inputs, split, indices)
-                _, metrics = linear_avatarl_loss(
-                    hidden,
-                    head_weight(player),
-                    [critic.answers(batch) for critic in critics],
-                    None,
-                    targets,
-                    config,
-                    vocab_size=len(tokenizer),
-                    num_valid=count * block_size,
-                    uniforms=torch.rand(targets.numel(), 1, generator=generator).to(chosen),
-                )
-                for name, value in metrics.items():
-                    rewards[name] = rewards.get(name, 0.0) + value.item()
-    positions = PositionScores(*(torch.cat(column).cpu() for column in zip(*scores, strict=True)))
-    if unknown := int(positions.cross_entropy.isnan().sum()):
-        raise UserError(f"{model}: its logits are NaN at {unknown:,} of {count * block_size:,} positions")
-    if math.isnan(rewards.get("loss", 0.0)):
-        raise UserError(f"critic {', '.join(critic_names)}: logits are NaN in the {count:,} windows")
-    num_bytes = prepared.text_bytes(split, 1, count * block_size + 1, tokenizer)  # windows lie one after the other
-    result = summarise(positions, num_bytes) | {"windows": count, "block_size": block_size, "split": split}
-    if not num_bytes:
-        unknown = f"{data} was prepared before the bytes of such tokens were kept; prepare it anew"
-        result["bits_per_byte_missing"] = unknown if num_bytes is None else "the targets stand for no text"
-    return result | ({"rewards": rewards, "reward_settings": asdict(config)} if critics else {})
-
-
-def score_positions(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> PositionScores:
-    """Score windows (B, T) from hidden states (B, T, d), one window at a time to hold (T, vocabulary) at most."""
-    columns = []
-    for states, target in zip(hidden, targets, strict=True):
-        logits = (states @ head[:vocab_size].t()).float()  # (T, V)
-        log_probs, of_target = logits.log_softmax(-1), logits.gather(1, target.unsqueeze(1))  # (T, V), (T, 1)
-        top_probs = log_probs.topk(min(FORECASTS, log_probs.shape[1]), dim=1).values.exp()  # (T, R)
-        columns.append(
-            PositionScores(
-                -log_probs.gather(1, target.unsqueeze(1)).squeeze(1),
-                -torch.linalg.vecdot(log_probs.exp(), log_probs),
-                top_probs[:, 0],
-                (logits > of_target).sum(1),
-                top_probs,
-                (logits == of_target).sum(1),
-            )
+    # What is quickly found wrong comes before what takes long.
+    found_pairs = None if pairs is None else read_pairs(pairs)
+    found_tasks = None if tasks is None else open_tasks(tasks, include_path)
+    player = open_player(model, device)
+    result = {}
+    if data is not None:
+        critics = [critic] if isinstance(critic, str) else list(critic or [])
+        result = evaluate_text(
+            player, data, critics, avatarl or AvataRLConfig.article(), split, block_size, max_windows
         )
-    return PositionScores(*(torch.cat(column) for column in zip(*columns, strict=True)))
-
-
-def summarise(positions: PositionScores, num_bytes: int | None) -> dict:
-    """The numbers of an evaluation, from every position's scores and the bytes of the targets' text, where known."""
-    cross_entropy = positions.cross_entropy.double().mean().item()
-    # Each of the tokens that are as likely as the target may stand at its place: it is there with a share of one.
-    place, first = torch.arange(max(ACCURACY_RANKS)), positions.rank.unsqueeze(1)
-    ties = torch.as_tensor(positions.ties).expand_as(positions.rank).unsqueeze(1)
-    is_target = ((place >= first) & (place < first + ties)).double() / ties  # (N, 16)
-    table = reliability_table(positions.confidence, is_target[:, 0])
-    forecasts = positions.top_probs.shape[1]
-    top_table = halving_reliability_table(positions.top_probs.flatten(), is_target[:, :forecasts].flatten())
-    total = len(positions.rank)
-    return {
-        "cross_entropy": cross_entropy,
-        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
-        "bits_per_byte": cross_entropy * total / math.log(2) / num_bytes if num_bytes else None,
-        **{f"top{rank}_accuracy": is_target[:, :rank].sum(1).mean().item() for rank in ACCURACY_RANKS},
-        "entropy": positions.entropy.double().mean().item(),
-        "expected_calibration_error": calibration_error(table, total),
-        "reliability": table,
-        f"top{FORECASTS}_calibration_error": calibration_error(top_table, total),
-        f"top{FORECASTS}_reliability": top_table,
-        "tokens": total,
-        "bytes": num_bytes,
-    }
-
-
-def reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]:
-    """Bins of equal width over the top token's probability: how sure the model was, how often it was right.
-
-    Empty bins are left out. Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
-    """
-    bins = (confidence * RELIABILITY_BINS).long().clamp(max=RELIABILITY_BINS - 1)
-    return _rows_of_bins(bins, [index / RELIABILITY_BINS for index in range(RELIABILITY_BINS + 1)], confidence, correct)
-
-
-def halving_reliability_table(confidence: Tensor, correct: Tensor) -> list[dict]:
-    """Bins (1/2, 1], (1/4, 1/2] and so on, the last down to 0, from small to large: small probabilities apart too.
-
-    Args:
-        confidence: (M,) probabilities of forecasts.
-        correct: (M,) in [0, 1], the share of each that came true.
-    """
-    inner = [2.0**-halvings for halvings in range(RELIABILITY_BINS - 1, 0, -1)]
-    bins = torch.bucketize(confidence, torch.tensor(inner), out_int32=True)  # a bin's upper edge is its own
-    return _rows_of_bins(bins, [0.0, *inner, 1.0], confidence, correct)
-
-
-def _rows_of_bins(bins: Tensor, edges: Sequence[float], confidence: Tensor, correct: Tensor) -> list[dict]:
-    """What lies in each bin that is not empty, of forecasts (M,) in bins (M,) between neighbouring edges."""
-    rows = []
-    for index, (lower, upper) in enumerate(pairwise(edges)):
-        inside = bins == index
-        if count := int(inside.sum()):
-            rows.append(
-                {
-                    "from": lower,
-                    "to": upper,
-                    "count": count,
-                    "confidence": confidence[inside].double().mean().item(),
-                    "accuracy": correct[inside].mean().item(),
-                }
-            )
-    return rows
-
-
-def calibration_error(table: Sequence[Mapping[str, float]], positions: int) -> float:
-    """Probability per position that lies in the wrong place: Σ over bins of |Σ probabilities − hits| / positions.
-
-    Of one forecast a position it is 0 to 1, the expected calibration error; of several 0 to 2.
-    """
-    return sum(row["count"] / positions * abs(row["accuracy"] - row["confidence"]) for row in table)
-
-
-def context_length(model) -> int:
-    """The longest sequence a model was made for.
-
-    Raises:
-        UserError: Its configuration does not say.
-    """
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not length:
-        raise UserError(
-            "block_size is not given and the model's configuration states no context length; give block_size"
-        )
-    return length
+    if found_pairs is not None:
+        result["minimal_pairs"] = score_pairs(player, found_pairs)
+    if found_tasks is not None:
+        result["harness"] = run_tasks(player, found_tasks)
+    return result

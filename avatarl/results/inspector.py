@@ -1,4 +1,4 @@
-"""What every candidate of every position of a text is paid, and why: the reward landscape with names on it.
+"""The rewards of every candidate of every position of a text, and why: the reward landscape with names on it.
 
 A text is read as training reads it: cut into windows of the context's length, the first of which begins with the
 end-of-text token. Everything is computed in float64 from logits in float32.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,23 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from avatarl.data.tokenizer import encode_texts, encode_with_bytes, end_of_text_id
-from avatarl.device import pick_device
 from avatarl.errors import UserError
-from avatarl.models import Critic, load_model, load_tokenizer, open_critic
-from avatarl.models.critics import CriticInputs, kind_of_critic
-from avatarl.models.loading import check_rows, head_weight, last_hidden, resolve_model
+from avatarl.models import Critic, open_critic
+from avatarl.models.critics import CriticInputs
+from avatarl.models.loading import head_weight, last_hidden, resolve_model
 from avatarl.objective import AvataRL, AvataRLConfig, HiddenAnswers, LiveAnswers, RewardLandscape, reward_landscape
 from avatarl.objective.objectives import LossInputs
-from avatarl.places import CONFIG, require_found
 from avatarl.sanitise import visible
-from avatarl.untrusted import read_regular_file, refusing
 
-from .evaluate import context_length
-from .runs import read_settings
+from .inspect import settings_and_critics
+from .players import Player, open_player
 
 MOST_TOKENS = 2048  # of a text: a page of so many positions has three megabytes
-LARGEST_TEXT_BYTES = 1 << 20
-KEPT_PROPOSALS = 32  # of each model, for who changes settings where there is no model any more
+KEPT_PROPOSALS = 32  # of each model, for changed settings on a page, where there is no model any more
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # the byte-level alphabet
 BYTE_FALLBACK = re.compile("<0x[0-9A-F]{2}>")  # a byte among SentencePiece's tokens
 WHITE_SPACE_BYTES = ("\n", "\t", "\r")  # of which it may have no other token
@@ -63,7 +57,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Position:
-    """One token of the text, and what was said and paid where it stands."""
+    """One token of the text, and what each candidate earns in its place."""
 
     token: int
     text: str  # with white space visible
@@ -78,7 +72,7 @@ class Position:
 
 
 class Answers(NamedTuple):
-    """What a position's landscape is computed from: what each model says of its own proposals and of the others'."""
+    """What a page computes a position's landscape from: each model's probabilities of all that any model proposes."""
 
     tokens: list[int]  # U of them: the text's, then all that any model proposes
     player_order: list[int]  # places in ``tokens`` of the player's proposals, the likeliest first
@@ -94,7 +88,7 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text, judged."""
+    """A text and the rewards of its candidates."""
 
     player: str
     critics: tuple[str, ...]
@@ -129,10 +123,10 @@ class Inspector:
     ):
         """
         Args:
-            player: The model whose policy is looked at, in eval mode.
+            player: The model whose policy is shown, in eval mode.
             critics: The critics.
             tokenizer: Of all of them.
-            config: The settings. Of a sampled tail its expectation is shown, ``dense``.
+            config: The settings. A sampled tail is shown by its expectation, ``dense``.
             names: Of the player and each critic.
 
         Raises:
@@ -147,7 +141,8 @@ class Inspector:
         self.player, self.critics, self.tokenizer, self.config = player, list(critics), tokenizer, config
         self.names = tuple(names)
         self.shown = cache(partial(shown_token, tokenizer))
-        self.block_size = min([context_length(player), *(critic.longest for critic in critics if critic.longest)])
+        context = Player("", player, tokenizer).context_length
+        self.block_size = min([context, *(critic.longest for critic in critics if critic.longest)])
 
     @classmethod
     def open(
@@ -168,19 +163,17 @@ class Inspector:
         Raises:
             UserError: One cannot be opened, or they do not fit each other.
         """
-        resolve_model(player)  # a name that is none is not to be blamed on the critic
-        chosen, (config, critics) = pick_device(device), settings_and_critics(player, critics, config)
-        tokenizer = load_tokenizer(player)
-        opened = load_model(player, torch.float32, chosen)
-        check_rows(opened, tokenizer, str(player))
-        opened_critics = [open_critic(name, tokenizer, device=chosen) for name in critics]
-        return cls(opened, opened_critics, tokenizer, config, [str(player), *map(str, critics)])
+        resolve_model(player)  # a mistyped player is not to be blamed on the critic
+        config, critics = settings_and_critics(player, critics, config)
+        opened = open_player(player, device)
+        of_critics = [open_critic(name, opened.tokenizer, device=opened.model.device) for name in critics]
+        return cls(opened.model, of_critics, opened.tokenizer, config, [opened.name, *map(str, critics)])
 
     def inspect(self, text: str) -> Inspection:
-        """Judge a text; its first token too where the tokenizer has an end-of-text token to read before it.
+        """Compute the rewards of a text; of its first token too where there is an end-of-text token to read before it.
 
         Raises:
-            UserError: It has no token to judge, or too many.
+            UserError: It has no token with another before it, or too many.
         """
         (ids,) = encode_texts(self.tokenizer, [text])
         if len(ids) > MOST_TOKENS:
@@ -194,169 +187,86 @@ class Inspector:
         return self.inspect_ids(ids if end_id is None else [end_id, *ids])
 
     def inspect_ids(self, ids: Sequence[int]) -> Inspection:
-        """Judge every token of ``ids`` but the first, which is only read.
+        """Compute the rewards at every token of ``ids`` but the first, which is only read.
 
         Raises:
             UserError: There are fewer than two.
         """
         if len(ids) < 2:
-            raise UserError("text has no token to judge; give some text")
-        windows = [self._judge(window) for window in self._windows(ids)]
+            raise UserError("text has no token to look at; give some text")
+        # Windows of at most block_size + 1 tokens, each beginning with the last one of the window before.
+        starts = range(0, len(ids) - 1, self.block_size)
+        windows = [self._inspect_window(list(ids[start : start + self.block_size + 1])) for start in starts]
         positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
         summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
         tokens = dict.fromkeys(token for of_position in answers for token in of_position.tokens)
         texts = {token: self.shown(token) for token in tokens}
         return Inspection(self.names[0], self.names[1:], self.config, tuple(positions), summary, tuple(answers), texts)
 
-    def _windows(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Windows of at most ``block_size`` + 1 tokens, each beginning with the last one of the window before."""
-        for start in range(0, len(ids) - 1, self.block_size):
-            yield torch.tensor(ids[start : start + self.block_size + 1], device=self.player.device)
-
     @torch.no_grad()
-    def _judge(self, window: Tensor) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
-        """Every position of a window (T + 1,), what its landscape is computed from, and its metrics."""
-        inputs, targets, config = window[None, :-1], window[1:], self.config
+    def _inspect_window(self, ids: list[int]) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
+        """Every position of a window of T + 1 tokens, what its landscape is computed from, and its metrics."""
+        window, config = torch.tensor(ids, device=self.player.device), self.config
+        inputs, targets = window[None, :-1], window[1:]
         hidden = HiddenAnswers(last_hidden(self.player, inputs), head_weight(self.player))
         of_critics = [critic.answers(CriticInputs(inputs)) for critic in self.critics]
-        player, *critics = answers = [self._logits(each) for each in (hidden, *of_critics)]
-        for name, logits in zip(self.names, answers, strict=True):
+        player, *critics = every = [self._logits(each) for each in (hidden, *of_critics)]
+        for name, logits in zip(self.names, every, strict=True):
             if not logits.amax().isfinite():
-                raise UserError(f"{name}: its logits are NaN or infinite, of which there is no softmax")
+                raise UserError(f"{name}: its logits are NaN or infinite, so they have no softmax")
         landscape = reward_landscape(player, critics, targets, config)
         live = [LiveAnswers(logits) for logits in critics]
         loss_inputs = LossInputs(player.clone(), live, targets, weights=torch.ones_like(player[:, 0]))
         loss = AvataRL(config).loss_and_gradient(loss_inputs, with_gradient=True)
-        metrics = _rows(**loss.metrics)
-        numbers = _rows(
-            actions=landscape.actions,
-            valid=landscape.valid,
-            policy=player.log_softmax(-1).gather(1, landscape.actions).exp(),
-            reality=landscape.reality,
-            critic=landscape.critic.permute(1, 2, 0) if critics else torch.empty(*landscape.actions.shape, 0),
-            consensus=landscape.consensus,
-            rewards=landscape.rewards,
-            gradient=loss.gradient.gather(1, landscape.actions),
-        )
+        metrics = {name: values.tolist() for name, values in loss.metrics.items()}
+        metrics = [dict(zip(metrics, row, strict=True)) for row in zip(*metrics.values(), strict=True)]
+        of_actions = {
+            "policy": player.log_softmax(-1).gather(1, landscape.actions).exp(),
+            "reality": landscape.reality,
+            "critic": landscape.critic.permute(1, 2, 0) if critics else torch.empty(*landscape.actions.shape, 0),
+            "consensus": landscape.consensus,
+            "reward": landscape.rewards,
+            "gradient": loss.gradient.gather(1, landscape.actions),
+        }  # (T, A), of critics (T, A, C)
+        numbers = {name: values.tolist() for name, values in of_actions.items()}
         voices = ["critic"] if len(critics) == 1 else [f"critic {i + 1}" for i in range(len(critics))]
-        proposing = dict(zip(voices, critics, strict=True))
-        if config.player_proposes:
-            proposing = {"player": player, **proposing}
-        lists = {
-            voice: LiveAnswers(logits).proposals(config.top_k, config.top_p) for voice, logits in proposing.items()
-        }
-        tokens_of = {voice: tokens.masked_fill(~kept, -1) for voice, (tokens, kept) in lists.items()}
-        proposers = _rows(**tokens_of) if tokens_of else [{}] * len(targets)
-        positions = [
-            self._position(*of_position)
-            for of_position in zip(
-                numbers, proposers, metrics, thresholds(landscape, config), disagreements(critics, targets), strict=True
+        proposing = {"player": player} if config.player_proposes else {}
+        proposed = {}
+        for voice, logits in (proposing | dict(zip(voices, critics, strict=True))).items():
+            tokens, is_kept = LiveAnswers(logits).proposals(config.top_k, config.top_p)
+            proposed[voice] = tokens.masked_fill(~is_kept, -1).tolist()
+
+        def action(position: int, place: int, token: int) -> Action:
+            proposers = [voice for voice, tokens in proposed.items() if token in tokens[position]]
+            values = {name: column[position][place] for name, column in numbers.items()}
+            values["critic"] = tuple(values["critic"])
+            return Action(token, self.shown(token), ("text", *proposers) if place == 0 else tuple(proposers), **values)
+
+        bars, apart = thresholds(landscape, config), disagreements(critics, targets)
+        fields = ("cross_entropy", "entropy", "expected_reward", "expected_reward_share", "other_reward_share")
+        positions = []
+        for n, (tokens, valid) in enumerate(zip(landscape.actions.tolist(), landscape.valid.tolist(), strict=True)):
+            actions = tuple(action(n, place, token) for place, token in enumerate(tokens) if valid[place])
+            values = {name: metrics[n][name] for name in fields}
+            first = actions[0]
+            positions.append(
+                Position(first.token, first.text, actions, threshold=bars[n], disagreement=apart[n], **values)
             )
-        ]
         return positions, answers_of(player, critics, targets, config), metrics
 
     def _logits(self, answers: HiddenAnswers) -> Tensor:
         """Logits (T, V) in float64 of one window (1, T), without the rows that no token belongs to."""
         return (answers.states[0] @ answers.weight[: len(self.tokenizer)].t()).double()
 
-    def _position(
-        self,
-        numbers: dict[str, list],
-        proposed: dict[str, list[int]],
-        metrics: dict[str, float],
-        threshold: float | None,
-        disagreement: float | None,
-    ) -> Position:
-        """One row of the landscape with names on it."""
-        actions = [
-            Action(
-                token=token,
-                text=self.shown(token),
-                proposed_by=(
-                    *(["text"] if place == 0 else []),
-                    *(who for who, listed in proposed.items() if token in listed),
-                ),
-                policy=numbers["policy"][place],
-                reality=numbers["reality"][place],
-                critic=tuple(numbers["critic"][place]),
-                consensus=numbers["consensus"][place],
-                reward=numbers["rewards"][place],
-                gradient=numbers["gradient"][place],
-            )
-            for place, (token, is_valid) in enumerate(zip(numbers["actions"], numbers["valid"], strict=True))
-            if is_valid
-        ]
-        of_position = ("cross_entropy", "entropy", "expected_reward", "expected_reward_share", "other_reward_share")
-        return Position(
-            token=actions[0].token,
-            text=actions[0].text,
-            actions=tuple(actions),
-            threshold=threshold,
-            disagreement=disagreement,
-            **{name: metrics[name] for name in of_position},
-        )
-
-
-def settings_and_critics(
-    player: str | Path, critics: Sequence[str] | None = None, config: AvataRLConfig | None = None
-) -> tuple[AvataRLConfig, list[str]]:
-    """Those that are given; where None, those that the player was trained with.
-
-    Raises:
-        UserError: There is no critic, or one that cannot be asked about other text than it was trained beside.
-    """
-    own_config, own_critics = trained_with(player)
-    if critics is None and own_critics:
-        require_found(Path(player) / CONFIG, {"critic": own_critics})
-    config, critics = config or own_config, list(own_critics if critics is None else critics)
-    if config.needs_critic and not critics:
-        raise UserError(f"critic is not given, and {player} is no run that was trained with one; give a critic")
-    for name in critics:
-        if kind_of_critic(name) in ("average", "cache"):
-            raise UserError(f"critic {name} cannot be asked about any text; give a run, a model folder or a hub id")
-    return config, critics
-
-
-def trained_with(player: str | Path) -> tuple[AvataRLConfig, list[str]]:
-    """Settings and critics that a run was trained with; the article's and none for a model that is no run.
-
-    Raises:
-        UserError: Its config.yaml is not what a run writes.
-    """
-    if not os.path.isfile(Path(player) / CONFIG):
-        return AvataRLConfig.article(), []
-    settings = read_settings(player)
-    with refusing(f"{player}: config.yaml is not what a run writes (", ")"):
-        critic = settings["critic"] or []
-        return AvataRLConfig(**settings["avatarl"]), [critic] if isinstance(critic, str) else list(map(str, critic))
-
-
-def read_text(text: str | None, file: str | Path | None) -> str:
-    """The text to look at: given itself, or in a UTF-8 file, ``-`` being standard input.
-
-    Raises:
-        UserError: Both or neither are given, or the file cannot be read.
-    """
-    if (text is None) == (file is None):
-        raise UserError("expected the text to look at: either text or file (- is standard input)")
-    if text is not None:
-        return text
-    try:
-        if str(file) == "-":
-            return sys.stdin.buffer.read(LARGEST_TEXT_BYTES).decode("utf-8")
-        return read_regular_file(Path(file), LARGEST_TEXT_BYTES).decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"file {file} cannot be read as UTF-8 text ({error})") from error
-
 
 def thresholds(landscape: RewardLandscape, config: AvataRLConfig) -> list[float | None]:
-    """The consensus that earns nothing yet, at each position: 1/n, S/n, or None without a threshold."""
+    """The largest consensus that still earns nothing, at each position: 1/n, S/n, or None without a threshold."""
     num_active = landscape.valid.sum(1).double()
     if config.threshold == "none":
         return [None] * len(num_active)
     if config.threshold == "mean":
         return (1 / num_active).tolist()
-    # S, the mass of the blend before it is normalised; an expert of weight 0 says nothing.
+    # S, the mass of the blend before it is normalised; an expert of weight 0 takes no part.
     voices = [landscape.reality, *([] if landscape.critic is None else landscape.critic)]
     weights = [config.reality_weight, *config.critic_weights(len(voices) - 1)]
     experts = [weight * probs.log() for weight, probs in zip(weights, voices, strict=True) if weight]
@@ -424,9 +334,3 @@ def shown_token(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     elif "\ufffd" in alone and all(character in BYTES for character in piece):
         text = "".join(f"\\x{BYTES[character]:02x}" for character in piece)
     return visible(text.translate(WHITE_SPACE)) or "∅"
-
-
-def _rows(**columns: Tensor) -> list[dict[str, Any]]:
-    """Tensors (N, …) as N dictionaries of numbers and lists."""
-    rows = zip(*(tensor.tolist() for tensor in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -23,7 +23,7 @@ from avatarl.errors import UserError
 from avatarl.models.loading import head_weight, last_hidden, longest_sequence
 from avatarl.untrusted import parse_json
 
-from .evaluate import score_positions
+from .likelihood import score_positions
 from .players import open_player
 
 NAMES = (("sentence_good", "sentence_bad"), ("good", "bad"))

@@ -35,17 +35,19 @@ class Player(NamedTuple):
         return length
 
 
-def open_player(model: str | Path, device: str | torch.device = "auto", name: str = "") -> Player:
+def open_player(model: str | Path | Player, device: str | torch.device = "auto", name: str = "") -> Player:
     """Open a run's best player, a model folder or a hub id, in float32 and eval mode.
 
     Args:
-        model: A run folder, a model folder or a hub id.
+        model: A run folder, a model folder or a hub id. A player that is open already is returned as it is.
         device: ``cpu``, ``cuda`` or ``auto``, or a device that was picked before.
         name: How messages call it; ``model`` when empty.
 
     Raises:
         UserError: It cannot be opened, or its tokenizer has more tokens than the model.
     """
+    if isinstance(model, Player):
+        return model
     chosen = pick_device(device) if isinstance(device, str) else device
     tokenizer = load_tokenizer(model)
     opened = load_model(model, torch.float32, chosen)

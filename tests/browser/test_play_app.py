@@ -111,7 +111,7 @@ def generate_in(page, prompt: str = PROMPT) -> None:
 def wait_for_tokens(page, side: int, texts: list[str] | None = None) -> list[str]:
     """What a side shows of each generated token, once it is there, or once it is ``texts``."""
     script = """([side, wanted]) => {
-        const tokens = [...document.querySelectorAll(`#said-${side} button`)].map(token => token.title);
+        const tokens = [...document.querySelectorAll(`#generated-${side} button`)].map(token => token.title);
         const texts = tokens.map(title => title.replace(/: [0-9.]+ % of the best reward$/, ""));
         return texts.length && (!wanted || JSON.stringify(texts) === JSON.stringify(wanted)) && texts;
     }"""
@@ -152,9 +152,9 @@ def test_two_players_speak_and_every_token_can_be_looked_at(open_app, runs, tmp_
     for side, (run, place) in enumerate(zip(runs, (2, 4), strict=True)):
         texts, inspection, first = expected(run, "best", tmp_path, judged_as=runs[0])
         assert wait_for_tokens(page, side) == texts
-        page.locator(f"#said-{side} button").nth(place).click()
+        page.locator(f"#generated-{side} button").nth(place).click()
         assert_shows(page, run, inspection, first + place, place)
-        assert page.locator('.said [aria-pressed="true"]').count() == 1
+        assert page.locator('.generated [aria-pressed="true"]').count() == 1
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
     assert_shows(page, runs[1], inspection, first + 3, 3)
@@ -165,7 +165,7 @@ def test_another_checkpoint_says_something_else(open_app, runs, tmp_path, side: 
     page = open_app()
     generate_in(page)
     before = [wait_for_tokens(page, side) for side in (0, 1)]
-    page.locator(f"#said-{side} button").first.click()
+    page.locator(f"#generated-{side} button").first.click()
     page.locator("#candidates table").wait_for()
     page.locator(f"#choice-{side} input").click()
     options = page.get_by_role("option")
@@ -175,7 +175,7 @@ def test_another_checkpoint_says_something_else(open_app, runs, tmp_path, side: 
     texts, inspection, first = expected(runs[side], "step 4", tmp_path, judged_as=runs[0])
     assert wait_for_tokens(page, side) == texts != before[side]
     assert wait_for_tokens(page, 1 - side) == before[1 - side]
-    page.locator(f"#said-{side} button").nth(1).click()
+    page.locator(f"#generated-{side} button").nth(1).click()
     assert_shows(page, runs[side], inspection, first + 1, 1)
 
 
@@ -203,10 +203,10 @@ def test_names_and_prompts_are_text(open_app):
     page = open_app()
     generate_in(page, "<b>")
     wait_for_tokens(page, 0)
-    page.locator("#said-0 button").first.click()
+    page.locator("#generated-0 button").first.click()
     page.locator("#candidates table").wait_for()
-    assert page.locator(".said .prompt").first.inner_text() == "<b>"
-    assert page.locator("img[src=x], .said b, h1 + p b").count() == 0
+    assert page.locator(".generated .prompt").first.inner_text() == "<b>"
+    assert page.locator("img[src=x], .generated b, h1 + p b").count() == 0
     for place in ("h1 + p", "#candidates h2", "#choice-0"):
         assert HOSTILE in page.locator(place).first.inner_text()
 
@@ -216,17 +216,25 @@ def test_it_fits_a_phone_and_a_desk_in_both_schemes(open_app, scheme: str):
     page = open_app(scheme=scheme)
     generate_in(page, "quick fox blue sea long road")
     wait_for_tokens(page, 1)
-    page.locator("#said-0 button").first.click()
+    page.locator("#generated-0 button").first.click()
     page.locator("#candidates table").wait_for()
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
         assert not has_sideways_scrolling(page)
-        assert page.eval_on_selector_all(".said", "all => all.every(said => said.scrollWidth <= said.clientWidth)")
-        first, second = (page.locator(f"#said-{side}").bounding_box() for side in (0, 1))
+        assert page.eval_on_selector_all(".generated", "all => all.every(said => said.scrollWidth <= said.clientWidth)")
+        first, second = (page.locator(f"#generated-{side}").bounding_box() for side in (0, 1))
         assert (second["x"] > first["x"] + first["width"]) == (width == 1400)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (min(ground) > 200) == (scheme == "light")
-    for place in ("h1", "h1 + p", ".said .prompt", ".said button", "#candidates td", "#candidates .note", "label span"):
+    for place in (
+        "h1",
+        "h1 + p",
+        ".generated .prompt",
+        ".generated button",
+        "#candidates td",
+        "#candidates .note",
+        "label span",
+    ):
         assert contrast_of(page, place) > 4.5, place
 
 

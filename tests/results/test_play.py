@@ -1,10 +1,11 @@
-"""What is behind the page of `avatarl play`: what is said, how it is judged, and that all that is shown is text."""
+"""Behind the page of `avatarl play`: what players write, the rewards of each token; all that is shown is text."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from avatarl import AvataRLConfig, UserError
 from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
+from avatarl.device import pick_device
 from avatarl.models import build_player
 from avatarl.results import play
+from avatarl.results.continuation import Continuation, Rewards, Side
 from avatarl.results.generate import LONGEST_PROMPT, Sampling, continue_ids, prompt_ids
 from avatarl.results.inspector import Inspector, shown_token
 from avatarl.results.players import open_player
@@ -28,6 +31,7 @@ gradio = pytest.importorskip("gradio", reason="gradio is not installed (extra ap
 
 from starlette.testclient import TestClient  # noqa: E402
 
+from avatarl.results import app as page  # noqa: E402
 from avatarl.results.door import LARGEST_BODY_BYTES  # noqa: E402
 
 PROMPT, COUNT, SEED = "quick fox", 6, 3
@@ -44,17 +48,17 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_config) -> str:
 
 
 @pytest.fixture(scope="module")
-def side(run: str) -> play.Side:
-    return play.Side(run, play.pick_device("cpu"))
+def side(run: str) -> Side:
+    return Side(run, pick_device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def judges(side: play.Side) -> play.Judges:
-    return play.open_judges(side, None)
+def rewards(side: Side) -> Rewards:
+    return Rewards.open(side, None)
 
 
-def say(sides: list[play.Side], judges: play.Judges | None, *choices: str, prompt: str = PROMPT) -> list:
-    return play.say(sides, judges, prompt, 1.5, COUNT, SEED, *choices)
+def generate(sides: list[Side], rewards: Rewards | None, *choices: str, prompt: str = PROMPT) -> list:
+    return page.generate_on_page(sides, rewards, prompt, 1.5, COUNT, SEED, *choices)
 
 
 def texts_of(model: Path, prompt: str) -> list[str]:
@@ -66,12 +70,12 @@ def texts_of(model: Path, prompt: str) -> list[str]:
     return [shown_token(opened.tokenizer, token) for token in ids[len(read) :]]
 
 
-def click(said: play.Said, place: int) -> str:
-    return play.candidates_of_click(said, gradio.EventData(None, {"place": place}))
+def click(found: Continuation, place: int) -> str:
+    return page.candidates_of_click(found, gradio.EventData(None, {"place": place}))
 
 
 def text_of(html: str) -> str:
-    return play.Markup(html).striptags()
+    return page.Markup(html).striptags()
 
 
 def table_of(html: str) -> dict[int, dict[str, float]]:
@@ -81,56 +85,56 @@ def table_of(html: str) -> dict[int, dict[str, float]]:
     return {int(row): {name: float(value) for name, value in of} for row, of in zip(rows, cells, strict=True)}
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- what players write --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("choice", "model"), [("best", "player"), ("final", "final"), ("step 8", "final")])
 def test_a_player_says_what_generate_does(side, run, choice: str, model: str):
-    _, said, _ = say([side], None, choice)
-    assert said.texts == texts_of(Path(run) / model, PROMPT)
-    assert said.player == f"{run}, {choice}"
+    _, found, _ = generate([side], None, choice)
+    assert found.texts == texts_of(Path(run) / model, PROMPT)
+    assert found.player == f"{run}, {choice}"
 
 
 def test_checkpoints_differ_and_leave_nothing(side, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    texts = {choice: say([side], None, choice)[1].texts for choice in ("step 4", "step 8")}
+    texts = {choice: generate([side], None, choice)[1].texts for choice in ("step 4", "step 8")}
     assert texts["step 4"] != texts["step 8"]
-    assert say([side], None, "step 4")[1].texts == texts["step 4"]
+    assert generate([side], None, "step 4")[1].texts == texts["step 4"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_sides_stand_in_their_order(side, player_folder, judges):
-    other = play.Side(str(player_folder), play.pick_device("cpu"))
+def test_two_sides_stand_in_their_order(side, player_folder, rewards):
+    other = Side(str(player_folder), pick_device("cpu"))
     assert other.choices == ["model"]
-    first, second, said_first, said_second, below = say([side, other], judges, "best", "model")
-    assert said_first.texts != said_second.texts
-    for html, said in ((first, said_first), (second, said_second)):
-        assert text_of(html) == text_of(f"{PROMPT}{''.join(said.texts)}").replace("␣", " ")
-        assert html.count("<button") == len(said.texts) == html.count("aria-pressed")
-    assert below == play.HINT
+    first, second, found_first, found_second, below = generate([side, other], rewards, "best", "model")
+    assert found_first.texts != found_second.texts
+    for html, found in ((first, found_first), (second, found_second)):
+        assert text_of(html) == text_of(f"{PROMPT}{''.join(found.texts)}").replace("␣", " ")
+        assert html.count("<button") == len(found.texts) == html.count("aria-pressed")
+    assert below == page.HINT
 
 
-def test_an_empty_prompt_begins_a_document(side, run, judges):
-    _, said, _ = say([side], judges, "final", prompt="")
-    assert said.texts == texts_of(Path(run) / "final", "")
-    assert len(said.positions) == len(said.texts)
+def test_an_empty_prompt_begins_a_document(side, run, rewards):
+    _, found, _ = generate([side], rewards, "final", prompt="")
+    assert found.texts == texts_of(Path(run) / "final", "")
+    assert len(found.positions) == len(found.texts)
 
 
-# --- how it is judged -----------------------------------------------------------------------------------------------
+# --- rewards --------------------------------------------------------------------------------------------------------
 
 
-def test_every_token_is_judged_as_the_inspector_does(side, run, judges, critic_folder, tokenizer):
-    html, said, _ = say([side], judges, "best")
+def test_every_token_has_the_inspectors_rewards(side, run, rewards, critic_folder, tokenizer):
+    html, found, _ = generate([side], rewards, "best")
     inspector = Inspector.open(run, device="cpu")
-    assert inspector.config == judges.config and inspector.names[1:] == tuple(judges.names) == (str(critic_folder),)
-    ids = [*tokenizer.encode(PROMPT), *(position.token for position in said.positions)]
-    assert [shown_token(tokenizer, position.token) for position in said.positions] == said.texts
-    expected = inspector.inspect_ids(ids).positions[-len(said.texts) :]
+    assert inspector.config == rewards.config and inspector.names[1:] == tuple(rewards.names) == (str(critic_folder),)
+    ids = [*tokenizer.encode(PROMPT), *(position.token for position in found.positions)]
+    assert [shown_token(tokenizer, position.token) for position in found.positions] == found.texts
+    expected = inspector.inspect_ids(ids).positions[-len(found.texts) :]
     shares = [float(share) for share in re.findall(r"--share: ([\d.e-]+)", html)]
     assert shares == pytest.approx([0.65 * position.expected_reward_share**0.5 for position in expected], abs=1e-6)
     for place, position in enumerate(expected):
-        shown = table_of(click(said, place))
-        assert list(shown)[0] == said.positions[place].token
+        shown = table_of(click(found, place))
+        assert list(shown)[0] == found.positions[place].token
         assert shown.keys() == {action.token for action in position.actions}
         for action in position.actions:
             names = ("reality", "consensus", "reward", "policy")
@@ -139,46 +143,46 @@ def test_every_token_is_judged_as_the_inspector_does(side, run, judges, critic_f
             assert shown[action.token] == pytest.approx(numbers, rel=1e-4, abs=1e-7)
 
 
-def test_the_table_says_who_proposed(side, judges):
-    _, said, _ = say([side], judges, "best")
-    html = click(said, 2)
-    assert f"Position 2 of <code>{said.player}</code>" in html
-    assert f"{len(said.positions[2].actions)} active actions" in html and "every one of them is paid" in html
-    for action, row in zip(sorted_actions(said, 2), html.split("<tr data-token=")[1:], strict=True):
+def test_the_table_says_who_proposed(side, rewards):
+    _, found, _ = generate([side], rewards, "best")
+    html = click(found, 2)
+    assert f"Position 2 of <code>{found.player}</code>" in html
+    assert f"{len(found.positions[2].actions)} active actions" in html and "every one of them is paid" in html
+    for action, row in zip(sorted_actions(found, 2), html.split("<tr data-token=")[1:], strict=True):
         assert tuple(re.findall(r'<b class="by \w+" title="([^"]+)">', row.split("</tr>")[0])) == action.proposed_by
-        assert f'<td title="{play.escape(action.text)}">{play.escape(action.text)}</td>' in row
+        assert f'<td title="{page.escape(action.text)}">{page.escape(action.text)}</td>' in row
 
 
-def sorted_actions(said: play.Said, place: int) -> list:
-    first, *others = said.positions[place].actions
+def sorted_actions(found: Continuation, place: int) -> list:
+    first, *others = found.positions[place].actions
     return [first, *sorted(others, key=lambda action: -action.consensus)]
 
 
 def test_several_critics_have_a_column_each(side, critic_folder, player_folder):
-    judges = play.open_judges(side, [str(critic_folder), str(player_folder)])
-    _, said, _ = say([side], judges, "best")
-    html = click(said, 0)
+    rewards = Rewards.open(side, [str(critic_folder), str(player_folder)])
+    _, found, _ = generate([side], rewards, "best")
+    html = click(found, 0)
     assert re.findall(r'<th scope="col">(p critic[^<]*)', html) == ["p critic 1", "p critic 2"]
     row = html.split("<tr data-token=")[1]
     values = [float(value) for value in re.findall(r'<td class="critic" data-value="([^"]+)"', row)]
-    assert values == list(said.positions[0].actions[0].critic)
+    assert values == list(found.positions[0].actions[0].critic)
 
 
-def test_the_threshold_is_said_and_drawn(side, judges):
-    judges = dataclasses.replace(judges, config=AvataRLConfig.article(top_k=4))
-    _, said, _ = say([side], judges, "best")
-    html = click(said, 0)
-    assert f"a consensus above {said.positions[0].threshold:.4f} is paid" in html
-    assert html.count('<b style="left:') == len(said.positions[0].actions)
+def test_the_threshold_is_written_and_drawn(side, rewards):
+    rewards = dataclasses.replace(rewards, config=AvataRLConfig.article(top_k=4))
+    _, found, _ = generate([side], rewards, "best")
+    html = click(found, 0)
+    assert f"a consensus above {found.positions[0].threshold:.4f} is paid" in html
+    assert html.count('<b style="left:') == len(found.positions[0].actions)
 
 
 @pytest.mark.parametrize("place", [-1, COUNT, 99, "0", None, 1.5])
-def test_a_click_on_no_token_shows_nothing(side, judges, place):
-    _, said, _ = say([side], judges, "best")
-    assert click(said, place) == click(None, 0) == ""
+def test_a_click_on_no_token_shows_nothing(side, rewards, place):
+    _, found, _ = generate([side], rewards, "best")
+    assert click(found, place) == click(None, 0) == ""
 
 
-# --- without judges -------------------------------------------------------------------------------------------------
+# --- without critics ------------------------------------------------------------------------------------------------
 
 
 def introduction_of(app: gradio.Blocks) -> str:
@@ -190,10 +194,10 @@ def test_without_a_critic_a_line_says_why_and_players_speak(player_folder, run, 
     assert (
         f"critic is not given, and {player_folder} is no run that was trained with one" in shown and "--critic" in shown
     )
-    side = play.Side(str(player_folder), play.pick_device("cpu"))
-    html, said, below = say([side], None, "model")
-    assert "<button" not in html and below == "" and said.positions == ()
-    assert text_of(html) == text_of(f"{PROMPT}{''.join(said.texts)}").replace("␣", " ")
+    side = Side(str(player_folder), pick_device("cpu"))
+    html, found, below = generate([side], None, "model")
+    assert "<button" not in html and below == "" and found.positions == ()
+    assert text_of(html) == text_of(f"{PROMPT}{''.join(found.texts)}").replace("␣", " ")
 
 
 def test_a_critic_that_is_gone_is_a_line_unless_it_was_asked_for(run, tmp_path: Path):
@@ -203,9 +207,7 @@ def test_a_critic_that_is_gone_is_a_line_unless_it_was_asked_for(run, tmp_path: 
     settings = yaml.safe_load((Path(run) / "config.yaml").read_text())
     gone = str(tmp_path / "gone" / "critic")
     (copy / "config.yaml").write_text(yaml.safe_dump({**settings, "critic": gone}))
-    assert f"Tokens are not judged: {gone}: no such folder" in introduction_of(
-        play.build_app([str(copy)], device="cpu")
-    )
+    assert f"No rewards are shown: {gone}: no such folder" in introduction_of(play.build_app([str(copy)], device="cpu"))
     with pytest.raises(UserError, match="no such folder"):
         play.build_app([run], [gone], device="cpu")
 
@@ -221,45 +223,43 @@ def test_players_and_critics_share_their_tokens(run, player_folder, critic_folde
         with pytest.raises(UserError, match="has another vocabulary"):
             play.build_app(runs, [str(critic)], device="cpu")
     shown = introduction_of(play.build_app([run, other], device="cpu"))
-    assert f"Tokens are not judged: player {other}, model has another vocabulary" in shown
+    assert f"No rewards are shown: player {other}, model has another vocabulary" in shown
 
 
 def test_the_settings_are_the_first_runs(run, player_folder, critic_folder):
     shown = introduction_of(play.build_app([run, str(player_folder)], device="cpu"))
-    assert (
-        f"judged as if it were the text's, by\n<code>{critic_folder}</code>,\nwith the settings of <code>{run}" in shown
-    )
-    given = play.open_judges(play.Side(str(player_folder), play.pick_device("cpu")), [str(critic_folder)])
+    assert f"Critic:\n<code>{critic_folder}</code>.\nSettings: those of <code>{run}" in shown
+    given = Rewards.open(Side(str(player_folder), pick_device("cpu")), [str(critic_folder)])
     assert given.config == AvataRLConfig.article()
 
 
 # --- what is from outside is text -----------------------------------------------------------------------------------
 
 
-def test_hostile_names_prompts_and_tokens_are_text(side, judges):
-    _, said, _ = say([side], judges, "best")
-    actions = tuple(dataclasses.replace(action, text=HOSTILE) for action in said.positions[0].actions)
-    positions = [dataclasses.replace(said.positions[0], text=HOSTILE, actions=actions)]
-    hostile = play.Said(HOSTILE, HOSTILE, [HOSTILE], positions)
-    judges = dataclasses.replace(judges, names=[HOSTILE])
+def test_hostile_names_prompts_and_tokens_are_text(side, rewards):
+    _, found, _ = generate([side], rewards, "best")
+    actions = tuple(dataclasses.replace(action, text=HOSTILE) for action in found.positions[0].actions)
+    positions = [dataclasses.replace(found.positions[0], text=HOSTILE, actions=actions)]
+    hostile = Continuation(HOSTILE, HOSTILE, [HOSTILE], positions)
+    rewards = dataclasses.replace(rewards, names=[HOSTILE])
     for html, places in {
-        play.PAGE.said(hostile): 3,
-        play.PAGE.said(dataclasses.replace(hostile, positions=())): 2,
+        page.PAGE.generated(hostile): 3,
+        page.PAGE.generated(dataclasses.replace(hostile, positions=())): 2,
         click(hostile, 0): 4 + 2 * len(actions),
-        play.PAGE.introduction(judges, HOSTILE, ""): 2,
-        play.PAGE.introduction(None, HOSTILE, HOSTILE): 1,
+        page.PAGE.introduction(rewards, HOSTILE, ""): 2,
+        page.PAGE.introduction(None, HOSTILE, HOSTILE): 1,
     }.items():
         assert "<img" not in html and "</script" not in html and "\u202e" not in html
-        assert html.count(str(play.escape(HOSTILE.replace("\u202e", "\\u202e")))) == places
+        assert html.count(str(page.escape(HOSTILE.replace("\u202e", "\\u202e")))) == places
 
 
-def test_what_is_refused_is_said_in_an_escaped_line(side, judges, monkeypatch):
+def test_what_is_refused_is_said_in_an_escaped_line(side, rewards, monkeypatch):
     def refuse(*_arguments):
         raise UserError(f"{HOSTILE}\nis no player")
 
-    monkeypatch.setattr(side, "say", refuse)
+    monkeypatch.setattr(side, "generate", refuse)
     with pytest.raises(gradio.Error) as shown:
-        say([side], judges, "best")
+        generate([side], rewards, "best")
     assert "<img" not in shown.value.message and "\n" not in shown.value.message
     assert "&lt;img src=x onerror=alert(1)&gt;" in shown.value.message
     assert not shown.value.print_exception  # no traceback in the terminal
@@ -278,10 +278,10 @@ def test_what_is_refused_is_said_in_an_escaped_line(side, judges, monkeypatch):
     ],
     ids=str,
 )
-def test_a_mistake_in_the_page_is_named(side, judges, changed: dict, message: str):
+def test_a_mistake_in_the_page_is_named(side, rewards, changed: dict, message: str):
     asked = {"prompt": PROMPT, "temperature": 0.8, "count": COUNT, "seed": SEED, "choice": "best", **changed}
     with pytest.raises(gradio.Error, match=message):
-        play.say([side], judges, *asked.values())
+        page.generate_on_page([side], rewards, *asked.values())
 
 
 # --- serving --------------------------------------------------------------------------------------------------------
@@ -292,15 +292,15 @@ def test_the_page_is_for_this_machine_alone(run, monkeypatch):
     monkeypatch.setattr(gradio.Blocks, "launch", lambda _app, **given: settings.update(given))
     app = play.build_app([run], device="cpu")
     monkeypatch.setenv("no_proxy", "example.org")
-    play.launch(app, "127.0.0.1", 7860)
+    page.launch(app, "127.0.0.1", 7860)
     assert settings["server_name"] == "127.0.0.1" and settings["share"] is False
     assert not app.analytics_enabled
     assert settings["theme"]._stylesheets == []
     assert "http" not in settings["head"] and "@import" not in settings["head"]
     assert not any(settings[name] for name in ("footer_links", "run_history", "enable_monitoring", "pwa", "mcp_server"))
-    play.launch(app, "::1", 7860)
+    page.launch(app, "::1", 7860)
     assert settings["server_name"] == "[::1]"
-    assert settings["state_session_capacity"] == play.MOST_SESSIONS <= 32  # of a megabyte each
+    assert settings["state_session_capacity"] == page.MOST_SESSIONS <= 32  # of a megabyte each
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def visit(run):
     """``visit(method, path, …)``: what the page answers, served on ``HOST``."""
     settings, app = {}, play.build_app([run], device="cpu")
     app.launch = lambda **given: settings.update(given)
-    play.launch(app, HOST, 7860)
+    page.launch(app, HOST, 7860)
     served = gradio.routes.App.create_app(app, app_kwargs=settings["app_kwargs"])
     with TestClient(served, base_url=f"http://{HOST}:7860") as client:
         yield client.request
@@ -357,9 +357,9 @@ def test_a_question_is_no_longer_than_a_prompt(visit, is_announced: bool):
     assert visit("POST", JOIN, content=content if is_announced else iter([content])).status_code == 413
 
 
-def test_a_prompt_is_bounded_before_it_is_read(side, judges):
+def test_a_prompt_is_bounded_before_it_is_read(side, rewards):
     with pytest.raises(gradio.Error, match="prompt has 1,048,577 characters; expected at most 1,048,576"):
-        say([side], judges, "best", prompt="x" * (LONGEST_PROMPT + 1))
+        generate([side], rewards, "best", prompt="x" * (LONGEST_PROMPT + 1))
 
 
 def test_a_port_that_cannot_be_had_is_refused_before_anything_is_opened(capsys):
@@ -374,7 +374,8 @@ def test_a_port_that_cannot_be_had_is_refused_before_anything_is_opened(capsys):
 
 
 def test_without_gradio_the_extra_is_named(run, monkeypatch):
-    monkeypatch.setattr(play, "gradio", None)
+    monkeypatch.delitem(sys.modules, "avatarl.results.app")
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"play needs gradio.*pip install 'avatarl\[app\]'"):
         play.build_app([run])
 
