@@ -211,7 +211,7 @@ def plan_command(arguments: Sequence[str]) -> None:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """held-out text, minimal pairs and tasks of the lm-evaluation-harness, as JSON"""
     from .objective import AvataRLConfig
-    from .results import evaluate, open_tasks, read_pairs, run_tasks, score_pairs
+    from .results import evaluate
 
     parser = _parser("evaluate")
     parser.add_argument("model", help="a run folder, a model folder or a hub id")
@@ -226,30 +226,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_class_arguments(AvataRLConfig, "avatarl")
     settings = {name: value for name, value in parse(parser, arguments).items() if value is not None}
-    _check_what_to_evaluate(settings)
-    model, device = settings.pop("model"), settings.pop("device")
-    names, include_path = settings.pop("tasks", None), settings.pop("include_path", None)
-    source = settings.pop("pairs", None)
-    # What is quickly found wrong comes before what takes long.
-    pairs = None if source is None else read_pairs(source)
-    tasks = None if names is None else open_tasks(names, include_path)
-    result = evaluate(model, device=device, **settings) if "data" in settings else {}
-    if pairs is not None:
-        result["minimal_pairs"] = score_pairs(model, pairs, device=device)
-    if tasks is not None:
-        result["harness"] = run_tasks(model, tasks, device=device)
-    print(json.dumps(result, indent=1))
-
-
-def _check_what_to_evaluate(settings: dict) -> None:
-    """Refuse an evaluation on nothing, and an option of one that is not asked for."""
-    if not {"data", "pairs", "tasks"} & settings.keys():
-        raise UserError("nothing to evaluate on; expected data (a prepared folder), pairs (.jsonl) or tasks (by name)")
-    options = {"data": ("critic", "split", "block_size", "max_windows"), "tasks": ("include_path",)}
-    for what, names in options.items():
-        for name in names:
-            if what not in settings and name in settings:
-                raise UserError(f"{name} is {settings[name]!r}, which is an option of {what}; expected {what} too")
+    print(json.dumps(evaluate(**settings), indent=1))
 
 
 def generate_command(arguments: Sequence[str]) -> None:
@@ -271,11 +248,8 @@ def generate_command(arguments: Sequence[str]) -> None:
 
 def inspect_command(arguments: Sequence[str]) -> None:
     """what each candidate of a text was paid: in the terminal, as a page, as JSON"""
-    from .console import Console
     from .objective import AvataRLConfig
-    from .results.inspector import Inspector, read_text, trained_with
-    from .results.payouts import kind_of, print_inspection, write_inspection
-    from .untrusted import check_writable
+    from .results.inspect import inspect, trained_with
 
     parser = _parser("inspect")
     parser.add_argument("--player", required=True, help="a run folder, a model folder or a hub id")
@@ -291,20 +265,7 @@ def inspect_command(arguments: Sequence[str]) -> None:
     if player := option_in(arguments, "--player"):
         own, _ = trained_with(player)
         parser.set_defaults({f"avatarl.{name}": value for name, value in dataclasses.asdict(own).items()})
-    settings = parse(parser, arguments)
-    text = read_text(settings["text"], settings["file"])
-    if settings["out"]:
-        kind_of(settings["out"])
-        check_writable(settings["out"])
-        if settings["position"] is not None:
-            raise UserError(f"position is {settings['position']}, and out has every position; expected one of them")
-    inspector = Inspector.open(settings["player"], settings["critic"], settings["avatarl"], settings["device"])
-    inspection = inspector.inspect(text)
-    if settings["out"]:
-        write_inspection(inspection, settings["out"])
-        print(settings["out"])
-    else:
-        print_inspection(Console(), inspection, settings["position"])
+    inspect(**parse(parser, arguments))
 
 
 def report_command(arguments: Sequence[str]) -> None:
@@ -356,8 +317,7 @@ def play_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; there is no password")
     parser.add_argument("--port", type=int, default=7860, help="port there")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    settings = parse(parser, arguments)
-    play(critics=settings.pop("critic"), **settings)
+    play(**parse(parser, arguments))
 
 
 def push_command(arguments: Sequence[str]) -> None:

@@ -157,7 +157,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_any_work(page: list[str
     def work(*_, **__) -> None:
         raise AssertionError("it has begun")
 
-    monkeypatch.setattr("avatarl.results.inspector.load_model", work)
+    monkeypatch.setattr("avatarl.results.players.load_model", work)
     monkeypatch.setattr("avatarl.results.report.read_runs", work)
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "nowhere.html").symlink_to("no/where.html")

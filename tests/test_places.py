@@ -17,7 +17,7 @@ from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models.critic_cache import CriticCache
 from avatarl.places import kept, located
-from avatarl.results.inspector import settings_and_critics
+from avatarl.results.inspect import settings_and_critics
 from avatarl.results.report import report
 from avatarl.run_dir.checkpoint import manifest_text
 from avatarl.run_dir.identity import settings_digest

@@ -14,7 +14,8 @@ import pytest
 
 from avatarl.results.checkpoints import model_of
 from avatarl.results.generate import Sampling, continue_ids, prompt_ids
-from avatarl.results.inspector import Inspection, Inspector, trained_with
+from avatarl.results.inspect import trained_with
+from avatarl.results.inspector import Inspection, Inspector
 from avatarl.results.players import open_player
 from avatarl.training import OptimConfig, train
 

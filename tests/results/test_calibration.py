@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatarl.results.evaluate import PositionScores, score_positions, summarise
+from avatarl.results.likelihood import PositionScores, score_positions, summarise
 
 
 def scores(confidence: list[float], rank: list[int]) -> PositionScores:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from avatarl.cli import main
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import build_player, cache_critic, critics
-from avatarl.results import evaluate, read_pairs, score_pairs
+from avatarl.results import evaluate, likelihood, read_pairs, score_pairs
 from avatarl.training import train
 
 from ..conftest import BLOCK, TINY_PLAYER, save_model, write_documents
@@ -320,7 +319,7 @@ def test_nan_is_refused(pass_with_nan, message, data_folder, player_folder, crit
         hidden[0, 3, 0] += torch.nan if len(passes) == pass_with_nan else 0
         return hidden
 
-    for module in (sys.modules["avatarl.results.evaluate"], critics):
+    for module in (likelihood, critics):
         monkeypatch.setattr(module, "last_hidden", last_hidden)
     with pytest.raises(UserError, match=message):
         evaluate(player_folder, data_folder, critic=str(critic_folder), device="cpu", max_windows=2)
@@ -369,7 +368,7 @@ def test_the_command_puts_together_what_is_asked_for(tmp_path: Path, data_folder
         ),
         (
             ["--data", "d", "--pairs", "nowhere"],
-            "pairs 'nowhere': no such file or folder; a .jsonl file, or a folder of them, is expected",
+            "pairs 'nowhere': no such file or folder; expected a .jsonl file, or a folder of them",
         ),
     ],
 )

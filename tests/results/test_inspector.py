@@ -277,8 +277,8 @@ def test_settings_of_a_recipe_reach_the_page(run: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("critics", "message"),
     [
-        (["ema:0.9:5"], "critic ema:0.9:5 cannot be asked about any text; give a run, a model folder or a hub id"),
-        ([], "critic is not given, and .* is no run that was trained with one; give a critic"),
+        (["ema:0.9:5"], "critic ema:0.9:5 has no answers for other text; give a run, a model folder or a hub id"),
+        ([], "critic is not given, and .* was not trained with one; give a critic"),
     ],
 )
 def test_a_critic_that_is_none(player_folder, critics, message):
@@ -287,7 +287,7 @@ def test_a_critic_that_is_none(player_folder, critics, message):
 
 
 def test_a_cache_is_no_critic_of_any_text(player_folder, critic_cache):
-    with pytest.raises(UserError, match="cannot be asked about any text"):
+    with pytest.raises(UserError, match="has no answers for other text"):
         Inspector.open(player_folder, [str(critic_cache)], device="cpu")
 
 
@@ -301,7 +301,7 @@ def test_a_config_that_no_run_writes(run: Path, content: str):
 
 
 def test_text_without_a_token_and_text_without_end(inspector, monkeypatch):
-    with pytest.raises(UserError, match="text has no token to judge"):
+    with pytest.raises(UserError, match="text has no token to look at"):
         inspector.inspect("")
     monkeypatch.setattr("avatarl.results.inspector.MOST_TOKENS", 5)
     with pytest.raises(

@@ -11,7 +11,7 @@ import yaml
 
 from avatarl import AvataRLConfig, UserError
 from avatarl.objective import OBJECTIVES, BaselineConfig, make_objective, objective_loss
-from avatarl.results.inspector import settings_and_critics, trained_with
+from avatarl.results.inspect import settings_and_critics, trained_with
 from avatarl.results.report import report
 from avatarl.run_dir.identity import flatten, settings_digest
 from avatarl.training import GuardConfig, TrainConfig, train
