@@ -191,9 +191,7 @@ def introduction_of(app: gradio.Blocks) -> str:
 
 def test_without_a_critic_a_line_says_why_and_players_speak(player_folder, run, tmp_path: Path):
     shown = introduction_of(play.build_app([str(player_folder), run], device="cpu"))
-    assert (
-        f"critic is not given, and {player_folder} was not trained with one" in shown and "--critic" in shown
-    )
+    assert f"critic is not given, and {player_folder} was not trained with one" in shown and "--critic" in shown
     side = Side(str(player_folder), pick_device("cpu"))
     html, found, below = generate([side], None, "model")
     assert "<button" not in html and below == "" and found.positions == ()
