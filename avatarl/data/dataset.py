@@ -1,7 +1,8 @@
-"""The prepared folder as training reads it: verified, never held in memory, in an order that one integer resumes."""
+"""Read a prepared folder for training: verified, never held in memory, in an order that one integer resumes."""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import reprlib
@@ -12,23 +13,24 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from avatarl.errors import UserError
 from avatarl.files import File, ask
 from avatarl.untrusted import parse_json, read_regular_file, refusing
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+SPLITS = ("train", "valid")
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 # The bytes of text that each token of a split stands for, kept beside its ids where these alone do not say.
 BYTES, BYTES_DTYPE = "bytes-", np.dtype("<u4")
+AGAIN = "prepare the data anew"
 
 
 def shard_name(split: str, number: int) -> str:
@@ -49,10 +51,10 @@ class TokenStream:
         self.split, self.dtype = split, dtype
         self.files = [shard if isinstance(shard, File) else File(shard) for shard in shards]
         sizes = [file.stamp.size // dtype.itemsize for file in self.files]
-        self._starts = np.cumsum([0, *sizes])  # (shards + 1,), the last is the length of the stream
+        self._starts = np.cumsum([0, *sizes]).tolist()  # (shards + 1,), the last is the length of the stream
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop), int64 (stop - start,).
@@ -61,13 +63,13 @@ class TokenStream:
             IndexError: The stream does not have them.
             RunFailed: A shard can no longer be read, or somebody has changed it.
         """
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
+        if not 0 <= start <= stop <= self._starts[-1]:
+            raise IndexError(f"tokens [{start}, {stop}) of a stream of {self._starts[-1]}")
         ids = np.empty(stop - start, dtype=np.int64)
         filled, size = 0, self.dtype.itemsize
-        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        shard = bisect.bisect_right(self._starts, start) - 1
         while filled < len(ids):
-            first = start + filled - int(self._starts[shard])
+            first = start + filled - self._starts[shard]
             part = np.frombuffer(self.files[shard].read(first * size, (len(ids) - filled) * size), self.dtype)
             ids[filled : filled + len(part)] = part
             filled += len(part)
@@ -92,18 +94,18 @@ class PreparedData:
     def open(cls, path: str | Path, *, verified: str | None = None, anew: bool = False) -> PreparedData:
         """Open the folder that ``prepare`` wrote, after comparing every file with the manifest's size and SHA-256.
 
-        Whoever writes a manifest can write matching sums as well; so nothing in it is believed unchecked, and neither
-        are the token ids. Files that were compared before, and have not been touched since, are not read again.
+        Whoever writes a manifest can write matching sums as well, so the manifest and the token ids are checked too.
+        Files that were compared before, and have not been touched since, are not read again.
 
         Args:
             path: The folder.
-            verified: The ``digest`` of the folder that another process of this run has just opened. Of the same one
+            verified: The ``digest`` of a folder that another process of this run has just opened. If it is this one,
                 only sizes are compared.
             anew: Read every file, whatever is remembered of it.
 
         Raises:
-            UserError: the folder was not written by ``prepare``, or a file is missing or not as it was written.
-            RunFailed: a file cannot be read, or is being changed.
+            UserError: The folder was not written by ``prepare``, or a file is missing or not as it was written.
+            RunFailed: A file cannot be read, or is being changed.
         """
         path = Path(path)
         content, manifest = read_manifest(path)
@@ -111,18 +113,16 @@ class PreparedData:
         files = {name: _open_file(path, name, record) for name, record in manifest["files"].items()}
         dtype = DTYPES[manifest["dtype"]]
         streams, byte_lengths = {}, {}
-        for split in ("train", "valid"):
+        for split in SPLITS:
             streams[split] = _stream(files, split, dtype)
             byte_lengths[split] = _stream(files, BYTES + split, BYTES_DTYPE)
-            if len(byte_lengths[split]) not in (0, len(streams[split])):
+            tokens, with_bytes, expected = len(streams[split]), len(byte_lengths[split]), manifest["tokens"][split]
+            if with_bytes not in (0, tokens):
+                raise UserError(f"{path}: {split} has {tokens} tokens, but the bytes of {with_bytes}; {AGAIN}")
+            if tokens != expected:
                 raise UserError(
-                    f"{path}: {split} has {len(streams[split])} tokens, but the bytes of {len(byte_lengths[split])}; "
-                    "prepare the data anew"
-                )
-            if len(streams[split]) != manifest["tokens"][split]:
-                raise UserError(
-                    f"{path / MANIFEST}: {split} has {len(streams[split])} tokens in its files, but the manifest says "
-                    f"{manifest['tokens'][split]}; prepare the data anew"
+                    f"{path / MANIFEST}: {split} has {tokens} tokens in its files, but the manifest says {expected}; "
+                    f"{AGAIN}"
                 )
         if verified != digest:
             _verify(path, manifest, files, streams, anew)
@@ -137,30 +137,33 @@ class PreparedData:
         )
 
     def check(self) -> None:
-        """Look whether the tokens are still those that were opened; RunFailed where they are not."""
+        """Raise RunFailed where the tokens are no longer those that were opened."""
         for stream in (self.train, self.valid, *self.byte_lengths.values()):
             for file in stream.files:
                 file.check()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the data was made with, from the folder's own copy."""
+        """Open the tokenizer that the data was made with, from the folder's own copy."""
         from avatarl.data.tokenizer import open_tokenizer
 
         folder = self.path / TOKENIZER_FOLDER
-        with refusing(f"{folder}: not a tokenizer that can be opened (", "); prepare the data anew"):
+        with refusing(f"{folder}: not a tokenizer that can be opened (", f"); {AGAIN}"):
             tokenizer = open_tokenizer(folder)
         entries = len(tokenizer), 1 + max(tokenizer.get_vocab().values())
         if entries != (self.vocab_size, self.vocab_size):
             raise UserError(
                 f"{folder}: has {entries[0]} entries and ids below {entries[1]}, but the manifest says "
-                f"{self.vocab_size}; prepare the data anew"
+                f"{self.vocab_size}; {AGAIN}"
             )
         return tokenizer
 
     def text_bytes(self, split: str, start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """UTF-8 bytes of the text that tokens [start, stop) of a split stand for; the end of a text has none.
+        """UTF-8 bytes of the text that tokens [start, stop) of a split stand for; an end of text has none.
 
         Args:
+            split: ``train`` or ``valid``.
+            start: The first token.
+            stop: The token after the last.
             tokenizer: From :meth:`load_tokenizer`.
 
         Returns:
@@ -190,6 +193,11 @@ def _stream(files: Mapping[str, File], name: str, dtype: np.dtype) -> TokenStrea
 
 
 def read_manifest(folder: Path) -> tuple[bytes, dict]:
+    """Read a prepared folder's manifest, as bytes and as what they say.
+
+    Raises:
+        UserError: The folder has none, or it is not one that ``prepare`` writes.
+    """
     path = folder / MANIFEST
     try:
         content = read_regular_file(path, LARGEST_MANIFEST_BYTES)
@@ -198,14 +206,14 @@ def read_manifest(folder: Path) -> tuple[bytes, dict]:
     except OSError as error:
         raise UserError(f"{path}: no such file; a folder made by `avatarl prepare` is expected") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not the manifest of a prepared folder; prepare the data anew") from error
+        raise UserError(f"{path}: not the manifest of a prepared folder; {AGAIN}") from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version is {reprlib.repr(version)}; this version of avatarl reads {FORMAT_VERSION}"
         )
     missing = {"files", "tokens", "vocab_size", "end_of_text_id", "dtype"} - manifest.keys()
     if missing:
-        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; prepare the data anew")
+        raise UserError(f"{path}: {', '.join(sorted(missing))} missing; {AGAIN}")
     _check_kinds(path, manifest)
     return content, manifest
 
@@ -213,53 +221,44 @@ def read_manifest(folder: Path) -> tuple[bytes, dict]:
 def _check_kinds(path: Path, manifest: dict) -> None:
     """Refuse a manifest whose entries are not of the kinds that ``prepare`` writes."""
 
-    def require(holds: bool, name: str, found: Any, accepted: str) -> None:
+    def require(holds: bool, name: str, accepted: str) -> None:
         if not holds:
-            raise UserError(f"{path}: {name} is {reprlib.repr(found)}; accepted {accepted}; prepare the data anew")
+            raise UserError(f"{path}: {name} is {reprlib.repr(manifest[name])}; accepted {accepted}; {AGAIN}")
 
-    dtype, vocab_size, end_id = manifest["dtype"], manifest["vocab_size"], manifest["end_of_text_id"]
-    tokens, files = manifest["tokens"], manifest["files"]
-    require(isinstance(dtype, str) and dtype in DTYPES, "dtype", dtype, f"are {', '.join(DTYPES)}")
+    def is_count(value: Any, least: int = 0, most: int = 1 << 60) -> bool:
+        return type(value) is int and least <= value <= most  # to Python, `true` is an int as well
+
+    def is_record(value: Any) -> bool:
+        return isinstance(value, dict) and {k: type(v) for k, v in value.items()} == {"bytes": int, "sha256": str}
+
+    dtype, end_id, tokens, files = (manifest[name] for name in ("dtype", "end_of_text_id", "tokens", "files"))
+    require(isinstance(dtype, str) and dtype in DTYPES, "dtype", f"are {', '.join(DTYPES)}")
     most = 1 << 8 * DTYPES[dtype].itemsize
-    require(_is_whole(vocab_size) and 1 <= vocab_size <= most, "vocab_size", vocab_size, f"is 1 to {most}")
-    require(
-        end_id is None or _is_whole(end_id) and end_id < vocab_size,
-        "end_of_text_id",
-        end_id,
-        f"is null or a token id below {vocab_size}",
-    )
-    require(isinstance(tokens, dict), "tokens", tokens, "is the number of tokens by split")
-    for split in ("train", "valid"):
-        require(_is_whole(tokens.get(split)), f"tokens.{split}", tokens.get(split), "is a whole number")
-    require(isinstance(files, dict), "files", files, "is size and SHA-256 by file")
-    for name, record in files.items():
-        kinds = {key: type(value) for key, value in record.items()} if isinstance(record, dict) else None
-        require(kinds == {"bytes": int, "sha256": str}, f"files.{name}", record, "are bytes and sha256")
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a JSON value is a whole number of at least 0; ``true`` is none, though Python counts it as one."""
-    return type(value) is int and value >= 0
+    require(is_count(manifest["vocab_size"], 1, most), "vocab_size", f"is 1 to {most}")
+    largest = manifest["vocab_size"] - 1
+    require(end_id is None or is_count(end_id, 0, largest), "end_of_text_id", f"is null or a token id up to {largest}")
+    are_counts = isinstance(tokens, dict) and all(is_count(tokens.get(split)) for split in SPLITS)
+    require(are_counts, "tokens", "is the number of tokens of train and valid")
+    are_records = isinstance(files, dict) and all(map(is_record, files.values()))
+    require(are_records, "files", "is bytes and sha256 by file")
 
 
 def _open_file(folder: Path, name: str, expected: dict) -> File:
     path = folder / name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside of its folder; prepare the data anew")
+        raise UserError(f"{folder / MANIFEST}: names {name!r}, a file outside of its folder; {AGAIN}")
     if not os.path.isfile(path):  # unlike `Path.is_file`, it takes any name; a pipe is none, and is not waited for
-        raise UserError(f"{path}: missing, though the manifest names it; prepare the data anew")
+        raise UserError(f"{path}: missing, though the manifest names it; {AGAIN}")
     file = File(path, expected["sha256"])
     if file.stamp.size != expected["bytes"]:
-        raise UserError(
-            f"{path}: has {file.stamp.size} bytes, but the manifest says {expected['bytes']}; prepare the data anew"
-        )
+        raise UserError(f"{path}: has {file.stamp.size} bytes, but the manifest says {expected['bytes']}; {AGAIN}")
     return file
 
 
 def _verify(
     folder: Path, manifest: dict, files: Mapping[str, File], streams: Mapping[str, TokenStream], anew: bool
 ) -> None:
-    """Compare what files hold with the manifest."""
+    """Compare the content of all files with the manifest."""
     dtype = DTYPES[manifest["dtype"]]
     ids = partial(File.look_through, unit=dtype.itemsize, largest=lambda block: int(np.frombuffer(block, dtype).max()))
     shards = {file: split for split, stream in streams.items() for file in stream.files}
@@ -270,13 +269,11 @@ def _verify(
     for file, found in zip(files.values(), ask(folder, questions, anew), strict=True):
         digest, largest = found if file in shards else (found, -1)
         if digest != file.sha256:
-            raise UserError(
-                f"{file.path}: changed since it was prepared (its SHA-256 is another); prepare the data anew"
-            )
+            raise UserError(f"{file.path}: changed since it was prepared (its SHA-256 is another); {AGAIN}")
         if largest >= manifest["vocab_size"]:
             raise UserError(
                 f"{folder}: the {shards[file]} split holds token id {largest}, but the manifest says ids are below "
-                f"{manifest['vocab_size']}; prepare the data anew"
+                f"{manifest['vocab_size']}; {AGAIN}"
             )
 
 
@@ -288,14 +285,16 @@ def spread(total: int, count: int | None) -> np.ndarray:
 class Windows:
     """The non-overlapping windows of a stream: window i predicts tokens i * block_size + 1 to (i + 1) * block_size.
 
-    Of a part of them, window i is the i-th of that part.
+    Args:
+        stream: The tokens.
+        block_size: Predictions in a window.
+        count: Take so many windows, spread evenly, and number them from 0 (None: all).
+
+    Raises:
+        UserError: The stream is too short for one window.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, count: int | None = None) -> None:
-        """Cut ``stream`` into windows of ``block_size`` predictions; UserError where it is too short for one.
-
-        ``count`` leaves so many of them, spread evenly (None: all).
-        """
         if block_size < 1:
             raise UserError(f"block_size: found {block_size}; a whole number of at least 1 is expected")
         if len(stream) < block_size + 1:
@@ -303,24 +302,24 @@ class Windows:
                 f"block_size: {block_size} needs at least {block_size + 1} tokens, but the {stream.split} split has "
                 f"{len(stream)}"
             )
-        self.stream = stream
-        self.block_size = block_size
-        self._total = (len(stream) - 1) // block_size
-        # Of each window its place among all of the stream's, where it is another.
-        self._places = None if count is None else spread(self._total, count)
+        self.stream, self.block_size = stream, block_size
+        total = (len(stream) - 1) // block_size
+        self._places = range(total) if count is None else spread(total, count).tolist()  # among all of the stream's
 
     def __len__(self) -> int:
-        return self._total if self._places is None else len(self._places)
+        return len(self._places)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each int64 (B, block_size); a target is the token after its input."""
-        windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)  # (B, block_size + 1)
+        import torch
+
+        windows = np.empty((len(indices), self.block_size + 1), dtype=np.int64)
         for row, index in enumerate(indices):
-            if not 0 <= index < len(self):
-                raise IndexError(f"window {index} of {len(self)}")
-            start = int(index if self._places is None else self._places[index]) * self.block_size
+            if not 0 <= index < len(self._places):
+                raise IndexError(f"window {index} of {len(self._places)}")
+            start = self._places[index] * self.block_size
             windows[row] = self.stream.slice(start, start + self.block_size + 1)
-        tokens = torch.from_numpy(windows)
+        tokens = torch.from_numpy(windows)  # (B, block_size + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -332,10 +331,9 @@ class WindowOrder:
             raise UserError(f"num_windows: found {num_windows}; at least 1 is expected")
         if seed < 0:
             raise UserError(f"seed: found {seed}; a whole number of at least 0 is expected")
-        self.num_windows = num_windows
-        self.seed = seed
+        self.num_windows, self.seed = num_windows, seed
         self._epoch: int | None = None
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._permutation = np.empty(0, dtype=np.int64)  # (num_windows,), of that epoch
 
     def indices(self, position: int, count: int) -> np.ndarray:
         """Window indices at positions [position, position + count), int64 (count,)."""
@@ -345,16 +343,12 @@ class WindowOrder:
         filled = 0
         while filled < count:
             epoch, first = divmod(position + filled, self.num_windows)
-            part = self._permutation_of(epoch)[first : first + count - filled]
+            if epoch != self._epoch:
+                # NumPy promises the same raw bits for ever, but not the same `Generator.permutation`; sorting the bits
+                # keeps a run resumable under another version of NumPy.
+                bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_windows)
+                self._epoch, self._permutation = epoch, np.argsort(bits, kind="stable")
+            part = self._permutation[first : first + count - filled]
             chosen[filled : filled + len(part)] = part
             filled += len(part)
         return chosen
-
-    def _permutation_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            # NumPy promises the same raw bits for ever, but not the same `Generator.permutation`; sorting the bits
-            # keeps a run resumable under another version of NumPy.
-            bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_windows)
-            self._permutation = np.argsort(bits, kind="stable")
-            self._epoch = epoch
-        return self._permutation

@@ -1,4 +1,4 @@
-"""What becomes of a text on its way in: tokens that are unknown, characters that are lost, documents that repeat."""
+"""Measure what tokenizing loses and what sources repeat: unknown tokens, lost characters, copies of documents."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import json
 import unicodedata
 from array import array
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from avatarl.data.readers import Piece
 from avatarl.untrusted import refusing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Decoding takes about as long as encoding. So much is always decoded, and of a longer text a part that lies spread.
 DECODED_CHARACTERS, DECODED_SHARE = 1_000_000, 1 / 32
 
 
 class Fidelity:
-    """Counts, piece by piece, what a tokenizer does not know and what does not come back from its tokens."""
+    """Counts, piece by piece, the unknown tokens, and the characters that do not come back from the tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -30,7 +33,7 @@ class Fidelity:
         self._letters = self._lost = 0
 
     def add(self, text: str, ids: list[int]) -> None:
-        """Take a piece of text and the ids that it was encoded to, nothing added to them."""
+        """Take a piece of text and its ids, without an end of text."""
         self._tokens += len(ids)
         self._unknown += sum(map(ids.count, self._unknown_ids))
         self._characters += len(text)
@@ -90,7 +93,7 @@ class Copies:
 
 
 def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that stand for what has no entry. One may end texts as well, as GPT-2's; no text is encoded to that."""
+    """The ids that stand for what has no entry. One may also end texts, as GPT-2's does; no text is encoded to it."""
     found = {tokenizer.unk_token_id}
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         model = json.loads(backend.to_str())["model"]  # which may know one that the tokenizer around it does not name
@@ -99,7 +102,7 @@ def unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _letters(text: str) -> Counter[str]:
-    """How often each character occurs, but for what normalisers change: case, accents, white space, other forms."""
+    """Count the characters, ignoring what normalisers change: case, accents, white space, compatibility forms."""
     letters: Counter[str] = Counter()
     for character, count in Counter(text).items():
         for letter in _plain(character):

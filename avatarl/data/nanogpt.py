@@ -27,11 +27,6 @@ class TokenFile(NamedTuple):
     start: int  # bytes before the first id
     bytes_per_token: int
 
-    @property
-    def is_unusual(self) -> bool:
-        """Whether the ids lie otherwise than nanoGPT writes them, in two bytes each and nothing before."""
-        return (self.start, self.bytes_per_token) != (0, 2)
-
     def chunks(self, vocab_size: int) -> Iterator[np.ndarray]:
         """Token ids, unsigned (T,), some millions at a time; UserError for one that is not below ``vocab_size``."""
         with self.path.open("rb") as file:
@@ -50,7 +45,7 @@ def find_token_files(sources: list[str]) -> Path | None:
     """The folder of nanoGPT's files among the sources, if there is one.
 
     Raises:
-        UserError: it is not the only source, or its ids are of another vocabulary, or nothing is left to check on.
+        UserError: It is not the only source, or its ids are of another vocabulary, or nothing is left to validate on.
     """
     folders = [Path(source) for source in sources if all(os.path.isfile(Path(source, name)) for name in FILES.values())]
     if not folders:
@@ -63,8 +58,8 @@ def find_token_files(sources: list[str]) -> Path | None:
         )
     if os.path.lexists(folder / "meta.pkl"):  # a pickle, and so never opened
         raise UserError(
-            f"{folder / 'meta.pkl'}: says that the ids beside it are of a vocabulary of their own, as of single "
-            "characters; prepare the text that they were made from, or move meta.pkl away where the ids are the "
+            f"{folder / 'meta.pkl'}: says that the ids beside it are of a vocabulary of their own, such as single "
+            "characters; prepare the text that they were made from, or move meta.pkl away if the ids are the "
             "tokenizer's"
         )
     if filecmp.cmp(folder / train, folder / valid, shallow=False):
@@ -76,7 +71,7 @@ def open_token_file(path: Path, vocab_size: int) -> TokenFile:
     """Find out how the ids lie in a file: in 2 bytes each, or as llm.c's header says. The width is never guessed.
 
     Raises:
-        UserError: the file has no token, a part of one, not as many as its header says, or wider ones without a header.
+        UserError: The file has no token, a part of one, not as many as its header says, or wider ones without a header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -92,18 +87,15 @@ def open_token_file(path: Path, vocab_size: int) -> TokenFile:
         return TokenFile(path, HEADER_BYTES, width)
     if not size or size % 2:
         raise UserError(f"{path}: has {size} bytes; 2 for every token, and at least one token, expected")
-    wide = next((width for width in (8, 4) if _is_padded(beginning, size, width)), None)
+    numbers = np.frombuffer(beginning, dtype="<u2")
+    # Ids that fit 2 bytes lie in wider ones where all that is above them is 0.
+    wide = [w for w in (8, 4) if size % w == 0 and not numbers.reshape(-1, w // 2)[:, 1:].any()]
     if wide or vocab_size > 1 << 16:
-        found = f"holds ids of {wide} bytes each" if wide else f"ids below {vocab_size} do not fit the 2 bytes of each"
+        found = (
+            f"holds ids of {wide[0]} bytes each" if wide else f"ids below {vocab_size} do not fit the 2 bytes of each"
+        )
         raise UserError(
             f"{path}: {found}; nanoGPT's have 2, and llm.c's header before them is expected where they have 4: 256 "
             "int32, 20240801, 7, the number of ids, zeros"
         )
     return TokenFile(path, 0, 2)
-
-
-def _is_padded(beginning: bytes, size: int, width: int) -> bool:
-    """Whether ids that fit 2 bytes lie in ``width`` each: all that is above them is 0."""
-    if size % width:
-        return False
-    return not np.frombuffer(beginning, dtype="<u2").reshape(-1, width // 2)[:, 1:].any()

@@ -8,10 +8,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedTokenizerBase
 
 from avatarl.console import Console
 from avatarl.data.corpus import Piece, document_pieces
@@ -32,12 +32,15 @@ from avatarl.data.unfinished import all_or_nothing
 from avatarl.errors import UserError
 from avatarl.untrusted import check_place
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEFAULT_TOKENIZER = "bpe:4096"
 
 # Enough pieces to keep many cores busy, few enough that their encodings stay near 100 MB.
 BATCH_CHARACTERS = 4_000_000
 
-# Shares of the text or its tokens that are said where they are not 0, and what to do where most of it is concerned.
+# Shares of the text or its tokens that are reported where they are not 0, and the remedy where most of it is concerned.
 OTHER_TOKENIZER = "give a tokenizer made for this text, or bpe:N, which can write any"
 SHARES = {
     "unknown_token_share": ("of the tokens are unknown to the tokenizer", OTHER_TOKENIZER),
@@ -64,70 +67,54 @@ def prepare(
     """Tokenize sources into a prepared folder; return its manifest.
 
     Memory stays bounded whatever the size of the text. The same text and settings give the same files, byte for byte,
-    with any number of processes. Where a tokenizer's ids do not say how many bytes of text they stand for, four bytes a
-    token more keep it (``bytes-train-00000.bin`` …); those of a byte-level one do.
+    with any number of processes. If a tokenizer's ids do not say how many bytes of text they stand for, four more bytes
+    a token keep it (``bytes-train-00000.bin`` …); those of a byte-level tokenizer do.
 
-    What does not come in as it is, is said on stderr and in the manifest, where there is any: files that are
-    ``left_out`` by source and reason, ``unknown_token_share``, ``lost_character_share`` (of the first million
-    characters, then of every 32nd), ``repeated_share`` of the text in documents that were there before, but for white
-    space at their ends, and ``repeated_share_of_valid`` that is in training documents too.
+    What is lost or repeated on the way is reported on stderr and in the manifest: files ``left_out``, by source and
+    reason; ``unknown_token_share``; ``lost_character_share`` (of the first million characters, then of every 32nd);
+    ``repeated_share``, the share of the text in documents that came before, apart from white space at their ends; and
+    ``repeated_share_of_valid``, that of validation text that is in training documents too.
+
+    However it ends, nothing is left on disk; what a killed process left, the next call with the same ``out`` removes.
+    A script that asks for several processes has to call this under ``if __name__ == "__main__"``.
 
     Args:
-        sources: files or folders (.txt .md .jsonl .parquet, and .gz of these; links are followed, what is named twice
-            is read once), ``python-docs``, ``hub:ID`` or ``hub:ID@CONFIG``; or, alone, a folder with nanoGPT's
-            train.bin and val.bin, whose split is kept, in two bytes a token or, where the ids or llm.c's header say
-            so, more.
-        out: the folder to make; it may exist only if it is empty.
-        tokenizer: ``bpe:N`` trains one on the text, else ``gpt2``, a folder or a Hub id. nanoGPT's ids are GPT-2's,
-            so that there the default is ``gpt2``.
-        valid_fraction: share of validation, above 0 and at most 0.5: about this share of the documents, or the last
-            part of the tokens if there are fewer than 20 documents.
-        text_field: the field or column of JSON lines, Parquet and Hub data sets that holds the text.
-        shard_tokens: the most tokens that one file holds.
-        processes: how many read at once, a file or a shard of a data set each. The text that they are ahead lies
-            beside ``out`` until it is tokenized, at most a part of each process and one more. With several, a script
-            calls this under ``if __name__ == "__main__"``.
-        quiet: show no progress on stderr.
+        sources: Files or folders (.txt .md .jsonl .parquet, and .gz of these), python-docs, hub:DATASET_ID or
+            hub:DATASET_ID@CONFIG; or, alone, a folder with nanoGPT's train.bin and val.bin, whose split is kept.
+        out: Folder to make; it may exist if it is empty.
+        tokenizer: bpe:SIZE to train one on the text, gpt2, a tokenizer folder or a Hub id. For nanoGPT's files, whose
+            ids are GPT-2's, the default is gpt2.
+        valid_fraction: Share held out for validation, above 0 and at most 0.5: about this share of the documents, or
+            the last part of the tokens if there are fewer than 20 documents.
+        text_field: The field or column of jsonl, parquet and Hub data sets that holds the text.
+        shard_tokens: The most tokens in one file.
+        processes: How many processes read, each one file or shard at a time. The text that they are ahead lies beside
+            out until it is tokenized.
+        quiet: Show no progress and no notes on stderr.
 
     Raises:
-        UserError: a source, the tokenizer, a setting or ``out`` cannot be used, more than half of the text is lost, or
+        UserError: A source, the tokenizer, a setting or ``out`` cannot be used, more than half of the text is lost, or
             more than half of validation is trained on because sources repeat each other, or another process prepares
             ``out``.
-        RunFailed: a process that reads is killed, or ``out`` has changed meanwhile.
+        RunFailed: A process that reads is killed, or ``out`` has changed meanwhile.
         RunStopped: SIGTERM or SIGHUP, in the main thread.
-
-    However it ends, nothing is left on disk; only of a process that is killed, until the next call with the same
-    ``out``.
     """
     if not sources:
         raise UserError("sources: none given; at least one file, folder, python-docs or hub:DATASET_ID is expected")
     if not 0 < valid_fraction <= 0.5:
         raise UserError(f"valid_fraction: found {valid_fraction}; a number above 0 and at most 0.5 is expected")
-    if shard_tokens < 1:
-        raise UserError(f"shard_tokens: found {shard_tokens}; a whole number of at least 1 is expected")
-    if processes < 1:
-        raise UserError(f"processes: found {processes}; a whole number of at least 1 is expected")
+    for name, value in (("shard_tokens", shard_tokens), ("processes", processes)):
+        if value < 1:
+            raise UserError(f"{name}: found {value}; a whole number of at least 1 is expected")
     check_place(Path(out))
     nanogpt_folder = find_token_files(sources)
     with all_or_nothing(Path(out)) as folder, _progress(quiet) as report:
         if nanogpt_folder:
             facts = _prepare_nanogpt(nanogpt_folder, folder, tokenizer, shard_tokens, report)
         else:
-            with contextlib.ExitStack() as reading:  # so that no process reads on when this ends, however it does
-                left_out: dict[str, Counter[str]] = {}
-
-                def pieces() -> Iterator[Piece]:
-                    read = document_pieces(sources, text_field, processes, folder.parent, left_out)
-                    return reading.enter_context(contextlib.closing(read))
-
-                # What a single source repeats is its own; several that repeat each other are one text, named twice.
-                most_repeated = MOST_LOST if len(sources) > 1 else 1
-                facts = _prepare_text(pieces, folder, tokenizer, valid_fraction, shard_tokens, most_repeated, report)
-            for source, reasons in left_out.items():
-                counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-                report(note=f"source {source!r}: files and folders left out: {counts}")
-            if left_out:
-                facts["left_out"] = left_out
+            facts = _prepare_text(
+                sources, folder, tokenizer, valid_fraction, text_field, shard_tokens, processes, report
+            )
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -143,25 +130,33 @@ def prepare(
 
 
 def _prepare_text(
-    pieces: Callable[[], Iterator[Piece]],
+    sources: list[str],
     folder: Path,
     spec: str,
     valid_fraction: float,
+    text_field: str,
     shard_tokens: int,
-    most_repeated: float,
+    processes: int,
     report: Report,
 ) -> dict:
-    report(doing="tokenizer")
-    tokenizer, note = resolve_tokenizer(spec, lambda: (piece.text for piece in pieces()))
-    if note:
-        report(note=f"tokenizer {spec!r}: {note}")
-    facts = _save_tokenizer(tokenizer, spec, folder)
-    report(doing="tokens")
-    byte_lengths = token_byte_lengths(tokenizer)
-    splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, byte_lengths)
-    fidelity, copies = Fidelity(tokenizer), Copies()
-    characters = tokens = 0
-    with contextlib.closing(splits):
+    left_out: dict[str, Counter[str]] = {}
+    with contextlib.ExitStack() as reading:  # so that no process reads on when this ends, however it does
+
+        def pieces() -> Iterator[Piece]:
+            read = document_pieces(sources, text_field, processes, folder.parent, left_out)
+            return reading.enter_context(contextlib.closing(read))
+
+        report(doing="tokenizer")
+        tokenizer, note = resolve_tokenizer(spec, lambda: (piece.text for piece in pieces()))
+        if note:
+            report(note=f"tokenizer {spec!r}: {note}")
+        facts = _save_tokenizer(tokenizer, spec, folder)
+        report(doing="tokens")
+        byte_lengths = token_byte_lengths(tokenizer)
+        splits = SplitWriter(folder, DTYPES[facts["dtype"]], shard_tokens, valid_fraction, byte_lengths)
+        reading.callback(splits.close)
+        fidelity, copies = Fidelity(tokenizer), Copies()
+        characters = tokens = 0
         for batch in _batches(pieces()):
             characters += sum(len(piece.text) for piece in batch)
             for encoded in _encode(batch, tokenizer, facts["end_of_text_id"], fidelity, byte_lengths is None):
@@ -174,8 +169,14 @@ def _prepare_text(
         if tokens < 2:
             raise UserError(f"sources: {tokens} tokens in all; at least 2 are needed, one to train on and one to check")
         valid_rule = splits.finish()
+    # What a single source repeats is its own; several that repeat each other are one text, named twice.
+    most_repeated = MOST_LOST if len(sources) > 1 else 1
     facts |= _check_shares(copies.shares(splits.is_valid), "sources", report, most_repeated)
-    return facts | _counts(splits.counts, characters) | {"valid_fraction": valid_fraction, "valid_rule": valid_rule}
+    facts |= _counts(splits.counts, characters) | {"valid_fraction": valid_fraction, "valid_rule": valid_rule}
+    for source, reasons in left_out.items():
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        report(note=f"source {source!r}: files and folders left out: {counts}")
+    return facts | ({"left_out": left_out} if left_out else {})
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -223,11 +224,11 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
     byte_lengths = token_byte_lengths(tokenizer)
     files = {split: open_token_file(source / name, facts["vocab_size"]) for split, name in NANOGPT_FILES.items()}
     counts = {split: SplitCounts() for split in NANOGPT_FILES}
-    # Where one id is unknown and ends texts as well, as GPT-2's does, ids alone do not tell which it is.
+    # Where one id stands for the unknown and for an end of text, as GPT-2's does, ids alone do not tell which it is.
     unknown, unknown_tokens = list(unknown_ids(tokenizer) - {facts["end_of_text_id"]}), 0
     report(doing="tokens")
     for split, file in files.items():
-        if file.is_unusual:
+        if (file.start, file.bytes_per_token) != (0, 2):  # unlike nanoGPT's
             report(note=f"{file.path}: read as {file.bytes_per_token} bytes for every token from byte {file.start} on")
         writer = ShardWriter(folder, split, DTYPES[facts["dtype"]], shard_tokens)
         with contextlib.closing(writer):
@@ -251,7 +252,7 @@ def _prepare_nanogpt(source: Path, folder: Path, spec: str, shard_tokens: int, r
 
 
 def _check_shares(shares: dict[str, float], whose: str, report: Report, most: float = MOST_LOST) -> dict[str, float]:
-    """Say how much was lost or repeated, refuse what cannot be meant, and return what the manifest says of it."""
+    """Report how much was lost or repeated, refuse too much, and return what the manifest says of it."""
     shares = {name: share for name, share in shares.items() if share}
     for name, share in shares.items():
         what, mend = SHARES[name]
@@ -284,7 +285,7 @@ def _counts(counts: dict[str, SplitCounts], characters: int | None) -> dict:
     return per_split | {"characters": characters}
 
 
-# --- the folder and the screen --------------------------------------------------------------------------------------
+# --- the screen ------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The documentation that every Python installation carries, as documents: the corpus that needs no download.
 
-Two kinds: the topics of the language reference that ``help()`` shows, and docstrings of the standard library. The
-library's modules are parsed, never imported; only C modules, which have no source, are imported and asked.
+It has the topics of the language reference that ``help()`` shows, and the docstrings of the standard library. Modules
+written in Python are parsed, never imported; only C modules, which have no source, are imported.
 """
 
 from __future__ import annotations
@@ -19,16 +19,7 @@ from pathlib import Path
 
 SHORTEST_DOCSTRING_CHARACTERS = 40
 
-LEFT_OUT_FOLDERS = {
-    "__pycache__",
-    "dist-packages",
-    "idlelib",
-    "lib2to3",
-    "site-packages",
-    "test",
-    "tests",
-    "turtledemo",
-}
+LEFT_OUT_FOLDERS = set("__pycache__ dist-packages idlelib lib2to3 site-packages test tests turtledemo".split())
 
 # Named one by one, because which modules are written in C or built in differs between installations.
 C_MODULES = (
@@ -38,7 +29,7 @@ C_MODULES = (
     "unicodedata zlib"
 ).split()
 
-# Where a module is known to everybody by another name than its own without the leading underscore.
+# Modules that everybody knows by another name than their own without the leading underscore.
 PUBLIC_NAMES = {
     "_elementtree": "xml.etree.ElementTree",
     "_sre": "re",
@@ -59,23 +50,13 @@ def python_documents() -> Iterator[str]:
 
     for text in dict.fromkeys(text.strip() for _, text in sorted(topics.items())):
         yield text + "\n"
-
-    described = sorted({*_library_docstrings(), *_c_docstrings()})
     seen = set()
-    for heading, docstring in described:
+    for heading, docstring in sorted({*_library_docstrings(), *_c_docstrings()}):
         docstring = inspect.cleandoc(docstring).strip()
-        if len(docstring) < SHORTEST_DOCSTRING_CHARACTERS or docstring in seen or not _is_unicode(docstring):
-            continue
-        seen.add(docstring)
-        yield f"{heading}\n\n{docstring}\n"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        is_unicode = docstring.encode("utf-8", "ignore").decode("utf-8") == docstring
+        if len(docstring) >= SHORTEST_DOCSTRING_CHARACTERS and docstring not in seen and is_unicode:
+            seen.add(docstring)
+            yield f"{heading}\n\n{docstring}\n"
 
 
 # --- modules written in Python --------------------------------------------------------------------------------------
@@ -87,24 +68,18 @@ def _library_docstrings() -> Iterator[tuple[str, str]]:
         # A folder such as `config-3.12-x86_64` is no package: its name could not be imported.
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in LEFT_OUT_FOLDERS]
         for path in (Path(folder, name) for name in names):
-            if path.suffix == ".py" and path.stem.isidentifier():
-                yield from _module_docstrings(path, _module_name(path.relative_to(library)))
-
-
-def _module_name(path: Path) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _module_docstrings(path: Path, module_name: str) -> Iterator[tuple[str, str]]:
-    try:
-        with tokenize.open(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
-            tree = ast.parse(file.read())
-    except (SyntaxError, UnicodeDecodeError):
-        return  # distributions add templates and files for other versions of Python
-    yield from _described(tree, f"module {module_name}")
-    yield from _member_docstrings(tree, module_name)
+            if path.suffix != ".py" or not path.stem.isidentifier():
+                continue
+            try:
+                with tokenize.open(path) as file, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
+                    tree = ast.parse(file.read())
+            except (SyntaxError, UnicodeDecodeError):
+                continue  # distributions add templates and files for other versions of Python
+            name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
+            if docstring := ast.get_docstring(tree, clean=False):
+                yield f"module {name}", docstring
+            yield from _member_docstrings(tree, name)
 
 
 def _member_docstrings(parent: ast.Module | ast.ClassDef, parent_name: str) -> Iterator[tuple[str, str]]:
@@ -112,17 +87,15 @@ def _member_docstrings(parent: ast.Module | ast.ClassDef, parent_name: str) -> I
         if isinstance(node, ast.ClassDef):
             name = f"{parent_name}.{node.name}"
             bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
-            yield from _described(node, f"class {name}({bases})" if bases else f"class {name}")
+            heading = f"class {name}({bases})" if bases else f"class {name}"
             yield from _member_docstrings(node, name)
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-            yield from _described(node, f"{parent_name}.{node.name}({ast.unparse(node.args)}){returns}")
-
-
-def _described(node: ast.Module | ast.ClassDef | ast.FunctionDef, heading: str) -> Iterator[tuple[str, str]]:
-    docstring = ast.get_docstring(node, clean=False)
-    if docstring:
-        yield heading, docstring
+            heading = f"{parent_name}.{node.name}({ast.unparse(node.args)}){returns}"
+        else:
+            continue
+        if docstring := ast.get_docstring(node, clean=False):
+            yield heading, docstring
 
 
 # --- modules written in C -------------------------------------------------------------------------------------------

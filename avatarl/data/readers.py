@@ -1,4 +1,4 @@
-"""Reading with several processes, in an order that does not depend on how many they are."""
+"""Read the parts of a text with several processes; their number does not change the order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,16 +30,15 @@ Part = Callable[[], Iterator[Piece]]  # whole documents, which one process reads
 
 
 def read_parts(parts: Sequence[Part], processes: int = 1, folder: Path | None = None) -> Iterator[Iterator[Piece]]:
-    """Yield the pieces of each part, one part after the other; each iterator ends before the next one is asked for.
+    """Yield the pieces of each part, one part after the other; exhaust each iterator before asking for the next.
 
-    Process p of P reads the parts p, p + P, p + 2P … A part may be larger than memory, and is wanted only when those
-    before it are done, so it is written to a file first. On disk lie at most one part of each process and the one that
-    is being read back.
+    Several processes write each part to a file first, since it may be larger than memory. The disk holds at most one
+    part per process and the one being read back.
 
     Args:
         parts: What to read; functions and arguments that can be pickled.
-        processes: How many read at once; one reads here, without files.
-        folder: Where the files lie; the system's folder for temporary files when None.
+        processes: How many read at once; one reads in this process, without files.
+        folder: Where the files lie; None for the system's folder for temporary files.
 
     Raises:
         UserError: What a part raises.
@@ -49,93 +49,56 @@ def read_parts(parts: Sequence[Part], processes: int = 1, folder: Path | None = 
         for part in parts:
             yield part()
         return
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="read-", dir=folder)))
-        readers = [stack.enter_context(_reader()) for _ in range(count)]
-        files = [scratch / str(number) for number in range(len(parts))]
-        for number, reader in enumerate(readers):
-            reader.ask(parts[number], files[number])
+    with tempfile.TemporaryDirectory(prefix="read-", dir=folder) as scratch, _pool(count) as pool:
+        files = [Path(scratch, str(number)) for number in range(len(parts))]
+        jobs = [pool.submit(_write, part, file) for part, file in zip(parts[:count], files[:count], strict=True)]
         for number, file in enumerate(files):
-            reader = readers[number % count]
-            reader.wait()
-            if number + count < len(parts):
-                reader.ask(parts[number + count], files[number + count])
-            yield _pieces_of(file)
+            try:
+                jobs[number].result()
+                if number + count < len(parts):
+                    jobs.append(pool.submit(_write, parts[number + count], files[number + count]))
+            except BrokenProcessPool as error:
+                raise RunFailed(
+                    "a process that reads sources was killed, perhaps for want of memory; try fewer processes"
+                ) from error
+            with file.open(encoding="utf-8") as lines:
+                yield (Piece(*json.loads(line)) for line in lines)
             file.unlink()
 
 
-def _pieces_of(file: Path) -> Iterator[Piece]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield Piece(*json.loads(line))
-
-
-class _Reader(NamedTuple):
-    """A process that reads what it is asked for."""
-
-    process: BaseProcess
-    connection: Connection
-
-    def ask(self, part: Part, file: Path) -> None:
-        """Have a part written to a file."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `wait` finds and explains
-            self.connection.send((part, file))
-
-    def wait(self) -> None:
-        """Until the file is there."""
-        try:
-            error = self.connection.recv()
-        except (EOFError, ConnectionResetError) as gone:
-            self.process.join()
-            code = self.process.exitcode
-            how = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
-            raise RunFailed(f"a process that read sources {how}; fewer of them take less memory") from gone
-        if error is not None:
-            raise error
-
-
 @contextlib.contextmanager
-def _reader() -> Iterator[_Reader]:
-    # Not forked from here: there are threads, of the tokenizer and the progress bar, and a fork copies their locks.
+def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once when this context or this process does, whatever they are doing."""
+    # Do not fork from here: threads of the tokenizer and the progress bar may hold locks, which a fork copies.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["avatarl.data", "datasets"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield _Reader(process, ours)
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    context.set_forkserver_preload(["avatarl.data.corpus", "datasets"])
+    theirs, ours = context.Pipe(duplex=False)
+    with theirs, ProcessPoolExecutor(count, context, _set_up_process, (theirs,)) as pool:
+        try:
+            yield pool
+        finally:
+            ours.close()
 
 
-def _serve(connection: Connection) -> None:
-    """The life of a process that reads: it is asked for parts until it is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all; the process that asks decides
+def _set_up_process(parent: Connection) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, ConnectionError):  # the process that asks is gone
-        while True:
-            part, file = connection.recv()
-            connection.send(_write(part, file))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _write(part: Part, file: Path) -> Exception | None:
-    """Write a part to a file; what went wrong, if anything."""
+def _end_with(parent: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv()  # nothing is ever sent: it returns when the other end is closed
+    os._exit(1)
+
+
+def _write(part: Part, file: Path) -> None:
+    """Write a part to a file, one piece a line."""
     try:
         with file.open("w", encoding="utf-8") as lines:
             for piece in part():
                 lines.write(json.dumps(piece, ensure_ascii=False) + "\n")
-    except UserError as error:
-        return error
-    except Exception as error:
-        return RunFailed(f"{type(error).__name__}: {error}")
-    return None
-
-
-def _end_with_parent() -> None:
-    """A process that was killed cannot end those that it started."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    except UserError:
+        raise
+    except Exception as error:  # of a kind that may not survive the way to the parent
+        raise RunFailed(f"{type(error).__name__}: {error}") from None

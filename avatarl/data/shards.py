@@ -1,4 +1,4 @@
-"""Writing token ids to disk: shards of bounded size, and the division into training and validation."""
+"""Write token ids to disk: shards of bounded size, divided into training and validation."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ class SplitCounts:
     tokens: int = 0
     utf8_bytes: int = 0
 
+    def add(self, documents: int, tokens: int, utf8_bytes: int) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        self.utf8_bytes += utf8_bytes
+
 
 class ShardWriter:
     """Appends a number for each token to ``NAME-00000.bin``, ``NAME-00001.bin`` …, each of ``shard_tokens`` at most."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
         self.paths: list[Path] = []
-        self._folder = folder
-        self._name = name
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
+        self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
         self._file: IO[bytes] | None = None
         self._room = 0
 
@@ -52,7 +54,9 @@ class ShardWriter:
         """Write ``numbers``, any integer array (T,) whose values fit the dtype."""
         while len(numbers):
             if self._room == 0:
-                self._begin_shard()
+                self.close()
+                self.paths.append(self._folder / shard_name(self._name, len(self.paths)))
+                self._file, self._room = self.paths[-1].open("wb"), self._shard_tokens
             part, numbers = numbers[: self._room], numbers[self._room :]
             self._file.write(part.astype(self._dtype).tobytes())
             self._room -= len(part)
@@ -66,56 +70,57 @@ class ShardWriter:
         self.close()
         return TokenStream(self.paths, self._dtype)
 
-    def _begin_shard(self) -> None:
-        self.close()
-        self.paths.append(self._folder / shard_name(self._name, len(self.paths)))
-        self._file = self.paths[-1].open("wb")
-        self._room = self._shard_tokens
-
 
 class SplitWriter:
-    """Divides documents into training and validation while they arrive, without knowing how many will come.
+    """Divides documents into training and validation as they arrive, without knowing how many will come.
 
-    The first 20 documents wait on disk. If there are so many, whole documents are chosen by a hash of their number,
-    among the first 20 so that they hold at most the wanted fraction of the tokens and are at least one. With fewer,
+    The first 20 documents wait on disk. If there are so many, whole documents are chosen by a hash of their number;
+    among the first 20, so that they hold at most the wanted fraction of the tokens and are at least one. With fewer,
     validation is the last part of the tokens.
 
-    ``byte_lengths`` are those of every id, int64 (V,); where they are None the pieces bring them, and they are kept.
+    Args:
+        folder: Where the shards go.
+        dtype: Of the ids on disk.
+        shard_tokens: The most tokens in one file.
+        valid_fraction: The wanted share of validation.
+        byte_lengths: Bytes of text of every id, int64 (V,); None where the pieces bring those of their own ids, which
+            are then kept beside them.
     """
 
     def __init__(
         self, folder: Path, dtype: np.dtype, shard_tokens: int, valid_fraction: float, byte_lengths: np.ndarray | None
     ) -> None:
         columns = {"": dtype} if byte_lengths is not None else {"": dtype, BYTES: BYTES_DTYPE}
-
-        def writers(name: str) -> list[ShardWriter]:
-            return [ShardWriter(folder, column + name, kind, shard_tokens) for column, kind in columns.items()]
-
+        self._writers = {
+            name: [ShardWriter(folder, column + name, kind, shard_tokens) for column, kind in columns.items()]
+            for name in ("train", "valid", "waiting")
+        }
         self.counts = {"train": SplitCounts(), "valid": SplitCounts()}
-        self._writers = {split: writers(split) for split in self.counts}
-        self._waiting_writers = writers("waiting")
-        self._waiting: list[SplitCounts] = []  # one for every document on disk, the last one perhaps unfinished
+        self._waiting: list[SplitCounts] = []  # one for each document on disk; the last may be unfinished
         self._valid_fraction = valid_fraction
         self._byte_lengths = byte_lengths
         self.is_valid = bytearray()  # of each document, whether any of it is validation
         self._document = 0
-        self._at_document_start = True
+        self._begins_document = True
 
     def write(self, piece: EncodedPiece) -> None:
         """Take the next piece of the current document."""
         if self._document < FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
-            self._keep_waiting(piece)
+            if self._begins_document:
+                self._waiting.append(SplitCounts())
+            name, counts = "waiting", self._waiting[-1]
         else:
-            split = "valid" if _draw(self._document) < self._valid_fraction else "train"
-            _append(self._writers[split], piece)
-            _count(self.counts[split], piece, begins_document=self._at_document_start)
+            name = "valid" if _draw(self._document) < self._valid_fraction else "train"
+            counts = self.counts[name]
             if piece.ends_document:
-                self.is_valid.append(split == "valid")
-        self._at_document_start = piece.ends_document
-        if piece.ends_document:
-            self._document += 1
-            if self._document == FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
-                self._place_waiting_documents()
+                self.is_valid.append(name == "valid")
+        counts.add(self._begins_document, len(piece.ids), piece.utf8_bytes)
+        for writer, numbers in zip(self._writers[name], (piece.ids, piece.byte_lengths), strict=False):
+            writer.append(numbers)
+        self._begins_document = piece.ends_document
+        self._document += piece.ends_document
+        if piece.ends_document and self._document == FEWEST_DOCUMENTS_TO_CHOOSE_FROM:
+            self._place_waiting_documents()
 
     def finish(self) -> str:
         """Write what still waits and close the files; return in words which rule made the validation split."""
@@ -129,57 +134,43 @@ class SplitWriter:
 
     def close(self) -> None:
         """Close every file, so that the folder can be removed."""
-        for writer in (*self._writers["train"], *self._writers["valid"], *self._waiting_writers):
+        for writer in sum(self._writers.values(), []):
             writer.close()
 
-    def _keep_waiting(self, piece: EncodedPiece) -> None:
-        if self._at_document_start:
-            self._waiting.append(SplitCounts())
-        _append(self._waiting_writers, piece)
-        _count(self._waiting[-1], piece, begins_document=self._at_document_start)
-
     def _place_waiting_documents(self) -> None:
-        chosen = self._choose_waiting_documents()
-        streams = [writer.stream() for writer in self._waiting_writers]
-        start = 0
-        for number, document in enumerate(self._waiting):
-            split = "valid" if number in chosen else "train"
-            self.is_valid.append(split == "valid")
-            self._copy(streams, start, start + document.tokens, split)
-            total = self.counts[split]
-            total.documents += 1
-            total.tokens += document.tokens
-            total.utf8_bytes += document.utf8_bytes
-            start += document.tokens
-        self._drop_waiting_files()
-
-    def _choose_waiting_documents(self) -> set[int]:
         # Their sizes are known, so no long book can swallow the fraction, nor a short story stand for it alone.
         sizes = [document.tokens for document in self._waiting]
-        room = self._valid_fraction * sum(sizes)
-        chosen = set()
+        room, chosen = self._valid_fraction * sum(sizes), set()
         for number in sorted(range(len(sizes)), key=_draw):
             if sizes[number] <= room:
                 chosen.add(number)
                 room -= sizes[number]
-        return chosen or {sizes.index(min(sizes))}
+        chosen = chosen or {sizes.index(min(sizes))}
+        streams, start = [writer.stream() for writer in self._writers["waiting"]], 0
+        for number, document in enumerate(self._waiting):
+            split = "valid" if number in chosen else "train"
+            self.is_valid.append(split == "valid")
+            self._copy(streams, start, start + document.tokens, split)
+            self.counts[split].add(1, document.tokens, document.utf8_bytes)
+            start += document.tokens
+        self._drop_waiting_files()
 
     def _cut_tail(self) -> None:
-        streams = [writer.stream() for writer in self._waiting_writers]
+        streams = [writer.stream() for writer in self._writers["waiting"]]
         tokens = len(streams[0])
         cut = tokens - min(max(1, round(tokens * self._valid_fraction)), tokens - 1)
         self._copy(streams, 0, cut, "train")
         self._copy(streams, cut, tokens, "valid")
-        train, valid = self.counts["train"], self.counts["valid"]
-        train.tokens, valid.tokens = cut, tokens - cut
-        starts = np.cumsum([0, *(document.tokens for document in self._waiting[:-1])])
-        train.documents = int((starts < cut).sum())
-        valid.documents = len(starts) - train.documents
-        self.is_valid.extend(np.append(starts[1:], tokens) > cut)
+        ends = np.cumsum([document.tokens for document in self._waiting])
+        in_train = 1 + int((ends[:-1] < cut).sum())  # documents that begin before the cut
+        self.is_valid.extend(ends > cut)
+        valid_bytes = 0
         for start in range(cut, tokens, COPY_TOKENS):
             numbers = streams[-1].slice(start, min(start + COPY_TOKENS, tokens))
-            valid.utf8_bytes += int((numbers if self._byte_lengths is None else self._byte_lengths[numbers]).sum())
-        train.utf8_bytes = sum(document.utf8_bytes for document in self._waiting) - valid.utf8_bytes
+            valid_bytes += int((numbers if self._byte_lengths is None else self._byte_lengths[numbers]).sum())
+        all_bytes = sum(document.utf8_bytes for document in self._waiting)
+        self.counts["train"].add(in_train, cut, all_bytes - valid_bytes)
+        self.counts["valid"].add(len(ends) - in_train, tokens - cut, valid_bytes)
         self._drop_waiting_files()
 
     def _copy(self, streams: Sequence[TokenStream], start: int, stop: int, split: str) -> None:
@@ -188,23 +179,12 @@ class SplitWriter:
                 writer.append(stream.slice(first, min(first + COPY_TOKENS, stop)))
 
     def _drop_waiting_files(self) -> None:
-        for writer in self._waiting_writers:
+        for writer in self._writers["waiting"]:
             for path in writer.paths:
                 path.unlink()
 
 
-def _append(writers: Sequence[ShardWriter], piece: EncodedPiece) -> None:
-    for writer, numbers in zip(writers, (piece.ids, piece.byte_lengths), strict=False):
-        writer.append(numbers)
-
-
-def _count(counts: SplitCounts, piece: EncodedPiece, begins_document: bool) -> None:
-    counts.documents += begins_document
-    counts.tokens += len(piece.ids)
-    counts.utf8_bytes += piece.utf8_bytes
-
-
 def _draw(document: int) -> float:
-    """A number in [0, 1) that belongs to a document's number."""
+    """A number in [0, 1) that a document's number decides."""
     digest = hashlib.blake2b(document.to_bytes(8, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") / 2**64

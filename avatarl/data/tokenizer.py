@@ -8,17 +8,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from avatarl.data.growth import PROBE, check_growth
 from avatarl.errors import UserError
 from avatarl.hub import require_on_hub
 from avatarl.untrusted import check_library_folder, refusing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_BPE = 256 + 1  # every byte, and the end of a text
@@ -38,10 +40,10 @@ ACCEPTED = "accepted are bpe:N, gpt2, a tokenizer folder and a tokenizer's id on
 
 
 class ResolvedTokenizer(NamedTuple):
-    """A tokenizer, and what the user should know about how it came about (``None`` where there is nothing to say)."""
+    """A tokenizer, and a note for the user about its training (None where there is nothing to say)."""
 
     tokenizer: PreTrainedTokenizerBase
-    note: str | None
+    note: str | None = None
 
 
 def resolve_tokenizer(spec: str, text_pieces: Callable[[], Iterable[str]]) -> ResolvedTokenizer:
@@ -51,7 +53,7 @@ def resolve_tokenizer(spec: str, text_pieces: Callable[[], Iterable[str]]) -> Re
         spec: ``bpe:N`` trains a byte-level BPE of N entries on the text; ``gpt2`` is GPT-2's from the Hub; a folder is
             one that ``AutoTokenizer`` opens or that holds OpenAI's ``encoder.json`` and ``vocab.bpe``; anything else
             is an id on the Hub. Code that comes with a tokenizer is never run.
-        text_pieces: called to read the text, only where a tokenizer has to be trained.
+        text_pieces: Called to read the text, only to train a tokenizer on it.
 
     Raises:
         UserError: ``spec`` names no tokenizer that can be trained or opened.
@@ -59,15 +61,17 @@ def resolve_tokenizer(spec: str, text_pieces: Callable[[], Iterable[str]]) -> Re
     if spec.startswith("bpe:"):
         return _train_bpe(_bpe_size(spec), text_pieces())
     if spec == "gpt2":
-        return ResolvedTokenizer(_open_gpt2(), None)
-    folder = Path(spec)
-    if os.path.isfile(folder / "encoder.json") and os.path.isfile(folder / "vocab.bpe"):
-        return ResolvedTokenizer(_open_openai_folder(folder), None)
-    return ResolvedTokenizer(_open(spec), None)
+        return ResolvedTokenizer(_open_gpt2())
+    if all(os.path.isfile(Path(spec, name)) for name in ("encoder.json", "vocab.bpe")):
+        return ResolvedTokenizer(_open_openai_folder(Path(spec)))
+    if not spec or (spec.startswith((".", "/", "~")) and not os.path.isdir(spec)):
+        raise UserError(f"tokenizer {spec!r}: no such folder; {ACCEPTED}")
+    with refusing(f"tokenizer {spec!r}: cannot be opened (", f"); {ACCEPTED}"):
+        return ResolvedTokenizer(open_tokenizer(spec))
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, nothing added and nothing cut off, on all cores.
+    """Encode each text on all cores, adding nothing and cutting nothing off.
 
     A special token spelled out in a text is text: it is encoded letter by letter, so that no document can forge an
     end. Set ``TOKENIZERS_PARALLELISM=false`` to stay on one core.
@@ -77,22 +81,21 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_with_bytes(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-    """Of each text the token ids, as :func:`encode_texts` has them, and the UTF-8 bytes each stands for, int64 (T,).
+    """Encode each text as :func:`encode_texts` does, with the UTF-8 bytes that each token stands for, int64 (T,).
 
-    They are bytes of the text as given, whatever a normaliser makes of it, and add up to it: what no token covers
-    (white space, say) belongs to the next one, or to the last. A tokenizer written in Python does not say where its
-    tokens lie; there every one stands for as many bytes.
+    These are bytes of the text as given, whatever a normaliser makes of it, and add up to it: what no token covers
+    (white space, say) belongs to the next token, or to the last. A tokenizer written in Python does not say where its
+    tokens lie; there the bytes are spread evenly.
     """
     with refusing("tokenizer: cannot encode the text (", ")"):
         backend = _backend(tokenizer)
         if backend is not None:
             encodings = backend.encode_batch(texts, add_special_tokens=False)
             return [(each.ids, _bytes_between(each.offsets, text)) for each, text in zip(encodings, texts, strict=True)]
-    found = []
-    for ids, text in zip(encode_texts(tokenizer, texts), texts, strict=True):
-        ends = np.linspace(0, len(text.encode("utf-8")), len(ids) + 1).round().astype(np.int64)
-        found.append((ids, np.diff(ends)))
-    return found
+    found = encode_texts(tokenizer, texts)
+    sizes = [len(text.encode("utf-8")) for text in texts]
+    ends = [np.linspace(0, size, len(ids) + 1).round().astype(np.int64) for ids, size in zip(found, sizes, strict=True)]
+    return [(ids, np.diff(each)) for ids, each in zip(found, ends, strict=True)]
 
 
 def _bytes_between(offsets: Sequence[tuple[int, int]], text: str) -> np.ndarray:
@@ -113,7 +116,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """What does the work, set to encode a text as it is; None of a tokenizer written in Python."""
+    """The Rust tokenizer, set to encode a text as it is; None for a tokenizer written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         # `transformers` sets these three anew on each call of its own, so nothing is lost by changing them.
@@ -133,8 +136,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """Bytes of text that each id stands for, int64 (V,), V = ``len(tokenizer)``; 0 for special tokens and unused ids.
 
-    The lengths of a text's tokens add up to its UTF-8 bytes. None of a tokenizer of which that is not so: one that is
-    not byte-level, or that changes a text before it cuts it or leaves some of it out.
+    The lengths of a text's tokens add up to its UTF-8 bytes. None for a tokenizer of which that is not true: it is not
+    byte-level, or it changes a text before it cuts it, or leaves some of it out.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend else None
@@ -152,7 +155,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
 
 
 def decoded_bytes(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> int:
-    """UTF-8 bytes of the text that ids (T,) decode to, one document after the other; special tokens have none."""
+    """UTF-8 bytes of the text that ids (T,) decode to, document by document; special tokens have none."""
     documents = np.split(ids, np.flatnonzero(ids == end_of_text_id(tokenizer)))
     texts = (
         tokenizer.decode(document.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -198,13 +201,11 @@ def _train_bpe(size: int, text_pieces: Iterable[str]) -> ResolvedTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend = _byte_level(BPE())
-    cuts = Counter()
+    backend, cuts = _byte_level(BPE()), Counter()
     texts = _first_characters(text_pieces, BPE_TRAINING_CHARACTERS)
     backend.train_from_iterator((part for text in texts for part in _without_long_words(text, cuts)), trainer)
-    trained = backend.get_vocab_size()
     notes = []
-    if trained < size:
+    if (trained := backend.get_vocab_size()) < size:
         notes.append(f"the text supports {trained} tokenizer entries, fewer than the {size} asked for")
     if cuts:
         notes.append(
@@ -215,7 +216,7 @@ def _train_bpe(size: int, text_pieces: Iterable[str]) -> ResolvedTokenizer:
 
 
 def _without_long_words(text: str, cuts: Counter) -> Iterator[str]:
-    """``text``, cut wherever a word would become longer than twice ``LONGEST_WORD`` characters; cuts are counted."""
+    """Cut a text wherever a word would become longer than twice ``LONGEST_WORD`` characters, and count the cuts."""
     start = 0
     for place in range(LONGEST_WORD, len(text), LONGEST_WORD):
         if LONG_WORD.match(text, place):
@@ -242,7 +243,9 @@ def _byte_level(model: BPE) -> Tokenizer:
     return backend
 
 
-def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -256,11 +259,13 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Open a tokenizer folder or a Hub id, and have it encode and decode a few words before it is believed.
+    """Open a tokenizer folder or a Hub id, and try it on a few words.
 
     Raises:
-        Exception: of many kinds, Rust's panics among them; callers use :func:`avatarl.untrusted.refusing`.
+        Exception: Of many kinds, Rust's panics among them; callers use :func:`avatarl.untrusted.refusing`.
     """
+    from transformers import AutoTokenizer
+
     if os.path.isdir(name):
         check_library_folder(Path(name))
         check_growth(Path(name))
@@ -275,7 +280,7 @@ def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that opens, but gives no entries of its own for a text; what it loses, `prepare` measures."""
+    """Refuse a tokenizer that opens but cannot encode and decode a text; `prepare` measures what it loses."""
     ids = set(tokenizer.get_vocab().values())
     _check_ids(ids, name)
     (encoded,) = _encode(tokenizer, [PROBE])
@@ -288,7 +293,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _check_ids(ids: Iterable[int], name: str) -> None:
-    """Refuse ids so large that the library, which writes a tokenizer out id by id, would fill the memory and abort."""
+    """Refuse ids so large that the library, which writes a tokenizer id by id, would fill the memory."""
     count, largest = len(set(ids)), max(ids, default=0)
     if not count:
         raise UserError(f"{name}: the tokenizer has no entries")
@@ -317,10 +322,3 @@ def _open_openai_folder(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = _wrapped(backend)
         _try_out(tokenizer, str(folder))
     return tokenizer
-
-
-def _open(spec: str) -> PreTrainedTokenizerBase:
-    if not spec or (spec.startswith((".", "/", "~")) and not os.path.isdir(spec)):
-        raise UserError(f"tokenizer {spec!r}: no such folder; {ACCEPTED}")
-    with refusing(f"tokenizer {spec!r}: cannot be opened (", f"); {ACCEPTED}"):
-        return open_tokenizer(spec)

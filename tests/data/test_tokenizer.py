@@ -33,7 +33,7 @@ def trained(spec: str = "bpe:320"):
 
 
 def pieces_of(text: str) -> list[str]:
-    return [piece.text for piece in corpus._pieces_of_all([text])]
+    return [piece.text for piece in corpus._pieces_of(lambda: [text])]
 
 
 @pytest.fixture

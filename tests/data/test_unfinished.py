@@ -109,7 +109,7 @@ def test_a_signal_leaves_nothing(stories_file: Path, tmp_path: Path, monkeypatch
     module = sys.modules[prepare.__module__]
     monkeypatch.setattr(module, "token_byte_lengths", lambda _: [os.kill(os.getpid(), number) for _ in range(2)])
     try:
-        with pytest.raises(RunStopped, match="nothing is left of it; the same command begins anew") as stop:
+        with pytest.raises(RunStopped, match="nothing is left of it; the same command starts again") as stop:
             prepare_stories(stories_file, tmp_path / "made" / "out")
         assert signal.getsignal(number) is signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
     finally:
@@ -134,13 +134,13 @@ def test_what_a_program_does_at_a_signal_stays(stories_file: Path, tmp_path: Pat
 
 
 BUSY = """
-import ctypes, os, signal, sys
+import ctypes, os, signal, sys, threading
 from pathlib import Path
 from avatarl.data.unfinished import all_or_nothing
 with all_or_nothing(Path(sys.argv[1])) as folder:
     (folder / "file").touch()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as if it waited for threads that are not Python's
-    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     ctypes.CDLL(None).sleep(300)
 """
 
@@ -149,5 +149,5 @@ def test_a_signal_ends_a_process_that_waits_outside_of_python(tmp_path: Path):
     out = tmp_path / "made" / "out"
     ended = subprocess.run([sys.executable, "-c", BUSY, str(out)], stderr=subprocess.PIPE, text=True, timeout=200)
     assert ended.returncode == 143
-    assert ended.stderr == "avatarl: stopped, and nothing is left of it; the same command begins anew\n"
+    assert ended.stderr == "avatarl: stopped, and nothing is left of it; the same command starts again\n"
     assert list(tmp_path.iterdir()) == []
