@@ -1,7 +1,8 @@
-"""Write the tables of docs/results.md and the pictures beside it from the CSV files of docs/results/.
+"""Write the tables and pictures of docs/results.md and docs/results/*/README.md from the CSV files of docs/results/.
 
-``python docs/make_results.py``. Between ``<!-- COMPARISON/TABLE -->`` and its end stands a table of the comparison that
-lies in results/COMPARISON; its picture is results/COMPARISON/outcome.svg.
+Run ``python docs/make_results.py``. It fills each pair of marks ``<!-- COMPARISON/TABLE -->`` and
+``<!-- /COMPARISON/TABLE -->`` with that table of the comparison in results/COMPARISON, and draws
+results/COMPARISON/outcome.svg.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PLACE = re.compile(
 
 
 def with_tables(text: str, records: Path = RECORDS) -> str:
-    """``text`` with every table made anew."""
+    """Return ``text`` with the table between each pair of marks written again from the records."""
 
     def filled(place: re.Match) -> str:
         table = markdown_table(values_of(records / place["comparison"])[place["table"]])
@@ -35,15 +36,21 @@ def with_tables(text: str, records: Path = RECORDS) -> str:
     return PLACE.sub(filled, text)
 
 
+def pages() -> list[Path]:
+    """List the pages that have tables: the findings, then one page for each comparison."""
+    return [PAGE, *sorted(RECORDS.glob("*/README.md"))]
+
+
 @cache
 def values_of(folder: Path) -> dict[str, Any]:
-    """What a report of the comparison in ``folder`` shows."""
+    """Return the values that a report of the comparison in ``folder`` shows, its tables among them."""
     results, curves, tuning = (read_rows(folder / f"{rows}.csv") for rows in ("results", "curves", "tuning"))
     baseline = yaml.safe_load((folder / "comparison.yaml").read_text(encoding="utf-8"))["baseline"]
     return page_values(results, curves, tuning, baseline)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     for table in RECORDS.glob("*/results.csv"):
         (table.parent / PICTURE).write_text(values_of(table.parent)["picture"], encoding="utf-8")
