@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss
 from avatarl.objective import OBJECTIVES, BaselineConfig, engine, linear_objective_loss, make_objective, objective_loss
 
-from .landscapes import random_inputs
+from .cases import random_inputs
 
 CONFIGS = {
     "article": AvataRLConfig.article(top_k=4),

@@ -9,7 +9,7 @@ import torch
 from avatarl import AvataRLConfig, UserError, avatarl_loss
 from avatarl.objective import OBJECTIVES, BaselineConfig, make_objective, objective_loss
 
-from .landscapes import random_inputs
+from .cases import random_inputs
 
 ARTICLE = dict(
     top_k=16,

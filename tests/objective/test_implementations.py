@@ -11,7 +11,7 @@ from avatarl.objective import OBJECTIVES, BaselineConfig, LiveAnswers, engine, l
 from avatarl.objective.objectives import LossInputs
 from avatarl.objective.policy import compute_dtype
 
-from .heads import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
+from .cases import CONFIG, POSITIONS, VOCABULARY, errors, gradients, random_heads
 
 compiles_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avatarl import AvataRLConfig, linear_avatarl_loss
 from avatarl.objective import OBJECTIVES, BaselineConfig, engine, linear_objective_loss, make_objective, objective_loss
 
-from .heads import (
+from .cases import (
     CONFIG,
     CRITIC_WIDTH,
     POSITIONS,
@@ -19,7 +19,6 @@ from .heads import (
     random_heads,
     small_chunks,
 )
-from .landscapes import oracle, settings_of
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 23, 1000])  # 5: chunks of 5, 5, 5, 5, 3
@@ -45,21 +44,6 @@ def test_every_objective_from_hidden_states(name, chunk_rows, monkeypatch):
     assert_same(found, expected)
     for one, other in zip(gradients(found[0], hidden, weight), gradients(expected[0], hidden, weight), strict=True):
         assert torch.allclose(one, other, atol=1e-14, rtol=1e-10)
-
-
-@pytest.mark.parametrize("config", [AvataRLConfig.article(), AvataRLConfig.article(threshold="none", top_k=64)])
-def test_gpt2s_vocabulary_against_the_oracle(config, monkeypatch):
-    """50,257 tokens, two chunks, from hidden states; the oracle has the gradient over the logits."""
-    vocabulary = 50_257
-    small_chunks(monkeypatch, 2 * vocabulary)
-    hidden, weight, critic_hidden, critic_weight, targets = random_heads(positions=3, vocabulary=vocabulary)
-    logits, critic_logits = hidden @ weight.t(), critic_hidden[0] @ critic_weight[0].t()
-    expected, by_logits = oracle("avatarl", logits, [critic_logits], targets, **settings_of(config))
-    found, _ = linear_avatarl_loss(hidden, weight, critic_hidden, critic_weight, targets, config)
-    assert found.item() == pytest.approx(expected, rel=1e-12)
-    by_hidden, by_weight = gradients(found, hidden, weight)
-    assert torch.allclose(by_hidden, by_logits @ weight, atol=1e-14, rtol=1e-10)
-    assert torch.allclose(by_weight, by_logits.t() @ hidden, atol=1e-14, rtol=1e-10)
 
 
 @pytest.mark.parametrize("positions", [0, 1, 2, 9, 10, 11, 40])

@@ -6,7 +6,7 @@ import torch
 from avatarl import AvataRLConfig, linear_avatarl_loss
 from avatarl.objective import OBJECTIVES, BaselineConfig, linear_objective_loss, make_objective, objective_loss
 
-from .heads import (
+from .cases import (
     CONFIG,
     VOCABULARY,
     assert_same,

@@ -1,7 +1,6 @@
 """NaN where a position counts reaches the loss, so that the guard sees it; where it is ignored it touches nothing."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -15,11 +14,11 @@ from avatarl.objective import (
     linear_objective_loss,
     make_objective,
     objective_loss,
-    reference,
 )
 
-from .landscapes import random_inputs, settings_of
-from .test_stored import SAMPLE, stored
+from .cases import cached as stored
+from .cases import random_inputs
+from .test_cached import SAMPLE
 
 POSITIONS, VOCABULARY, ROW = 10, 37, 4
 ARITHMETIC = AvataRLConfig(top_k=3, pool="arithmetic", threshold="none")
@@ -158,15 +157,6 @@ def test_what_is_stored_of_a_critic(config, field):
     ):
         assert loss.isfinite()
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves))
-
-
-def test_the_oracle_keeps_it_too():
-    player, (critic,), targets = random_inputs(positions=1)
-    logits = critic[0].tolist()
-    logits[5] = float("nan")
-    for config in ("article", "released", "dense"):
-        loss = reference.avatarl(player[0].tolist(), [logits], targets.item(), **settings_of(CONFIGS[config]))["loss"]
-        assert math.isnan(loss)
 
 
 def test_a_token_that_is_ruled_out_is_none():

@@ -8,7 +8,7 @@ import torch
 from avatarl import AvataRLConfig
 from avatarl.objective import BaselineConfig, Scheduled, make_objective, objective_loss
 
-from .landscapes import random_inputs
+from .cases import random_inputs
 
 BASE = AvataRLConfig(top_k=3, critic_weight=(0.2, 0.1))
 CONFIGS = {

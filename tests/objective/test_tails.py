@@ -1,4 +1,4 @@
-"""What becomes of a critic's probability outside of the active actions: each rule against the oracle and the others."""
+"""What becomes of a critic's probability outside of the active actions; test_paths.py holds each rule to the method."""
 
 import dataclasses
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
-from avatarl.objective import BaselineConfig, engine, make_objective, objective_loss, reference
+from avatarl.objective import BaselineConfig, LiveAnswers, engine, make_objective, objective_loss, rule
 
-from .landscapes import LANDSCAPE_SETTINGS, oracle, random_inputs, settings_of
+from .cases import LINEAR, random_inputs
 
-LINEAR = AvataRLConfig(top_k=3, pool="arithmetic", threshold="none")
 RULES = {
     "geometric, renormalise": AvataRLConfig(top_k=3),
     "geometric, target": AvataRLConfig(top_k=3, tail="target", threshold="none"),
@@ -29,82 +28,31 @@ def draws(positions: int, seed: int = 5) -> torch.Tensor:
     return torch.rand(positions, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("critics", [1, 2])
-@pytest.mark.parametrize("rule", RULES)
-def test_loss_and_gradient_are_the_oracles(rule, critics):
-    config = RULES[rule]
-    player, judges, targets = random_inputs(critics=critics)
-    uniforms = draws(len(targets))
-    loss, metrics = avatarl_loss(player, judges, targets, config, uniforms=uniforms)
-    loss.backward()
-    expected, gradient = oracle(
-        "avatarl", player, judges, targets, **settings_of(config), uniform=uniforms.squeeze(1).tolist()
-    )
-    assert loss.item() == pytest.approx(expected, rel=1e-10)
-    torch.testing.assert_close(player.grad, gradient, rtol=1e-9, atol=1e-12)
-    expected = expected_metrics(config, player.detach(), judges, targets, uniforms)
-    for name, value in expected.items():
-        assert metrics[name].item() == pytest.approx(value, rel=1e-9), name
+@pytest.mark.parametrize("samples", [1, 5])
+def test_systematic_draws_by_counting(samples):
+    """The token at each of the points (u + i) / S of the distribution outside of the actions, and its equal share."""
+    _, (logits,), targets = random_inputs(spread=1.5)
+    actions = torch.stack([targets, (targets + 1) % 29, targets], dim=1)  # the last repeats the first
+    valid, uniforms = torch.tensor([[True, True, False]]).expand(24, 3), draws(24)
+    tokens, mass = LiveAnswers(logits).sample_outside(actions, valid, samples, uniforms)
+    outside = logits.softmax(1).scatter(1, actions, 0.0)
+    rest = outside.sum(1)
+    torch.testing.assert_close(mass, (rest / samples).unsqueeze(1).expand(24, samples))
+    for row, point in enumerate(uniforms[:, 0].tolist()):
+        reached = (outside[row].cumsum(0) / rest[row]).tolist()
+        points = [(point + i) / samples for i in range(samples)]
+        assert tokens[row].tolist() == [next(t for t, total in enumerate(reached) if total > at) for at in points]
 
 
-def expected_metrics(config, player, judges, targets, uniforms) -> dict[str, float]:
-    """From the oracle's landscape: means over positions."""
-    shares = {"expected_reward": 0.0, "other_reward_share": 0.0}
-    for i, target in enumerate(targets.tolist()):
-        judged = reference.landscape(
-            player[i].tolist(),
-            [judge[i].tolist() for judge in judges],
-            target,
-            **settings_of(config, LANDSCAPE_SETTINGS),
-            uniform=uniforms[i].item(),
-        )
-        rewards = dict(zip(judged["actions"], judged["rewards"], strict=True)) | judged["tail_rewards"]
-        probs = reference.softmax(player[i].tolist())
-        total = sum(rewards.values())
-        shares["expected_reward"] += sum(probs[token] * reward for token, reward in rewards.items()) / len(targets)
-        shares["other_reward_share"] += (total - rewards[target]) / total / len(targets)
-    return shares
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_landscape_says_where_the_tail_is(rule):
-    config = RULES[rule]
+def test_sampled_tokens_are_columns_of_their_own():
+    """Each once, with the critic's mass and none of the text's."""
+    config = dataclasses.replace(LINEAR, tail="sample", tail_samples=5)
     player, (critic,), targets = random_inputs()
     landscape = reward_landscape(player, critic, targets, config, uniforms=draws(len(targets)))
-    torch.testing.assert_close(landscape.consensus.sum(1) + landscape.tail_mass, torch.ones(24, dtype=torch.float64))
-    active = 1 + 2 * config.top_k
-    sampled = landscape.consensus[:, active:]
-    if config.tail == "dense":
-        inside = landscape.critic.sum(1)
-        torch.testing.assert_close(landscape.tail_mass, 0.3 * (1 - inside))
-        assert landscape.tail_mass.max() > 0.01
-    else:
-        assert not landscape.tail_mass.any()
-    assert (sampled.numel() > 0 and sampled.max() > 0.001) == (config.tail == "sample")
-    assert not landscape.reality[:, active:].any()
+    torch.testing.assert_close(landscape.consensus.sum(1), torch.ones(24, dtype=torch.float64))
+    assert not landscape.tail_mass.any() and not landscape.reality[:, 7:].any() and landscape.consensus[:, 7:].any()
     ids = [row[kept].tolist() for row, kept in zip(landscape.actions, landscape.valid, strict=True)]
     assert all(len(set(row)) == len(row) for row in ids)
-
-
-@pytest.mark.parametrize("critics", [1, 2])
-@pytest.mark.parametrize("samples", [1, 4])
-def test_sample_has_the_gradient_of_dense_in_expectation(samples, critics):
-    """Systematic draws over a fine grid of their one number are a grid over the distribution: the mean is exact to the
-    grid's width."""
-    dense = dataclasses.replace(LINEAR, tail="dense")
-    sample = dataclasses.replace(LINEAR, tail="sample", tail_samples=samples)
-    player, judges, targets = random_inputs(critics=critics, positions=8, spread=1.5)
-    (expected,) = torch.autograd.grad(avatarl_loss(player, judges, targets, dense)[0], player)
-    total, count = torch.zeros_like(player), 400
-    single = []
-    for i in range(count):
-        uniforms = torch.full((8, 1), (i + 0.5) / count, dtype=torch.float64)
-        loss, _ = avatarl_loss(player, judges, targets, sample, uniforms=uniforms)
-        (gradient,) = torch.autograd.grad(loss, player)
-        total += gradient
-        single.append((gradient - expected).abs().max().item())
-    assert max(single) > 0.02 * expected.abs().max()  # no single draw has it
-    assert (total / count - expected).abs().max() < 0.05 * max(single)
 
 
 def test_the_best_possible_is_that_of_all_tokens():
@@ -210,10 +158,8 @@ def test_a_target_that_a_sure_critic_finds_unlikely_keeps_what_it_has(gap):
         reward_landscape(player.to(d), critic.to(d), targets, config) for d in (torch.float64, torch.float32)
     )
     assert single.consensus[0, 0].item() == pytest.approx(exact.consensus[0, 0].item(), rel=1e-4)
-    expected = reference.landscape(
-        player[0].tolist(), [critic[0].tolist()], 5, top_k=4, tail="target", threshold="none"
-    )
-    assert exact.consensus[0, 0].item() == pytest.approx(expected["consensus"][0], rel=1e-6)
+    expected = rule.landscape(player, [critic], targets, config)
+    assert exact.consensus[0, 0].item() == pytest.approx(expected.consensus[0, 5].item(), rel=1e-6)
 
 
 def test_an_impossible_token_is_never_drawn():

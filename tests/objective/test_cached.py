@@ -9,9 +9,9 @@ from torch import Tensor
 
 from avatarl import AvataRLConfig, avatarl_loss, linear_avatarl_loss, reward_landscape
 from avatarl.objective import BaselineConfig, CachedAnswers, make_objective, objective_loss
-from avatarl.objective.answers import LiveAnswers
 
-from .landscapes import random_inputs
+from .cases import cached as stored
+from .cases import random_inputs
 
 VOCABULARY = 29
 CONFIG = AvataRLConfig(top_k=3, threshold="none")
@@ -26,27 +26,6 @@ RULES = {
 }
 DENSE = dataclasses.replace(CONFIG, pool="arithmetic", tail="dense")
 SAMPLE = dataclasses.replace(DENSE, tail="sample")
-
-
-def stored(
-    logits: Tensor,
-    targets: Tensor,
-    top: int,
-    draws: int = 0,
-    uniforms: Tensor | None = None,
-    log_frequencies: Tensor | None = None,
-) -> CachedAnswers:
-    """What a cache would hold of a critic, without rounding, in a text where all tokens are as frequent."""
-    critic = LiveAnswers(logits)
-    tokens = torch.cat([targets.unsqueeze(1), logits.topk(top, dim=1).indices], dim=1)
-    log_probs, _ = critic.log_probs_at(tokens, logits.dtype)
-    is_new = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens[:, 1:] != tokens[:, :1]], dim=1)
-    log_rest = critic.log_outside(tokens, is_new, log_probs).squeeze(1)
-    drawn = critic.sample_outside(tokens, is_new, draws, uniforms)[0] if draws else tokens[:, :0]
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    if log_frequencies is None:
-        log_frequencies = torch.full(logits.shape[1:], -math.log(logits.shape[1]), dtype=logits.dtype)
-    return CachedAnswers(tokens, log_probs, log_rest, drawn, entropy, log_frequencies)
 
 
 def gradient(critic, player, targets, config, **arguments) -> Tensor:
