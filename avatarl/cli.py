@@ -150,9 +150,7 @@ def critic_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--critic", required=True, help="a run folder, a model folder or a hub id")
     parser.add_argument("--data", required=True, help="a prepared data folder; both splits are read")
     parser.add_argument("--out", required=True, help="folder to make; the same command goes on after an interruption")
-    parser.add_argument(
-        "--block_size", type=int, default=256, help="tokens in a window, as in the runs that will use it"
-    )
+    parser.add_argument("--block_size", type=int | None, help="tokens in a window (default: the context of the critic)")
     parser.add_argument("--kind", default="top", help="top, its most likely tokens, or sample, tokens drawn from it")
     parser.add_argument("--bytes_per_token", type=int, default=134, help="budget of a position (6 + 4 or 2 a token)")
     parser.add_argument("--keep_top", type=int, default=0, help="with sample: so many most likely tokens besides")
@@ -175,19 +173,11 @@ def critic_command(arguments: Sequence[str]) -> None:
 
 def verify_command(arguments: Sequence[str]) -> None:
     """read prepared data and caches in full, though they seem untouched since they last were"""
-    from .data import PreparedData
-    from .models.critic_cache import is_cache
-    from .models.critic_cache.read import open_files, read_manifest, verify
+    from .models import verify
 
     parser = _parser("verify")
     parser.add_argument("folders", nargs="+", help="prepared data folders and caches of critics")
-    for folder in map(Path, parse(parser, arguments)["folders"]):
-        if is_cache(folder):
-            _, manifest = read_manifest(folder)
-            verify(folder, manifest, open_files(folder, manifest), anew=True)
-        else:
-            PreparedData.open(folder, anew=True)
-        print(f"{folder} is as it was written")
+    verify(**parse(parser, arguments))
 
 
 def plan_command(arguments: Sequence[str]) -> None:

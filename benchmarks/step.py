@@ -46,8 +46,8 @@ from avatarl.models import (
     training_flops_per_token,
 )
 from avatarl.models.critic_cache import RecordFormat
+from avatarl.models.critic_cache.answers import fill_part
 from avatarl.models.critic_cache.parts import FREQUENCIES, parts_of
-from avatarl.models.critic_cache.write import fill_part
 from avatarl.models.critics import CachedCritic, Critic, LiveCritic
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective

@@ -11,5 +11,6 @@ __getattr__, __all__ = lazy_exports(
         "critics": ("Critic", "check_same_vocabulary", "load_critic", "open_critic"),
         "loading": ("load_model", "load_tokenizer"),
         "players": ("build_player",),
+        "verify": ("verify",),
     },
 )

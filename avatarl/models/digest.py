@@ -5,20 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
-
-from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.files import File, ask
 
-from .loading import resolve_model
-from .quantisation import plain_tensors
+from .resolve import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from avatarl.data import PreparedData
 
 
 def digest_of_model(model: PreTrainedModel) -> str:
     """SHA-256 over a model's configuration and weights, wherever it was loaded from."""
+    import torch
+
+    from .quantisation import plain_tensors
+
     config = {
         name: value
         for name, value in model.config.to_dict().items()

@@ -16,7 +16,7 @@ from avatarl.cli import main
 from avatarl.data import PreparedData, Windows
 from avatarl.errors import RunFailed
 from avatarl.models import CriticCache, cache_critic, load_critic
-from avatarl.models.critic_cache import RecordFormat, is_cache, parts, write
+from avatarl.models.critic_cache import RecordFormat, answers, is_cache, parts
 from avatarl.models.critic_cache.record import NATS_PER_UNIT, decode, encode
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import CachedAnswers
@@ -121,7 +121,7 @@ def sharp_logits(spread: float, vocabulary: int = 64, positions: int = 200) -> t
 def test_the_mass_of_the_rest_is_summed(num_top, spread):
     """One minus what is known, in float32, is −15.9 or −∞ where this is −25."""
     _, critic, targets = sharp_logits(spread)
-    (held,) = write.answers_of(critic, torch.eye(64), targets, RecordFormat(num_top, 0, 64), None)
+    (held,) = answers.answers_of(critic, torch.eye(64), targets, RecordFormat(num_top, 0, 64), None)
     others = critic.double().log_softmax(1).scatter(1, held.tokens, -torch.inf)
     torch.testing.assert_close(held.log_rest.double(), others.logsumexp(1), rtol=0, atol=1e-4)
     assert (held.log_rest < -17).any() or num_top == 0 or spread == 3
@@ -133,7 +133,7 @@ def test_the_mass_of_the_rest_is_summed(num_top, spread):
 def test_a_cache_of_every_token_gives_the_live_losses(pool, tail, spread):
     player, critic, targets = sharp_logits(spread)
     record = RecordFormat(64, 0, 64)
-    (answer,) = write.answers_of(critic, torch.eye(64), targets, record, None)
+    (answer,) = answers.answers_of(critic, torch.eye(64), targets, record, None)
     held = record.unpack(record.pack(answer), targets, torch.zeros(64))
     for config in (AvataRLConfig(top_k=4, pool=pool, tail=tail, threshold="none"), AvataRLConfig.released()):
         live, cached = (avatarl_loss(player, each, targets, config)[0].item() for each in (critic, held))
@@ -157,8 +157,8 @@ def test_drawn_tokens_follow_the_critic(critic_folder, data):
         hidden = last_hidden(critic, inputs).flatten(0, 1)
     record, seeds, counts = RecordFormat(0, 24, data.vocab_size), range(200), torch.zeros_like(probs)
     for seed in seeds:
-        uniforms = torch.cat([write.draw_uniforms(seed, "train", [window], BLOCK) for window in (0, 3)])
-        (held,) = write.answers_of(hidden, head_weight(critic).detach(), targets, record, uniforms)
+        uniforms = torch.cat([answers.draw_uniforms(seed, "train", [window], BLOCK) for window in (0, 3)])
+        (held,) = answers.answers_of(hidden, head_weight(critic).detach(), targets, record, uniforms)
         counts.scatter_add_(1, held.draws, torch.ones_like(held.draws).double())
     probs.scatter_(1, targets.unsqueeze(1), 0.0)
     probs /= probs.sum(1, keepdim=True)
@@ -182,7 +182,9 @@ def test_every_window_has_its_own_place(tmp_path, caches, critic_folder, data_fo
 
 
 def test_training_and_validation_draw_apart():
-    assert not torch.equal(write.draw_uniforms(1, "train", range(2), 8), write.draw_uniforms(1, "valid", range(2), 8))
+    assert not torch.equal(
+        answers.draw_uniforms(1, "train", range(2), 8), answers.draw_uniforms(1, "valid", range(2), 8)
+    )
 
 
 def test_another_seed_draws_other_tokens_and_the_same_one_the_same(tmp_path, caches, data_folder, critic_folder):
@@ -201,7 +203,7 @@ def test_going_on_after_an_interruption(tmp_path, caches, data_folder, critic_fo
     settings = dict(kind="both", **COMMON) | dict(kind="sample", bytes_per_token=54, keep_top=5)
     whole = cache_critic(str(critic_folder), data_folder, tmp_path / "whole", **settings)
     assert len(whole["files"]) > 4
-    real, begun = write.fill_part, []
+    real, begun = answers.fill_part, []
 
     def fails_in_the_third(out, part, *arguments):
         begun.append(part)
@@ -210,7 +212,7 @@ def test_going_on_after_an_interruption(tmp_path, caches, data_folder, critic_fo
             raise KeyboardInterrupt
         real(out, part, *arguments)
 
-    monkeypatch.setattr(write, "fill_part", fails_in_the_third)
+    monkeypatch.setattr(answers, "fill_part", fails_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         cache_critic(str(critic_folder), data_folder, tmp_path / "parts", **settings)
     with pytest.raises(UserError, match=r"not finished, it covers \d+ of 499 windows; repeat the command"):
@@ -243,9 +245,9 @@ def test_two_starts_of_one_command_do_not_disturb_each_other(
 ):
     """The second begins in the middle of the first one's part, and is killed in the middle of its own."""
     settings = dict(bytes_per_token=54, micro_batch_size=64, **COMMON)
-    real, calls = write.answers_of, []
+    real, calls = answers.answers_of, []
 
-    def answers(*arguments):
+    def interrupted(*arguments):
         calls.append(None)
         number = len(calls)
         if number == 3:
@@ -255,7 +257,7 @@ def test_two_starts_of_one_command_do_not_disturb_each_other(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(write, "answers_of", answers)
+    monkeypatch.setattr(answers, "answers_of", interrupted)
     cache_critic(str(critic_folder), data_folder, tmp_path / "cache", **settings)
     assert len(calls) > 8
     names = {path.name for path in (tmp_path / "cache").iterdir()}
@@ -312,11 +314,11 @@ def test_what_has_no_name_of_a_cache_stays(tmp_path, caches, data_folder, critic
     assert all(path.read_text() == "precious" for path in strangers)
 
 
-@pytest.mark.parametrize("advice", ["bf16; try precision fp32", "fp32; a critic that gives numbers is expected"])
+@pytest.mark.parametrize("advice", ["bf16; try precision fp32", "fp32; give another critic"])
 def test_answers_that_are_no_numbers(advice, tmp_path, data_folder, critic_folder, monkeypatch):
-    monkeypatch.setattr(write, "last_hidden", lambda model, ids: torch.full((*ids.shape, 16), torch.nan))
+    monkeypatch.setattr(answers, "last_hidden", lambda model, ids: torch.full((*ids.shape, 16), torch.nan))
     settings = COMMON | {"precision": advice[:4], "bytes_per_token": 54}
-    with pytest.raises(RunFailed, match=f"says what is no number in train windows 0 to 15, in {advice}"):
+    with pytest.raises(RunFailed, match=f"produced NaN in train windows 0-15, in {advice}"):
         cache_critic(str(critic_folder), data_folder, tmp_path / "cache", **settings)
     assert not list((tmp_path / "cache").glob("train-*"))
 
@@ -332,6 +334,21 @@ def test_the_command(tmp_path, data_folder, critic_folder, capsys):
         capsys.readouterr().err.strip()
         == "avatarl: critic is followed by 'cash'; expected cache; did you mean 'cache'?"
     )
+
+
+@pytest.mark.parametrize("kind, expected", [("model", BLOCK), ("run", 8), ("no run", BLOCK), ("random", 256)])
+def test_the_default_block_size_is_the_context_of_the_critic(
+    tmp_path, data_folder, critic_folder, capfd, kind: str, expected: int
+):
+    critic = "random:1m:7"
+    if kind != "random":
+        critic = str(shutil.copytree(critic_folder, tmp_path / "critic"))
+    if kind in ("run", "no run"):
+        (tmp_path / "critic" / "config.yaml").write_text({"run": "block_size: 8\n", "no run": "[block_size]\n"}[kind])
+    settings = COMMON | {"block_size": None, "quiet": False, "train_windows": 2}
+    manifest = cache_critic(critic, data_folder, tmp_path / "cache", bytes_per_token=54, **settings)
+    assert manifest["block_size"] == expected
+    assert f"block_size is {expected}, the context of critic {critic}" in capfd.readouterr().err.splitlines()[0]
 
 
 def test_validation_windows_cost_nothing(critic_cache: Path, data_folder: Path):

@@ -109,7 +109,9 @@ def test_a_frequency_that_is_none_in_a_cache_that_is_signed(caches, tmp_path, da
     log_frequencies[3] = value
     log_frequencies.tofile(cache / "log_frequencies.bin")
     sign_anew(cache, "log_frequencies.bin")
-    with pytest.raises(UserError, match="log_frequencies.bin: holds what is no logarithm of a frequency; make it"):
+    with pytest.raises(
+        UserError, match="log_frequencies.bin: holds a number that is no logarithm of a frequency; make it"
+    ):
         CriticCache.open(cache, data, BLOCK)
 
 
@@ -171,7 +173,7 @@ def test_folders_that_hold_something_else(tmp_path, caches, data_folder, critic_
         cache_critic(out=tmp_path / "mine", **again)
     with pytest.raises(UserError, match="which is a file"):
         cache_critic(out=tmp_path / "file", **again)
-    with pytest.raises(UserError, match="a cache of num_top 12, where 8 is asked for; give another folder"):
+    with pytest.raises(UserError, match="a cache of num_top 12, not 8; give another folder"):
         cache_critic(out=caches["top"], **again | dict(bytes_per_token=40))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 

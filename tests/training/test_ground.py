@@ -18,7 +18,7 @@ from avatarl.data import PreparedData, prepare
 from avatarl.errors import RunFailed, UserError
 from avatarl.files import File
 from avatarl.models import CriticCache, cache_critic, load_model
-from avatarl.models.critic_cache import parts, write
+from avatarl.models.critic_cache import answers, parts
 from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import processes, train
 from avatarl.training.optim import Optimisers
@@ -124,14 +124,14 @@ def test_data_that_is_removed_is_read_on(tiny_config, tmp_path: Path, ground, af
 
 
 def test_a_cache_is_of_the_data_that_was_opened(tmp_path: Path, ground, monkeypatch):
-    real = write.draw_uniforms
+    real = answers.draw_uniforms
 
     def change_and_draw(seed, split, chosen, block_size):
         if split == "valid":
             overwrite(Path(ground["data"]) / "valid-00000.bin")
         return real(seed, split, chosen, block_size)
 
-    monkeypatch.setattr(write, "draw_uniforms", change_and_draw)
+    monkeypatch.setattr(answers, "draw_uniforms", change_and_draw)
     settings = dict(block_size=BLOCK, kind="sample", precision="fp32", quiet=True, micro_batch_size=8)
     with pytest.raises(RunFailed, match="valid-00000.bin has changed while it was in use"):
         cache_critic(ground["critic"], ground["data"], tmp_path / "made", **settings)

@@ -1,8 +1,8 @@
 """The folder of a cache: its parts, each there whole or not at all, and the manifest that comes last.
 
-While it is being made it holds ``cache.partial.json``, which says what it is to become, and the parts that are done,
-each with a record beside it. Finished, it holds ``cache.json`` with the size and SHA-256 of every part. Processes share
-the parts without talking to each other: whoever finds all of them done writes the manifest, the same for all.
+While it is being made it holds ``cache.partial.json``, which says what it is to become, and the finished parts, each
+with a record beside it. Finished, it holds ``cache.json`` with the size and SHA-256 of every part. Processes share the
+parts without talking to each other: whoever finds all of them done writes the manifest, the same for all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from avatarl.data import PreparedData, Windows
-from avatarl.data.dataset import file_record
+from avatarl.data.dataset import SPLITS, file_record
 from avatarl.errors import RunFailed, UserError
 from avatarl.untrusted import read_json
 
@@ -30,11 +30,9 @@ FORMAT_VERSION = 1
 LARGEST_MANIFEST_BYTES = 1 << 28
 MANIFEST, UNFINISHED = "cache.json", "cache.partial.json"
 FREQUENCIES = "log_frequencies.bin"  # little-endian float32 (V,)
-SPLITS = ("train", "valid")
 PARTIAL = re.compile(r"\.[\w.-]+\.(bin|json)\.[0-9a-f]+\.partial")  # what is being written, or was
-# A part is what a process that is stopped has to do again: about a hundredth of the whole, within these sizes.
+# A process that is stopped has to repeat a part: about a hundredth of the whole, within these sizes.
 SMALLEST_PART_BYTES, LARGEST_PART_BYTES, PARTS = 1 << 20, 1 << 26, 100
-MOST_PARTS = 1 << 20
 
 
 class Part(NamedTuple):
@@ -50,29 +48,22 @@ class Part(NamedTuple):
 
 
 def windows_of(data: PreparedData, block_size: int, train_windows: int | None) -> dict[str, Windows]:
-    """The windows that a cache is of: so many of the training split, spread evenly, and all of the validation split."""
+    """The windows of a cache: so many of the training split, spread evenly, and all of the validation split."""
     return {"train": Windows(data.train, block_size, train_windows), "valid": Windows(data.valid, block_size)}
 
 
 def parts_of(identity: dict) -> Iterator[Part]:
-    """The parts of a cache, in order.
-
-    Raises:
-        ValueError: There would be more than any disk holds.
-    """
+    """The parts of a cache, in order."""
     bytes_per_window = identity["block_size"] * identity["bytes_per_token"]
-    all_windows = sum(identity["windows"].values())
-    size = max(
-        SMALLEST_PART_BYTES // bytes_per_window, min(LARGEST_PART_BYTES // bytes_per_window, all_windows // PARTS)
-    )
-    size = max(1, size)
+    smallest, largest = SMALLEST_PART_BYTES // bytes_per_window, LARGEST_PART_BYTES // bytes_per_window
+    size = max(1, smallest, min(largest, sum(identity["windows"].values()) // PARTS))
     for split, count in identity["windows"].items():
         for number, first in enumerate(range(0, count, size)):
             yield Part(split, number, range(first, min(first + size, count)))
 
 
 def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndarray) -> None:
-    """Make the folder, or find in it what this same command has left.
+    """Make the folder, or accept the one that this same command has left.
 
     Raises:
         UserError: It holds something else.
@@ -83,7 +74,7 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
     names = os.listdir(out) if out.is_dir() else []
     described = next((name for name in (MANIFEST, UNFINISHED) if name in names), None)
     if described:
-        check_same_cache(out / described, identity)
+        _check_same_cache(out / described, identity)
     elif any(not name.startswith(".") and name != FREQUENCIES for name in names):
         raise UserError(f"out is {out}, which already holds files; give another folder, or that of this cache")
     else:
@@ -101,29 +92,31 @@ def start(out: Path, identity: dict, parts: list[Part], log_frequencies: np.ndar
         )
 
 
-def check_same_cache(path: Path, identity: dict) -> None:
-    """Refuse to go on with a cache that was begun as another."""
+def _check_same_cache(path: Path, identity: dict) -> None:
+    """Refuse to continue a cache that was begun as another."""
+
+    def wherever_it_lies(identity: dict) -> dict:
+        critic = {name: value for name, value in identity["critic"].items() if name not in ("name", "place")}
+        return {name: value for name, value in identity.items() if name != "files"} | {"critic": critic}
+
     try:
         try:
             found = read_json(path, LARGEST_MANIFEST_BYTES)
         except FileNotFoundError:  # gone since it was seen: another process has finished the cache
             found = read_json(path.with_name(MANIFEST), LARGEST_MANIFEST_BYTES)
-        found.pop("files", None)
         found, wanted = wherever_it_lies(found), wherever_it_lies(identity)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what `avatarl critic cache` writes; give another folder") from error
-    if found != wanted:
-        raise UserError(f"out is {path.parent}, a cache of {difference(found, wanted)}; give another folder")
-
-
-def wherever_it_lies(identity: dict) -> dict:
-    """What a cache is of, without where its critic lies."""
-    critic = {name: value for name, value in identity["critic"].items() if name not in ("name", "place")}
-    return {**identity, "critic": critic}
+    if found == wanted:
+        return
+    others = ("tokenizer", "data", "critic")  # first, since more follows from them
+    name = next((name for name in (*others, *wanted) if found.get(name) != wanted[name]), "format_version")
+    difference = f"another {name}" if name in others else f"{name} {found.get(name)!r}, not {wanted[name]!r}"
+    raise UserError(f"out is {path.parent}, a cache of {difference}; give another folder")
 
 
 def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
-    """Write the manifest where every part is done; return what is known by then."""
+    """Write the manifest if every part is done; return what is known by then."""
     try:
         if all(is_done(out, part) for part in parts) and not os.path.isfile(out / MANIFEST):
             files = {part.name: read_json(record_path(out, part)) for part in parts}
@@ -139,9 +132,7 @@ def finish(out: Path, identity: dict, parts: list[Part]) -> dict:
 
 def is_done(out: Path, part: Part) -> bool:
     """Whether a part is there."""
-    return os.path.isfile(out / part.name) and (
-        os.path.isfile(record_path(out, part)) or os.path.isfile(out / MANIFEST)
-    )
+    return os.path.isfile(out / part.name) and any(map(os.path.isfile, (record_path(out, part), out / MANIFEST)))
 
 
 def record_path(out: Path, part: Part) -> Path:
@@ -175,25 +166,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def tidy(out: Path) -> None:
-    """Remove what processes that are gone have left half written, and what a finished cache needs no more.
+    """Remove what killed processes have left half written, and what a finished cache needs no more.
 
-    What lies there under other names, or is a link, is somebody's, and stays.
+    What lies there under other names, or is a link, is somebody else's and stays.
     """
-    for partial in out.glob(".*.partial"):
-        if not PARTIAL.fullmatch(partial.name):
-            continue
+    for partial in filter(lambda path: PARTIAL.fullmatch(path.name), out.glob(".*.partial")):
         with contextlib.suppress(OSError), open(os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where somebody is writing
             partial.unlink()
     if os.path.isfile(out / MANIFEST):
         for path in (out / UNFINISHED, *(path for split in SPLITS for path in out.glob(f"{split}-[0-9]*.bin.json"))):
             path.unlink(missing_ok=True)
-
-
-def difference(found: dict, wanted: dict) -> str:
-    """The first setting in which two caches differ, as a person would say it."""
-    for name in ("tokenizer", "data", "critic"):
-        if found.get(name) != wanted[name]:
-            return f"another {name}"
-    name = next((name for name in wanted if found.get(name) != wanted[name]), "format_version")
-    return f"{name} {found.get(name)!r}, where {wanted[name]!r} is asked for"

@@ -1,4 +1,4 @@
-"""A finished cache as training asks it: verified, never held in memory, and of these very data."""
+"""Read a finished cache: verified, never held in memory, and of the data at hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from avatarl.data import PreparedData
 from avatarl.errors import UserError
 from avatarl.files import File, ask
-from avatarl.objective import CachedAnswers
 from avatarl.untrusted import parse_json, read_json, read_regular_file
 
 from ..digest import digest_of_tokenizer, weight_files
@@ -31,6 +30,9 @@ from .parts import (
 )
 from .record import RecordFormat
 
+if TYPE_CHECKING:
+    from avatarl.objective import CachedAnswers
+
 # What reading a manifest that somebody else wrote may end in.
 NOT_OURS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
 AGAIN = "make it anew with `avatarl critic cache`"
@@ -42,12 +44,14 @@ def is_cache(path: str | Path) -> bool:
 
 
 class CriticCache:
-    """What a critic said of every window of the data; make one with :meth:`open`."""
+    """A critic's answers for every window of the data; make one with :meth:`open`."""
 
     def __init__(self, path: Path, manifest: dict, digest: str, data: PreparedData, files: Mapping[str, File]):
+        import torch
+
         self.path, self.manifest, self.digest, self._files = path, manifest, digest, files
         self.record = record_format(manifest)
-        self._log_frequencies = torch.from_numpy(np.frombuffer(_whole(files[FREQUENCIES]), "<f4").copy())
+        self._log_frequencies = torch.from_numpy(_log_frequencies(files).copy())
         self._windows = windows_of(data, manifest["block_size"], manifest["windows"]["train"])
         self._parts: dict[str, list[File]] = {split: [] for split in SPLITS}
         for part in parts_of(manifest):
@@ -70,11 +74,11 @@ class CriticCache:
 
         Args:
             path: The folder that ``avatarl critic cache`` made.
-            data: What it has to be of.
-            block_size: Tokens in the windows that will be asked for.
+            data: The data that it has to be of.
+            block_size: Tokens in the windows to be read.
             train_windows: How many of the training split these are, spread evenly (None: all).
-            splits: Those that will be asked for. Validation is whole in the cache of any part of the training split.
-            verified: The ``digest`` of the cache that another process of this run has just opened. Of the same one
+            splits: The splits to be read. Validation is whole in the cache of any part of the training split.
+            verified: The ``digest`` of a cache that another process of this run has just opened. If it is this one,
                 only sizes are compared.
 
         Raises:
@@ -92,17 +96,16 @@ class CriticCache:
                 f"{path}: a cache of windows of {manifest['block_size']} tokens; expected block_size, {block_size}; "
                 f"{AGAIN}, --block_size {block_size}"
             )
-        count = train_windows if "train" in splits else manifest["windows"]["train"]
+        found, count = manifest["windows"], train_windows if "train" in splits else manifest["windows"]["train"]
         windows = {split: len(of_split) for split, of_split in windows_of(data, block_size, count).items()}
-        if manifest["windows"] != windows:
-            found = manifest["windows"]
+        if found != windows:
             raise UserError(
                 f"{path}: covers {found['train']} train and {found['valid']} valid windows; expected "
                 f"{windows['train']} and {windows['valid']}; {AGAIN}, --train_windows"
             )
         digest, files = hashlib.sha256(content).hexdigest(), open_files(path, manifest)
         if verified != digest:
-            verify(path, manifest, files)
+            verify_files(path, manifest, files)
         return cls(path, manifest, digest, data, files)
 
     @property
@@ -111,35 +114,26 @@ class CriticCache:
         return training_flops(self.manifest)
 
     def rows(self, split: str, indices: Sequence[int] | np.ndarray) -> CachedAnswers:
-        """What is stored of windows (B, T) of ``train`` or ``valid``, in host memory.
+        """The stored answers for windows (B, T) of ``train`` or ``valid``, in host memory.
 
         Raises:
             IndexError: There is no such window.
             RunFailed: A part can no longer be read, or somebody has changed it.
         """
-        records = np.stack([self._window(split, int(index)) for index in indices])  # (B, T)
-        _, targets = self._windows[split].batch(indices)
+        windows, parts, dtype = self._windows[split], self._parts[split], self.record.dtype
+        records = np.empty((len(indices), windows.block_size), dtype)  # (B, T)
+        for row, index in enumerate(map(int, indices)):
+            if not 0 <= index < len(windows):
+                raise IndexError(f"window {index} of {len(windows)}")
+            number, start = divmod(index * records[row].nbytes, parts[0].stamp.size)  # all but the last are of one size
+            records[row] = np.frombuffer(parts[number].read(start, records[row].nbytes), dtype)
+        _, targets = windows.batch(indices)
         return self.record.unpack(records, targets, self._log_frequencies)
 
-    def _window(self, split: str, index: int) -> np.ndarray:
-        windows = self._windows[split]
-        if not 0 <= index < len(windows):
-            raise IndexError(f"window {index} of {len(windows)}")
-        parts, size = self._parts[split], windows.block_size * self.record.dtype.itemsize
-        number, start = divmod(index * size, parts[0].stamp.size)  # all but the last are of one size
-        return np.frombuffer(parts[number].read(start, size), self.record.dtype)
-
     def check(self) -> None:
-        """Look whether the answers are still those that were opened; RunFailed where they are not."""
+        """Raise RunFailed where the answers are no longer those that were opened."""
         for file in self._files.values():
             file.check()
-
-
-def place_of_critic(path: Path, manifest: dict) -> str:
-    """Where the critic of a cache lies: from the cache as when that was made, else where it lay then."""
-    name, beside = manifest["critic"]["name"], manifest["critic"].get("place")
-    moved = os.path.normpath(os.path.join(path, beside)) if isinstance(beside, str) else name
-    return moved if os.path.exists(moved) else name
 
 
 def record_format(manifest: dict) -> RecordFormat:
@@ -147,25 +141,20 @@ def record_format(manifest: dict) -> RecordFormat:
     return RecordFormat(manifest["num_top"], manifest["num_draws"], manifest["vocab_size"])
 
 
-def largest_id(records: np.ndarray) -> int:
-    """The largest token id that records hold; -1 where they hold none."""
-    return max((int(records[name].max()) for name in ("top", "draws") if records[name].size), default=-1)
-
-
 def read_manifest(path: Path) -> tuple[bytes, dict]:
-    """The manifest of a finished cache, as bytes and as what they say; the parts are not looked at.
+    """Read the manifest of a finished cache, as bytes and as what they say, without looking at the parts.
 
     Raises:
         UserError: The cache is not finished, of another version, or the manifest is not one.
     """
     if not os.path.isfile(path / MANIFEST):
-        raise UserError(unfinished(path))
+        raise UserError(_unfinished(path))
     try:
         content = read_regular_file(path / MANIFEST, LARGEST_MANIFEST_BYTES)
         manifest = parse_json(content)
         version = manifest["format_version"]
         if version == FORMAT_VERSION:
-            check_kinds(manifest)
+            _check_kinds(manifest)
     except NOT_OURS as error:
         raise UserError(f"{path / MANIFEST}: not what `avatarl critic cache` writes; {AGAIN}") from error
     if version != FORMAT_VERSION:
@@ -176,48 +165,47 @@ def read_manifest(path: Path) -> tuple[bytes, dict]:
 def training_flops(manifest: dict) -> int:
     """FLOPs of the critic's forward passes on a cache's training windows.
 
-    Those on validation windows are left out: they serve evaluations, which cost a run with a live critic nothing.
+    Those on validation windows are left out: they serve evaluations, which a run with a live critic does not count.
     """
     return manifest["critic"]["flops_per_token"] * manifest["windows"]["train"] * manifest["block_size"]
 
 
-def unfinished(path: Path) -> str:
-    """What to say of a folder without a manifest."""
+def _unfinished(path: Path) -> str:
+    """The message about a folder without a manifest."""
     try:
-        identity = read_json(path / UNFINISHED, LARGEST_MANIFEST_BYTES)
-        parts = list(parts_of(identity))
-        done = sum(len(part.windows) for part in parts if is_done(path, part))
-        total = sum(len(part.windows) for part in parts)
+        parts = list(parts_of(read_json(path / UNFINISHED, LARGEST_MANIFEST_BYTES)))
+        done, total = (sum(len(p.windows) for p in some) for some in ([p for p in parts if is_done(path, p)], parts))
     except NOT_OURS:
         return f"{path}: not a finished cache; expected a folder made by `avatarl critic cache`"
     return f"{path}: not finished, it covers {done:,} of {total:,} windows; repeat the command that began it"
 
 
-def check_kinds(manifest: dict) -> None:
+def _check_kinds(manifest: dict) -> None:
     """Raise a ValueError, KeyError or TypeError unless everything is of the kind that is written."""
+    critic, files = manifest["critic"], manifest["files"]
     numbers = ("block_size", "num_top", "num_draws", "vocab_size", "bytes_per_token")
     counts = [*(manifest[name] for name in numbers), *(manifest["windows"][split] for split in SPLITS)]
-    counts += [manifest["critic"]["flops_per_token"]]
-    if not all(type(count) is int and 0 <= count < 1 << 60 for count in counts):
-        raise ValueError("a count is no whole number")
-    if min(manifest["block_size"], manifest["vocab_size"]) < 1 or manifest["num_top"] > manifest["vocab_size"]:
-        raise ValueError("a count is out of range")
-    if manifest["num_draws"] > 1 << 16 or record_format(manifest).dtype.itemsize != manifest["bytes_per_token"]:
-        raise ValueError("bytes_per_token is another")
-    if not all(isinstance(manifest[name], str) for name in ("data", "tokenizer")):
-        raise ValueError("a digest is no text")
-    critic, files = manifest["critic"], manifest["files"]
-    if not isinstance(critic["name"], str) or not isinstance(critic["files"], (dict, type(None))):
-        raise ValueError("critic")
-    if set(files) != {FREQUENCIES, *(part.name for part in parts_of(manifest))}:
-        raise ValueError("files")
-    for entry in files.values():
-        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise ValueError("files")
+    holds = (
+        all(type(count) is int and 0 <= count < 1 << 60 for count in (*counts, critic["flops_per_token"]))
+        and manifest["block_size"] >= 1
+        and 1 <= manifest["vocab_size"] >= manifest["num_top"]
+        and manifest["num_draws"] <= 1 << 16
+        and record_format(manifest).dtype.itemsize == manifest["bytes_per_token"]
+        and all(isinstance(text, str) for text in (manifest["data"], manifest["tokenizer"], critic["name"]))
+        and isinstance(critic["files"], (dict, type(None)))
+        and set(files) == {FREQUENCIES, *(part.name for part in parts_of(manifest))}
+        and all(type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in files.values())
+    )
+    if not holds:
+        raise ValueError("not what is written")
 
 
 def open_files(path: Path, manifest: dict) -> dict[str, File]:
-    """The files of a cache by name; UserError names one that is missing or of another size."""
+    """Open the files of a cache, by name.
+
+    Raises:
+        UserError: One is missing or of another size.
+    """
     per_window, files = manifest["block_size"] * manifest["bytes_per_token"], {}
     sizes = {part.name: len(part.windows) * per_window for part in parts_of(manifest)}
     for name, size in {**sizes, FREQUENCIES: 4 * manifest["vocab_size"]}.items():
@@ -229,25 +217,29 @@ def open_files(path: Path, manifest: dict) -> dict[str, File]:
     return files
 
 
-def verify(path: Path, manifest: dict, files: Mapping[str, File], anew: bool = False) -> None:
+def verify_files(path: Path, manifest: dict, files: Mapping[str, File], anew: bool = False) -> None:
     """Refuse a cache with a file that is not as it was written, or of a critic that is not as it was.
 
     Raises:
-        UserError: naming the file or the critic.
+        UserError: The file or the critic has changed.
     """
-    critic, made_of = place_of_critic(path, manifest), manifest["critic"]["files"]
+    critic, made_of = manifest["critic"]["name"], manifest["critic"]["files"]
+    beside = manifest["critic"].get("place")  # where the critic lay from the cache, should both have been moved
+    if isinstance(beside, str) and os.path.exists(moved := os.path.normpath(os.path.join(path, beside))):
+        critic = moved
     now = weight_files(critic, anew) if made_of else None
     if now is not None and now != made_of:
         raise UserError(f"{path}: critic {critic} has changed since the cache was made of it; {AGAIN}")
     record = record_format(manifest)
-    ids = partial(
-        File.look_through,
-        unit=record.dtype.itemsize,
-        largest=lambda block: largest_id(np.frombuffer(block, record.dtype)),
-    )
-    of_parts = f"sha256 and largest of {record}"
+
+    def largest_id(block: bytes) -> int:
+        records = np.frombuffer(block, record.dtype)
+        return max((int(records[name].max()) for name in ("top", "draws") if records[name].size), default=-1)
+
+    ids = partial(File.look_through, unit=record.dtype.itemsize, largest=largest_id)
     questions = [
-        (file, "sha256", File.digest) if name == FREQUENCIES else (file, of_parts, ids) for name, file in files.items()
+        (file, "sha256", File.digest) if name == FREQUENCIES else (file, f"sha256 and largest of {record}", ids)
+        for name, file in files.items()
     ]
     for (name, file), found in zip(files.items(), ask(path, questions, anew), strict=True):
         digest, largest = (found, -1) if name == FREQUENCIES else found
@@ -256,9 +248,10 @@ def verify(path: Path, manifest: dict, files: Mapping[str, File], anew: bool = F
         # Whoever writes a manifest can write matching sums as well.
         if largest >= record.vocab_size:
             raise UserError(f"{file.path}: holds a token id that is none of {record.vocab_size}; {AGAIN}")
-    if not (np.frombuffer(_whole(files[FREQUENCIES]), "<f4") <= 0).all():
-        raise UserError(f"{path / FREQUENCIES}: holds what is no logarithm of a frequency; {AGAIN}")
+    if not (_log_frequencies(files) <= 0).all():
+        raise UserError(f"{path / FREQUENCIES}: holds a number that is no logarithm of a frequency; {AGAIN}")
 
 
-def _whole(file: File) -> bytes:
-    return file.read(0, file.stamp.size)
+def _log_frequencies(files: Mapping[str, File]) -> np.ndarray:
+    file = files[FREQUENCIES]
+    return np.frombuffer(file.read(0, file.stamp.size), "<f4")

@@ -1,4 +1,4 @@
-"""What is stored of a critic at one position, byte by byte.
+"""What a cache stores of a critic at one position, byte by byte.
 
     rest, entropy, target    2 bytes each: log mass of all that is not stored, entropy, log-probability of the target
     P most likely tokens     an id, and 2 bytes of log-probability, each
@@ -15,13 +15,16 @@ Shapes: N positions, P most likely tokens, S drawn tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from avatarl.errors import UserError
-from avatarl.objective import CachedAnswers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avatarl.objective import CachedAnswers
 
 KINDS = ("top", "sample")
 NATS_PER_UNIT = 2.0**-11
@@ -80,7 +83,7 @@ class RecordFormat:
         )
 
     def pack(self, critic: CachedAnswers) -> np.ndarray:
-        """Records (N,) of what is known at positions (N)."""
+        """Records (N,) of answers for N positions."""
         records = np.zeros(critic.log_rest.shape[0], self.dtype)
         records["rest"] = encode(critic.log_rest)
         records["entropy"] = encode(-critic.entropy)
@@ -91,7 +94,11 @@ class RecordFormat:
         return records
 
     def unpack(self, records: np.ndarray, targets: Tensor, log_frequencies: Tensor) -> CachedAnswers:
-        """What records (…) say; ``targets`` int64 (…) and ``log_frequencies`` (V,) are the data's."""
+        """The answers in records (…); ``targets`` int64 (…) and ``log_frequencies`` (V,) are the data's."""
+        import torch
+
+        from avatarl.objective import CachedAnswers
+
         top = torch.from_numpy(records["top"].astype(np.int64))
         codes = np.concatenate([records["target"][..., None], records["top_log_probs"]], axis=-1)
         return CachedAnswers(
@@ -106,6 +113,8 @@ class RecordFormat:
 
 def encode(log_probs: Tensor) -> np.ndarray:
     """Codes uint16 of log-probabilities (…), which are at most 0."""
+    import torch
+
     units = (-log_probs.double() / NATS_PER_UNIT).round()
     codes = torch.where(units.isinf(), NOTHING, units.clamp(0, NOTHING - 1))
     return codes.to(torch.int32).cpu().numpy().astype(np.uint16)
@@ -113,5 +122,7 @@ def encode(log_probs: Tensor) -> np.ndarray:
 
 def decode(codes: np.ndarray) -> Tensor:
     """Log-probabilities float32 (…) of codes."""
+    import torch
+
     log_probs = torch.from_numpy(codes.astype(np.float32)) * -NATS_PER_UNIT
     return log_probs.masked_fill(torch.from_numpy(codes == NOTHING), -torch.inf)
