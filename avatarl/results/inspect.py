@@ -46,11 +46,12 @@ def inspect(
     from avatarl.console import Console
 
     from .inspector import Inspector
-    from .payouts import kind_of, print_inspection, write_inspection
+    from .payouts import print_inspection, write_inspection
+    from .reporter import check_suffix
 
     content = read_text(text, file)
     if out is not None:
-        kind_of(out)
+        check_suffix(out, (".html", ".json"))
         check_writable(out)
         if position is not None:
             raise UserError(f"position is {position}, and out has every position; expected one of them")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,21 +71,6 @@ class Position:
     disagreement: float | None  # log p_C of the critic's favourite over the text's token, nats (mean over critics)
 
 
-class Answers(NamedTuple):
-    """What a page computes a position's landscape from: each model's probabilities of all that any model proposes."""
-
-    tokens: list[int]  # U of them: the text's, then all that any model proposes
-    player_order: list[int]  # places in ``tokens`` of the player's proposals, the likeliest first
-    critic_orders: list[list[int]]
-    log_policy: list[float]  # log π (U)
-    log_critics: list[list[float]]  # log p_C over the whole vocabulary, (C, U)
-    log_rests: list[float]  # log of what p_C leaves to tokens that are not in ``tokens`` (C)
-    best_mixture: float  # the most that the critics together, in proportion to their weights, give to any token
-    log_tempered: list[float] | None  # log π at the loss's temperature (U); None where that is 1
-    entropy: float  # of the policy at the loss's temperature, nats
-    agreement: list[float]  # Σ π p_C over the whole vocabulary (C)
-
-
 @dataclass(frozen=True)
 class Inspection:
     """A text and the rewards of its candidates."""
@@ -95,7 +80,7 @@ class Inspection:
     config: AvataRLConfig
     positions: tuple[Position, ...]
     summary: dict[str, float]  # means over the positions, in the words of docs/metrics.md
-    answers: tuple[Answers, ...]  # of each position
+    answers: tuple[dict[str, Any], ...]  # of each position, from :func:`answers_of`
     texts: dict[int, str]  # of every token in ``answers``, with white space visible
 
     def disagreements(self, count: int) -> list[int]:
@@ -199,12 +184,11 @@ class Inspector:
         windows = [self._inspect_window(list(ids[start : start + self.block_size + 1])) for start in starts]
         positions, answers, metrics = (sum(parts, []) for parts in zip(*windows, strict=True))
         summary = {name: math.fsum(line[name] for line in metrics) / len(metrics) for name in metrics[0]}
-        tokens = dict.fromkeys(token for of_position in answers for token in of_position.tokens)
-        texts = {token: self.shown(token) for token in tokens}
+        texts = {token: self.shown(token) for of_position in answers for token in of_position["tokens"]}
         return Inspection(self.names[0], self.names[1:], self.config, tuple(positions), summary, tuple(answers), texts)
 
     @torch.no_grad()
-    def _inspect_window(self, ids: list[int]) -> tuple[list[Position], list[Answers], list[dict[str, float]]]:
+    def _inspect_window(self, ids: list[int]) -> tuple[list[Position], list[dict], list[dict[str, float]]]:
         """Every position of a window of T + 1 tokens, what its landscape is computed from, and its metrics."""
         window, config = torch.tensor(ids, device=self.player.device), self.config
         inputs, targets = window[None, :-1], window[1:]
@@ -282,38 +266,43 @@ def disagreements(critics: Sequence[Tensor], targets: Tensor) -> list[float | No
     return torch.stack(apart).mean(0).tolist()
 
 
-def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig) -> list[Answers]:
-    """What is to be kept of logits (N, V), so that landscapes of other settings can be computed from it."""
+def answers_of(player: Tensor, critics: Sequence[Tensor], targets: Tensor, config: AvataRLConfig) -> list[dict]:
+    """What landscape.js computes landscapes of other settings from, given logits (N, V), for each position.
+
+    Returns:
+        ``tokens``, U of them: the target, then all that any model proposes. ``playerOrder`` and, a list for each
+        critic, ``criticOrders``: places in ``tokens`` of the proposals, the likeliest first. ``logPolicy`` (U) and
+        ``logCritics`` (C, U), over the whole vocabulary. ``logRests`` (C): log of what a critic leaves to other tokens.
+        ``bestMixture``: the most that the critics together, by their weights, give to any token. ``logTempered`` (U):
+        log π at the loss's temperature, None where that is 1. ``entropy`` there, nats. ``agreement`` (C): Σ π p_C.
+    """
     kept = min(max(config.top_k, KEPT_PROPOSALS), player.shape[1])
     orders = [LiveAnswers(logits).proposals(kept, None)[0].tolist() for logits in (player, *critics)]
     log_policy, log_tempered = player.log_softmax(-1), (player / config.temperature).log_softmax(-1)
     log_critics = [logits.log_softmax(-1) for logits in critics]
-    entropy = -torch.linalg.vecdot(log_tempered.exp(), log_tempered)
-    agreement = [torch.linalg.vecdot(log_policy.exp(), log_probs.exp()) for log_probs in log_critics]
     weights = config.critic_weights(len(critics))
     shares = [weight / sum(weights) if sum(weights) else 1 / len(weights) for weight in weights]
     mixture = sum(share * log_probs.exp() for share, log_probs in zip(shares, log_critics, strict=True))
-    best = mixture.amax(1).tolist() if critics else [0.0] * len(targets)
     answers = []
-    for number, target in enumerate(targets.tolist()):
-        lists = [order[number] for order in orders]
+    for n, target in enumerate(targets.tolist()):
+        lists = [order[n] for order in orders]
         tokens = list(dict.fromkeys([target, *(token for tokens in lists for token in tokens)]))
         place = {token: index for index, token in enumerate(tokens)}
         player_order, *critic_orders = [[place[token] for token in tokens] for tokens in lists]
-        at = torch.tensor(tokens, device=player.device)
+        at, policy = torch.tensor(tokens, device=player.device), log_policy[n].exp()
         answers.append(
-            Answers(
-                tokens,
-                player_order,
-                critic_orders,
-                log_policy[number, at].tolist(),
-                [log_probs[number, at].tolist() for log_probs in log_critics],
-                [log_probs[number].index_fill(0, at, -torch.inf).logsumexp(0).item() for log_probs in log_critics],
-                best[number],
-                None if config.temperature == 1 else log_tempered[number, at].tolist(),
-                entropy[number].item(),
-                [overlap[number].item() for overlap in agreement],
-            )
+            {
+                "tokens": tokens,
+                "playerOrder": player_order,
+                "criticOrders": critic_orders,
+                "logPolicy": log_policy[n, at].tolist(),
+                "logCritics": [logs[n, at].tolist() for logs in log_critics],
+                "logRests": [logs[n].index_fill(0, at, -torch.inf).logsumexp(0).item() for logs in log_critics],
+                "bestMixture": mixture[n].max().item() if critics else 0.0,
+                "logTempered": None if config.temperature == 1 else log_tempered[n, at].tolist(),
+                "entropy": -(log_tempered[n].exp() @ log_tempered[n]).item(),
+                "agreement": [(policy @ logs[n].exp()).item() for logs in log_critics],
+            }
         )
     return answers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from avatarl.console import Console
-from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.objective.config import AvataRLConfig
 from avatarl.sanitise import one_line
-from avatarl.untrusted import refusing
 
 from .pages import read_source, render_page
+from .reporter import write_file
 
 if TYPE_CHECKING:
-    from .inspector import Action, Answers, Inspection
+    from .inspector import Action, Inspection
 
 LOWEST_LOG_PROB = -1e30  # JSON knows no infinity; its exp is 0 all the same
 SUMMARY = {  # of docs/metrics.md
@@ -53,61 +51,38 @@ def write_inspection(inspection: Inspection, out: str | Path) -> None:
     """Write a page (``.html``) or the numbers (``.json``).
 
     Raises:
-        UserError: Another suffix, or the file cannot be written.
+        UserError: The file cannot be written.
     """
-    if kind_of(out) == ".html":
-        content = inspection_page(inspection)
+    if Path(out).suffix == ".html":
+        write_file(out, inspection_page(inspection))
     else:
-        content = json.dumps(inspection.as_dict(), indent=1) + "\n"
-    with refusing(f"out is {str(out)!r}, which cannot be written (", ")"):
-        replace_file(Path(out).resolve(), content)
-
-
-def kind_of(out: str | Path) -> str:
-    """The suffix of a file that an inspection can be written to.
-
-    Raises:
-        UserError: It has another one.
-    """
-    suffix = Path(out).suffix
-    if suffix not in (".html", ".json"):
-        raise UserError(f"out is {str(out)!r}; expected a name that ends in .html or .json")
-    return suffix
+        write_file(out, json.dumps(inspection.as_dict(), indent=1) + "\n")
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
 def inspection_page(inspection: Inspection) -> str:
-    """The inspection as one HTML file, whose settings can be changed."""
-    scripts = [read_source("landscape.js"), read_source("inspect.js")]
-    return render_page(
-        "inspect.html",
-        scripts,
-        player=one_line(inspection.player),
-        critics=[one_line(name) for name in inspection.critics],
-        count=len(inspection.positions),
-        data=page_data(inspection),
-    )
-
-
-def page_data(inspection: Inspection) -> dict[str, Any]:
-    """What the page computes from: settings, and each position's answers with nine significant digits."""
-    return {
+    """The inspection as one HTML file, whose settings can be changed; numbers have nine significant digits."""
+    data = {
         "player": inspection.player,
         "critics": list(inspection.critics),
         "settings": settings_of(inspection.config),
-        "summary": {name: list(words) for name, words in SUMMARY.items()},
+        "summary": SUMMARY,
         "texts": inspection.texts,
         "positions": [
-            {
-                "answers": answers_data(answers),
-                "entropy": _digits(position.entropy),
-                "disagreement": position.disagreement,
-            }
+            {"answers": answers, "entropy": position.entropy, "disagreement": position.disagreement}
             for position, answers in zip(inspection.positions, inspection.answers, strict=True)
         ],
     }
+    return render_page(
+        "inspect.html",
+        [read_source("landscape.js"), read_source("inspect.js")],
+        player=one_line(inspection.player),
+        critics=[one_line(name) for name in inspection.critics],
+        count=len(inspection.positions),
+        data=rounded(data),
+    )
 
 
 def settings_of(config: AvataRLConfig) -> dict[str, Any]:
@@ -115,16 +90,12 @@ def settings_of(config: AvataRLConfig) -> dict[str, Any]:
     return dataclasses.asdict(config) | {"tail": config.tail_rule}
 
 
-def answers_data(answers: Answers) -> dict[str, Any]:
-    """Answers as the page's script has them, whose names are in camel case."""
-    camel = {name: re.sub("_(.)", lambda match: match[1].upper(), name) for name in answers._fields}
-    return {camel[name]: _digits(value) for name, value in answers._asdict().items()}
-
-
-def _digits(value: Any) -> Any:
-    """Numbers with nine significant digits, in lists of any depth."""
-    if isinstance(value, list):
-        return [_digits(item) for item in value]
+def rounded(value: Any) -> Any:
+    """Numbers with nine significant digits, none of them infinite, in lists and dictionaries of any depth."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
     return float(f"{max(value, LOWEST_LOG_PROB):.9g}") if isinstance(value, float) else value
 
 

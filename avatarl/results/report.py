@@ -24,7 +24,7 @@ from .charts import CHARTED, MOST_POINTS, charts_of
 from .evaluate import evaluate as evaluate_model
 from .generate import generate
 from .prompts import held_out_prompts
-from .reporter import check_page, write_page
+from .reporter import SUFFIXES, check_suffix, write_page
 from .runs import Run, read_runs, same_data
 from .tables import (
     overview_table,
@@ -81,7 +81,7 @@ def report(
         UserError: A setting is wrong, one of ``runs`` is not a run folder, or its files are not what a run writes.
     """
     out = Path(out)
-    check_page(out)
+    check_suffix(out, SUFFIXES)
     check_writable(out)
     require_whole("max_windows", max_windows, minimum=1)
     require_whole("sample_tokens", sample_tokens, minimum=1)

@@ -182,14 +182,24 @@ def six_digits(values: Sequence[float | None]) -> list[float | None]:
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
-def check_page(out: Path) -> None:
-    """Refuse a page's file name that ends in nothing known.
+def check_suffix(out: str | Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file whose name ends in none of ``suffixes``.
 
     Raises:
         UserError: naming it.
     """
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"out is {out}; expected a name that ends in {' or '.join(SUFFIXES)}")
+    if Path(out).suffix not in suffixes:
+        raise UserError(f"out is {str(out)!r}; expected a name that ends in {' or '.join(suffixes)}")
+
+
+def write_file(out: str | Path, content: str) -> None:
+    """Write a file whole, or what a link leads to.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    with refusing(f"out is {str(out)!r}, which cannot be written (", ")"):
+        replace_file(Path(out).resolve(), content)
 
 
 def write_page(out: Path, template: str, names: Sequence[str], charts: Charts, **values: Any) -> None:
@@ -204,9 +214,8 @@ def write_page(out: Path, template: str, names: Sequence[str], charts: Charts, *
             is ``charts``.
 
     Raises:
-        UserError: The file cannot be written, or its name ends in nothing known.
+        UserError: The file cannot be written.
     """
-    check_page(out)
     values |= {
         "version": __version__,
         "written": datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
@@ -221,8 +230,7 @@ def write_page(out: Path, template: str, names: Sequence[str], charts: Charts, *
 
         drawn = {"runs": values["runs"], **charts._asdict()}
         content = render_page(f"{template}.html", [get_plotlyjs(), read_source("report.js")], drawn=drawn, **values)
-    with refusing(f"out is {out}, which cannot be written (", ")"):
-        replace_file(out.resolve(), content)
+    write_file(out, content)
 
 
 def data_url(picture: str) -> str:

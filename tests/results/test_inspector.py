@@ -118,7 +118,7 @@ def test_so_much_is_kept_that_settings_can_be_changed(player_folder, critic_fold
         config = AvataRLConfig.article(top_k=top_k)
         inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
         for position, answers in zip(inspection.positions, inspection.answers, strict=True):
-            assert len(answers.player_order) == len(answers.critic_orders[0]) == kept
+            assert len(answers["playerOrder"]) == len(answers["criticOrders"][0]) == kept
             assert len(set(answers.tokens)) == len(answers.tokens) and answers.tokens[0] == position.token
             assert {action.token for action in position.actions} <= set(answers.tokens) <= inspection.texts.keys()
 

@@ -13,7 +13,7 @@ from avatarl.objective import AvataRL, LiveAnswers
 from avatarl.objective.objectives import LossInputs
 from avatarl.results.inspector import answers_of, thresholds
 from avatarl.results.pages import read_source
-from avatarl.results.payouts import answers_data, settings_of
+from avatarl.results.payouts import rounded, settings_of
 
 mini_racer = pytest.importorskip("py_mini_racer", reason="mini-racer is not installed (extra dev)")
 
@@ -87,7 +87,7 @@ def test_the_page_computes_what_the_objective_computes(script, name: str, critic
     scores = loss_of(config, player, judges, targets)
     bars = thresholds(landscape, config)
     for number, answers in enumerate(answers_of(player, judges, targets, kept_under)):
-        found = script(answers_data(answers), settings_of(config))
+        found = script(rounded(answers), settings_of(config))
         valid = landscape.valid[number]
         expected = {
             "token": landscape.actions[number, valid],
@@ -118,7 +118,7 @@ def test_what_a_sure_critic_leaves_is_not_rounding(script, name, spread):
     player, judges, targets = logits_of(seed=8, critics=1, spread=spread)
     landscape = reward_landscape(player, judges, targets, config)
     for number, answers in enumerate(answers_of(player, judges, targets, config)):
-        found = script(answers_data(answers), settings_of(config))
+        found = script(rounded(answers), settings_of(config))
         expected = landscape.consensus[number, landscape.valid[number]].tolist()
         assert [action["consensus"] for action in found["actions"]] == pytest.approx(expected, rel=2e-6, abs=1e-200)
 
@@ -133,7 +133,7 @@ def test_the_best_of_a_dense_tail_may_be_no_action(script):
     config = AvataRLConfig.dense(top_k=1, player_proposes=False, reality_weight=0.05, critic_weight=(0.6, 0.35))
     scores = loss_of(config, player, [critic, other], targets)
     (answers,) = answers_of(player, [critic, other], targets, config)
-    found = script(answers_data(answers), settings_of(config))
+    found = script(rounded(answers), settings_of(config))
     assert len(found["actions"]) == 3 and all(action["token"] != 5 for action in found["actions"])
     share = scores.metrics["expected_reward_share"].item()
     assert 0.9 < share <= 1 and found["expected_reward_share"] == pytest.approx(share, rel=1e-6)
@@ -145,7 +145,7 @@ def test_a_temperature_of_the_loss_is_that_of_the_inspected_run(script):
     landscape = reward_landscape(player, judges, targets, config)
     scores = loss_of(config, player, judges, targets)
     for number, answers in enumerate(answers_of(player, judges, targets, config)):
-        found = script(answers_data(answers), settings_of(config))
+        found = script(rounded(answers), settings_of(config))
         gradient = scores.gradient[number, landscape.actions[number, landscape.valid[number]]].tolist()
         assert [action["gradient"] for action in found["actions"]] == pytest.approx(gradient, rel=1e-6, abs=1e-8)
 
@@ -157,7 +157,7 @@ def test_a_critic_that_rules_the_text_out(script):
     config = AvataRLConfig.article(smoothing=0.0)
     landscape = reward_landscape(player, [critic], targets, config)
     for number, answers in enumerate(answers_of(player, [critic], targets, config)):
-        found = script(answers_data(answers), settings_of(config))
+        found = script(rounded(answers), settings_of(config))
         rewards = landscape.rewards[number, landscape.valid[number]].tolist()
         assert [action["reward"] for action in found["actions"]] == pytest.approx(rewards)
 
@@ -166,7 +166,7 @@ def test_who_proposed_an_action_is_said(script):
     player, judges, targets = logits_of(seed=5, critics=2)
     config = AvataRLConfig.article(top_k=5)
     for number, answers in enumerate(answers_of(player, judges, targets, config)):
-        for action in script(answers_data(answers), settings_of(config))["actions"]:
+        for action in script(rounded(answers), settings_of(config))["actions"]:
             voices = {"player": player, "critic 1": judges[0], "critic 2": judges[1]}
             expected = [who for who, logits in voices.items() if action["token"] in logits[number].topk(5).indices]
             if action["token"] == targets[number]:
