@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from avatarl.sanitise import visible
 
 from .pages import read_source
-from .runs import EVENTS, metrics_file, read_columns
+from .runs import EVENTS, read_columns
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles repeat the difference.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -44,7 +44,7 @@ def draw_curves(runs: Mapping[str, str | Path], out: str | Path, baselines: Mapp
         UserError: A folder has no metrics, or they are not what a run writes.
     """
     metrics = list(dict.fromkeys(metric for _, metric, _ in PANELS))
-    of_runs = {name: read_columns(metrics_file(run).parent, metrics) for name, run in runs.items()}
+    of_runs = {name: read_columns(run, metrics, may_be_absent=False) for name, run in runs.items()}
     figure = Figure(figsize=(10, 7), layout="constrained")  # not pyplot's, whose backend is the caller's to choose
     for axis, (event, metric, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         shown = []

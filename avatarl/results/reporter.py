@@ -189,7 +189,7 @@ def check_suffix(out: str | Path, suffixes: Sequence[str]) -> None:
         UserError: naming it.
     """
     if Path(out).suffix not in suffixes:
-        raise UserError(f"out is {str(out)!r}; expected a name that ends in {' or '.join(suffixes)}")
+        raise UserError(f"out is {out}; expected a name that ends in {' or '.join(suffixes)}")
 
 
 def write_file(out: str | Path, content: str) -> None:
@@ -198,7 +198,7 @@ def write_file(out: str | Path, content: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    with refusing(f"out is {str(out)!r}, which cannot be written (", ")"):
+    with refusing(f"out is {out}, which cannot be written (", ")"):
         replace_file(Path(out).resolve(), content)
 
 

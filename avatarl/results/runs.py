@@ -15,10 +15,8 @@ import pandas as pd
 from avatarl.errors import UserError
 from avatarl.places import CONFIG, ENVIRONMENT, located
 from avatarl.places import read_settings as settings_in
-from avatarl.run_dir.identity import flatten
 from avatarl.run_dir.log import METRICS
 from avatarl.sanitise import one_line
-from avatarl.training.config import idle_settings
 from avatarl.untrusted import parse_json, read_json, refusing
 
 LONGEST_LINE = 1 << 20
@@ -51,14 +49,16 @@ def read_runs(folders: Sequence[str | Path], metrics: Sequence[str]) -> list[Run
     Raises:
         UserError: One is no run folder or given twice, or its settings or metrics are not what a run writes.
     """
+    from avatarl.run_dir.identity import flatten
+
     runs = []
     for folder, name in zip(map(Path, folders), distinct_names(folders), strict=True):
         if not os.path.isdir(folder):
-            raise UserError(f"run {folder}: no such folder; a run folder is expected")
+            raise UserError(f"run {folder}: no such folder; expected a run folder")
         if not os.path.lexists(folder / CONFIG):
             inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-            runs_inside = f"; in it are {', '.join(inside)}" if inside else ""
-            raise UserError(f"run {folder} has no {CONFIG}; a run folder is expected{runs_inside}")
+            runs_inside = f"; it contains {', '.join(inside)}" if inside else ""
+            raise UserError(f"run {folder} has no {CONFIG}; expected a run folder{runs_inside}")
         with refusing(f"{folder / CONFIG} cannot be read (", ")"):
             settings = flatten(read_settings(folder))
             str(settings)  # fails for numbers of thousands of digits, which no page can show
@@ -114,9 +114,12 @@ def read_settings(run: str | Path) -> dict:
     Raises:
         UserError: There is no such file, or it holds no settings by name.
     """
+    from avatarl.run_dir.identity import flatten
+    from avatarl.training.config import idle_settings
+
     settings = located(settings_in(Path(run) / CONFIG), run)
     if "critic" in idle_settings(flatten(settings)):
-        settings["critic"] = None  # runs of earlier versions name one that was not asked
+        settings["critic"] = None  # runs of earlier versions name one that they did not use
     return settings
 
 
@@ -144,42 +147,26 @@ def read_metrics(run: str | Path, event: str) -> list[dict]:
     Raises:
         UserError: There is no such file, or a line is not what a run writes.
     """
-    path = metrics_file(run)
-    return [line for line in _lines(path) if line["event"] == event]
+    return [line for line in _lines(run) if line["event"] == event]
 
 
-def metrics_file(run: str | Path) -> Path:
-    """Where a run's metrics are.
-
-    Raises:
-        UserError: There is no such file.
-    """
-    path = Path(run) / METRICS
-    if not os.path.isfile(path):
-        raise UserError(f"{run} has no metrics.jsonl; expected a run folder")
-    return path
-
-
-def read_columns(run: str | Path, metrics: Sequence[str]) -> list[pd.DataFrame]:
+def read_columns(run: str | Path, metrics: Sequence[str], may_be_absent: bool = True) -> list[pd.DataFrame]:
     """``step``, ``tokens`` and the named ``metrics`` of the train lines and of the eval lines, a row for each line.
 
-    A run that is still training is read as it stands: a last line that is still being written is left out, and
-    without metrics.jsonl there are no lines.
+    A run that is still training is read as it stands: a last line that is still being written is left out, and where
+    metrics.jsonl ``may_be_absent`` there are no lines without it.
 
     Raises:
         UserError: A line is not what a run writes, or a value is not a number or too large to draw.
     """
     path, names = Path(run) / METRICS, ["step", "tokens", *metrics]
     rows: dict[str, list[list[float]]] = {event: [] for event in EVENTS}
-    if os.path.lexists(path):
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is not a regular file that exists; expected a run's metrics")
-        for line in _lines(path, may_be_torn=True):
-            if line["event"] in EVENTS:
-                row = [_number(line, name, path) for name in names]
-                if not (math.isfinite(row[0]) and math.isfinite(row[1])):
-                    raise UserError(f"{path}: a line has no step or no tokens; expected both")
-                rows[line["event"]].append(row)
+    for line in [] if may_be_absent and not os.path.lexists(path) else _lines(run, may_be_torn=True):
+        if line["event"] in EVENTS:
+            row = [_number(line, name, path) for name in names]
+            if not (math.isfinite(row[0]) and math.isfinite(row[1])):
+                raise UserError(f"{path}: a line has no step or no tokens; expected both")
+            rows[line["event"]].append(row)
     return [pd.DataFrame(rows[event], columns=names, dtype=float) for event in EVENTS]
 
 
@@ -197,8 +184,11 @@ def _number(line: dict, name: str, path: Path) -> float:
     return float(value)
 
 
-def _lines(path: Path, may_be_torn: bool = False) -> Iterator[dict]:
-    """Every line of a file of metrics; a torn last one may be left out."""
+def _lines(run: str | Path, may_be_torn: bool = False) -> Iterator[dict]:
+    """Every line of a run's metrics; a torn last one may be left out."""
+    path = Path(run) / METRICS
+    if not os.path.isfile(path):
+        raise UserError(f"{run} has no metrics.jsonl that is a regular file; expected a run folder")
     with path.open("rb") as file:
         for number, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
             try:

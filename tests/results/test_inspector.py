@@ -119,8 +119,8 @@ def test_so_much_is_kept_that_settings_can_be_changed(player_folder, critic_fold
         inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
         for position, answers in zip(inspection.positions, inspection.answers, strict=True):
             assert len(answers["playerOrder"]) == len(answers["criticOrders"][0]) == kept
-            assert len(set(answers.tokens)) == len(answers.tokens) and answers.tokens[0] == position.token
-            assert {action.token for action in position.actions} <= set(answers.tokens) <= inspection.texts.keys()
+            assert len(set(answers["tokens"])) == len(answers["tokens"]) and answers["tokens"][0] == position.token
+            assert {action.token for action in position.actions} <= set(answers["tokens"]) <= inspection.texts.keys()
 
 
 def test_tokens_given_by_id_are_judged_as_the_texts_are(inspector, tokenizer):

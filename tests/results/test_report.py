@@ -365,7 +365,7 @@ def test_a_link_beside_a_report_is_not_written_through(tmp_path: Path):
         ({"data": "nowhere"}, "nowhere/manifest.json: no such file"),
         ({"device": "abacus"}, "device"),
         ({"runs": []}, "runs is empty"),
-        ({"runs": ["nowhere"]}, "run nowhere: no such folder; a run folder is expected"),
+        ({"runs": ["nowhere"]}, "run nowhere: no such folder; expected a run folder"),
     ],
 )
 def test_a_wrong_setting_is_found_before_anything_is_read(tmp_path: Path, monkeypatch, options: dict, message: str):

@@ -70,7 +70,7 @@ def test_a_run_is_shown_as_it_stands(tmp_path: Path, damage, said: str):
         ("config.yaml", b"a: &a {b: *a}", "config.yaml cannot be read"),
         ("config.yaml", b"a: 0x" + b"f" * 5000, "config.yaml cannot be read"),
         ("config.yaml", b"a: " + b"[" * 30 + b"]" * 30, "config.yaml: nested more than 20 deep"),
-        ("config.yaml", None, "has no config.yaml; a run folder is expected"),
+        ("config.yaml", None, "has no config.yaml; expected a run folder"),
         ("metrics.jsonl", b"hello\n", "metrics.jsonl, line 1, is not a line of metrics"),
         ("metrics.jsonl", b'{"event": "train"\n{"event": "eval"}\n', "metrics.jsonl, line 1, is not a line of metrics"),
         ("metrics.jsonl", b'{"event": "train", "step": 1}\n', "a line has no step or no tokens"),

@@ -57,7 +57,7 @@ def test_a_line_that_no_run_writes_is_refused_by_its_number(tmp_path: Path, cont
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="has no metrics.jsonl; expected a run folder"):
+    with pytest.raises(UserError, match="has no metrics.jsonl that is a regular file; expected a run folder"):
         read_metrics(tmp_path, "train")
     with pytest.raises(UserError, match="nowhere has no metrics.jsonl"):
         read_metrics(tmp_path / "nowhere", "train")
