@@ -15,7 +15,7 @@ from typing import Any
 from .errors import UserError
 from .untrusted import read_json, read_yaml
 
-CONFIG, ENVIRONMENT, COMPARISON = "config.yaml", "environment.json", "comparison.yaml"
+CONFIG, ENVIRONMENT, METRICS, COMPARISON = "config.yaml", "environment.json", "metrics.jsonl", "comparison.yaml"
 PATHS = ("data", "critic", "pairs")  # settings, also of groups, that name files, or may
 
 

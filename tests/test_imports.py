@@ -71,7 +71,12 @@ def test_the_check_itself_sees_every_way_of_importing(tmp_path: Path):
     assert chapters_named(source, tmp_path) == {"data", "models", "training", "results", "objective", "cli"}
 
 
-@pytest.mark.parametrize("modules", ["avatarl", "avatarl.training.config, avatarl.cli"])
+RESULTS = ", ".join(
+    f"avatarl.results.{name}" for name in ("evaluate", "generate", "inspect", "play", "publish", "report")
+)
+
+
+@pytest.mark.parametrize("modules", ["avatarl", "avatarl.training.config, avatarl.cli", RESULTS])
 def test_settings_and_command_line_import_no_torch(modules: str):
     code = f"import sys, {modules}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -13,9 +13,8 @@ from typing import Any
 import pandas as pd
 
 from avatarl.errors import UserError
-from avatarl.places import CONFIG, ENVIRONMENT, located
+from avatarl.places import CONFIG, ENVIRONMENT, METRICS, located
 from avatarl.places import read_settings as settings_in
-from avatarl.run_dir.log import METRICS
 from avatarl.sanitise import one_line
 from avatarl.untrusted import parse_json, read_json, refusing
 

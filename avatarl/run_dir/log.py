@@ -13,10 +13,11 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from avatarl.durable import open_own, replace_file
+from avatarl.places import METRICS
 
 from .tracker import Tracker
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+TENSORBOARD = "tensorboard"
 LARGEST_NUMBER = 1e30  # far beyond what a run logs
 
 
