@@ -24,7 +24,6 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .checks import check_cached, check_critic_logits, check_head
 from .policy import DenseTail, Policy, compute_dtype
 
 # Below this many logits a row, torch.topk is as fast as :func:`top_k`.
@@ -36,7 +35,7 @@ class Answers(Protocol):
 
     limits: tuple[int, int] | None  # P and S, where the critic knows no other tokens; None where it knows all
 
-    def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
+    def check(self, targets: Tensor, width: int | None, vocab_size: int | None) -> None:
         """Raise a ValueError unless the answers fit ``targets`` (…) and a player with ``width`` output rows."""
 
     def are_for(self, targets: Tensor, ignore_index: int) -> bool:
@@ -53,7 +52,7 @@ class Answers(Protocol):
 
 
 class LiveAnswers:
-    """A live critic, given its logits (N, V) in any floating dtype."""
+    """A live critic, given its logits (…, V) in any floating dtype; all but ``check`` and ``flat`` take (N, V)."""
 
     limits: ClassVar[None] = None
 
@@ -61,8 +60,15 @@ class LiveAnswers:
         """``normaliser`` of the softmax, where it is known already."""
         self.logits, self._normaliser = logits, normaliser
 
-    def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
-        check_critic_logits(self.logits, targets, width, vocab_size)
+    def check(self, targets: Tensor, width: int | None, vocab_size: int | None, name: str = "critic_logits") -> None:
+        _check_floating(self.logits, name)
+        _check_targets(targets, self.logits, name)
+        if width is not None and vocab_size is None and self.logits.shape[-1] != width:
+            raise ValueError(
+                f"{name} {tuple(self.logits.shape)} and player_logits {(*targets.shape, width)} differ; "
+                f"models padded to different widths need vocab_size"
+            )
+        _check_vocabulary(vocab_size, self.logits, name, "columns", -1)
 
     def are_for(self, targets: Tensor, ignore_index: int) -> bool:
         return True
@@ -82,10 +88,6 @@ class LiveAnswers:
         if self._normaliser is None:
             self._normaliser = _normaliser(self.logits, self.logits.amax(dim=1))
         return self._normaliser
-
-    def num_proposals(self, k: int) -> int:
-        """How many tokens :meth:`proposals` gives."""
-        return k
 
     def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
         """The ``k`` most likely tokens in falling order, and which of them ``top_p`` keeps; both (N, k)."""
@@ -166,13 +168,30 @@ class HiddenAnswers(NamedTuple):
 
     limits = None
 
-    def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
-        if vocab_size is None and self.weight.shape[0] != width:
+    def check(
+        self,
+        targets: Tensor,
+        width: int | None,
+        vocab_size: int | None,
+        names: tuple[str, str] = ("critic_hidden", "critic_head_weight"),
+    ) -> None:
+        (hidden, head), (states, weight) = names, self
+        if width is not None and vocab_size is None and weight.shape[0] != width:
             raise ValueError(
-                f"critic_head_weight {tuple(self.weight.shape)} and head_weight of {width} rows have different "
-                f"vocabularies; models padded to different widths need vocab_size"
+                f"{head} {tuple(weight.shape)} and head_weight of {width} rows have different vocabularies; models "
+                f"padded to different widths need vocab_size"
             )
-        check_head("critic_hidden", self.states, "critic_head_weight", self.weight, targets, vocab_size or width)
+        for tensor, name in ((states, hidden), (weight, head)):
+            _check_floating(tensor, name)
+        _check_targets(targets, states, hidden)
+        if weight.dim() != 2 or weight.shape[1] != states.shape[-1]:
+            raise ValueError(
+                f"{head} {tuple(weight.shape)} does not fit {hidden} {tuple(states.shape)}; "
+                f"expected (V, {states.shape[-1]})"
+            )
+        _check_vocabulary(vocab_size, weight, head, "rows", 0)
+        if states.dtype != weight.dtype and not torch.is_autocast_enabled(states.device.type):
+            raise ValueError(f"{hidden} is {states.dtype} and {head} {weight.dtype}; expected one dtype")
 
     def are_for(self, targets: Tensor, ignore_index: int) -> bool:
         return True
@@ -190,7 +209,8 @@ class HiddenAnswers(NamedTuple):
         memory = self.states.new_empty(rows, self.weight.shape[0])
 
         def read(chunk: slice) -> LiveAnswers:
-            states = without_ignored(self.states[chunk], ignored[chunk])
+            # Padding may hold NaN, and 0 · NaN is one.
+            states = self.states[chunk].masked_fill(ignored[chunk].unsqueeze(1), 0.0)
             return LiveAnswers(torch.mm(states, self.weight.t(), out=memory[: states.shape[0]]))
 
         return read
@@ -229,8 +249,11 @@ class CachedAnswers(NamedTuple):
         """S, how many tokens were drawn at a position."""
         return self.draws.shape[-1]
 
-    def check(self, targets: Tensor, width: int, vocab_size: int | None) -> None:
-        check_cached(self.log_rest, self.vocab_size, targets, vocab_size or width)
+    def check(self, targets: Tensor, width: int | None, vocab_size: int | None) -> None:
+        if self.log_rest.shape != targets.shape:
+            raise ValueError(f"cached critic {tuple(self.log_rest.shape)} does not fit targets {tuple(targets.shape)}")
+        if self.vocab_size != (vocab_size or width):
+            raise ValueError(f"cached critic has {self.vocab_size} tokens; expected the player's {vocab_size or width}")
 
     def are_for(self, targets: Tensor, ignore_index: int) -> bool:
         has_shape = targets.shape == self.log_rest.shape
@@ -251,17 +274,18 @@ class CachedAnswers(NamedTuple):
     def reader(self, rows: int, ignored: Tensor) -> Callable[[slice], CachedAnswers]:
         def read(chunk: slice) -> CachedAnswers:
             rows = CachedAnswers(*(tensor[chunk] for tensor in self[:-1]), self.log_frequencies)
-            names = ("log_probs", "log_rest", "entropy")
-            return rows._replace(**{name: without_ignored(getattr(rows, name), ignored[chunk]) for name in names})
+            dropped = ignored[chunk]
+            return rows._replace(
+                log_probs=rows.log_probs.masked_fill(dropped.unsqueeze(1), 0.0),
+                log_rest=rows.log_rest.masked_fill(dropped, 0.0),
+                entropy=rows.entropy.masked_fill(dropped, 0.0),
+            )
 
         return read
 
     def map(self, change: Callable[[Tensor], Tensor]) -> CachedAnswers:
         """The same with each of the tensors changed, as for another device."""
         return CachedAnswers(*(change(tensor) for tensor in self))
-
-    def num_proposals(self, k: int) -> int:
-        return min(k, self.num_top)
 
     def proposals(self, k: int, top_p: float | None) -> tuple[Tensor, Tensor]:
         """See :meth:`LiveAnswers.proposals`; fewer than ``k`` where fewer are stored."""
@@ -378,9 +402,28 @@ def as_answers(
     return [HiddenAnswers(critic, weight) if isinstance(critic, Tensor) else critic for critic, weight in pairs]
 
 
-def without_ignored(numbers: Tensor, ignored: Tensor) -> Tensor:
-    """Numbers (n, …) with 0 at ignored positions (n,): padding may hold NaN, and 0 · NaN is one."""
-    return numbers.masked_fill(ignored.view(-1, *[1] * (numbers.dim() - 1)), 0.0)
+def _check_floating(tensor: Tensor, name: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating dtype")
+
+
+def _check_targets(targets: Tensor, scores: Tensor, name: str) -> None:
+    """Raise a ValueError unless integer ``targets`` (…) match the leading dimensions of ``scores`` (…, d)."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets have dtype {targets.dtype}; expected integer token ids")
+    if scores.dim() < 1 or scores.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"{name} {tuple(scores.shape)} do not fit targets {tuple(targets.shape)}; "
+            f"expected {(*targets.shape, scores.shape[-1] if scores.dim() else 'V')}"
+        )
+
+
+def _check_vocabulary(vocab_size: int | None, tensor: Tensor, name: str, of: str, dim: int) -> None:
+    found, verb = tensor.shape[dim], "have" if name.endswith("s") else "has"
+    if vocab_size is not None and not 1 <= vocab_size <= found:
+        raise ValueError(
+            f"vocab_size is {vocab_size} but {name} {tuple(tensor.shape)} {verb} {found} {of}; expected 1 to {found}"
+        )
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,12 @@ Shapes: N positions, V vocabulary, d hidden width.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .answers import BY_NUMBER_OF_TENSORS, Answers, CachedAnswers, HiddenAnswers, as_answers, without_ignored
-from .checks import check_head
+from .answers import BY_NUMBER_OF_TENSORS, Answers, CachedAnswers, HiddenAnswers, as_answers
 from .config import AvataRLConfig
 from .objectives import AvataRL, LossInputs, Objective, objective_from_spec
 from .policy import compute_dtype
@@ -28,13 +25,9 @@ from .schedule import Scheduled
 CHUNK_ROWS = {"cpu": 2**10, "cuda": 2**14}
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**25}
 
-# ``chunked`` is eager PyTorch on any device. ``compiled`` makes the passes over the logits through torch.compile, after
-# some seconds at the first call: it needs a C++ compiler on a CPU, Triton on a GPU. ``auto`` is what was timed on that
-# kind of device (benchmarks/README.md); a first call that takes seconds is for the user to choose.
-IMPLEMENTATIONS = ("auto", "chunked", "compiled")
-AUTO, UNTIMED = {"cpu": "chunked"}, "chunked"
-
-_log = logging.getLogger("avatarl")
+# ``chunked`` is eager PyTorch on any device. ``compiled`` makes the passes over the logits through torch.compile: needs
+# a C++ compiler on a CPU, Triton on a GPU, and some seconds at the first call, so ``auto`` is ``chunked``.
+IMPLEMENTATIONS = {"auto": "chunked", "chunked": "chunked", "compiled": "compiled"}
 
 
 # --- from logits -----------------------------------------------------------------------------------------------------
@@ -212,26 +205,27 @@ def linear_objective_loss(
     ``snapshot`` (hidden states and head weight of an earlier player) and ``uniforms`` (N, S) in [0, 1) are for the
     objectives that sample, ``scheduled`` for settings that change over time.
     """
-    compiled = choose(impl, hidden.device.type) == "compiled"
+    compiled = is_compiled(impl)
     critics, width = as_answers(critic_hidden, critic_head_weight), head_weight.shape[0]
     vocabulary = width if vocab_size is None else vocab_size
-    check_head("hidden", hidden, "head_weight", head_weight, targets, vocabulary)
+    player, earlier = HiddenAnswers(hidden, head_weight), None if snapshot is None else HiddenAnswers(*snapshot)
+    player.check(targets, None, vocabulary, ("hidden", "head_weight"))
     for critic in critics:
         critic.check(targets, width, vocab_size)
-    if snapshot is not None:
-        check_head("snapshot", snapshot[0], "snapshot", snapshot[1], targets, vocabulary)
+    if earlier is not None:
+        earlier.check(targets, None, vocabulary, ("snapshot", "snapshot"))
     objective.check_settings(vocabulary, [critic.limits for critic in critics])
     uniforms = _with_tail_uniforms(objective, uniforms, targets)
     objective.check_inputs(snapshot is not None, uniforms, targets.numel())
     return loss_from_hidden(
         objective,
-        HiddenAnswers(hidden, head_weight),
+        player,
         critics,
         targets,
         vocabulary,
         ignore_index=ignore_index,
         num_valid=num_valid,
-        snapshot=None if snapshot is None else HiddenAnswers(*snapshot),
+        snapshot=earlier,
         uniforms=uniforms,
         scheduled=scheduled,
         compiled=compiled,
@@ -342,7 +336,7 @@ def chunked_sums(
             elif wants_states:
                 grad_states[chunk] = gradient @ player.weight
             if wants_weight:
-                states = without_ignored(player.states[chunk], ignored[chunk])
+                states = player.states[chunk].masked_fill(ignored[chunk].unsqueeze(1), 0.0)
                 if partial is None:
                     grad_weight.addmm_(gradient.t(), states)
                 else:  # summed in float32, whatever the product's dtype
@@ -361,25 +355,15 @@ def chunk_rows(num_positions: int, vocabulary: int, device: torch.device) -> int
     return max(1, -(-num_positions // num_chunks))
 
 
-def choose(impl: str, device_type: str) -> str:
-    """The implementation that ``impl`` means on this kind of device.
+def is_compiled(impl: str) -> bool:
+    """Whether ``impl`` means passes over the logits through torch.compile.
 
     Raises:
         ValueError: There is none of that name.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; expected one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    if impl != "auto":
-        return impl
-    if not torch.compiler.is_compiling():
-        _log_choice(device_type)
-    return AUTO.get(device_type, UNTIMED)
-
-
-@functools.cache  # once for each kind of device
-def _log_choice(device_type: str) -> None:
-    known = "" if device_type in AUTO else "; nothing was timed there"
-    _log.info("linear loss on %s: %s%s", device_type, AUTO.get(device_type, UNTIMED), known)
+    return IMPLEMENTATIONS[impl] == "compiled"
 
 
 # --- what both share -------------------------------------------------------------------------------------------------
@@ -388,17 +372,9 @@ def _log_choice(device_type: str) -> None:
 def position_weights(
     targets: Tensor, ignore_index: int, num_valid: Tensor | float | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Each position's share of the loss, and targets made safe to look up.
+    """Each position's share (N,) of the loss, 1/M or 0, all 0 when M is 0; and targets (N,) that are safe to look up.
 
-    Args:
-        targets: (N,) int64.
-        ignore_index: Positions with this target count nothing.
-        num_valid: M, the positions counted over a whole optimiser step; those of ``targets`` when None.
-        dtype: Of the weights.
-
-    Returns:
-        weights: (N,) 1/M where counted and 0 elsewhere; all 0 when M is 0.
-        targets: (N,) int64 with ignored ones replaced by 0.
+    ``num_valid`` is M, the positions that count over a whole optimiser step; those of ``targets`` when None.
     """
     counted = targets != ignore_index
     if num_valid is None:

@@ -34,7 +34,7 @@ from avatarl.errors import UserError, nearest_name
 from .answers import CachedAnswers, LiveAnswers
 from .config import OBJECTIVES, AvataRLConfig, BaselineConfig, ObjectiveKind
 from .policy import Policy, largest_of_tails
-from .rewards import Rewards, compute_rewards, favourite_columns
+from .rewards import Rewards, compute_rewards
 from .schedule import Scheduled, Weight, distillation_shares
 
 Limits = tuple[int, int] | None  # a cached critic's numbers of most likely and of drawn tokens; None of a live one
@@ -215,7 +215,7 @@ class RewardedObjective(Objective):
         """What the rewards did at each position (N,); docs/metrics.md says what each number means."""
         actions, valid, rewards = found.actions, found.valid, found.rewards
         total, largest = rewards.sum(dim=1), rewards.amax(dim=1)
-        probs = policy.log_probs_at(actions).exp()
+        probs = policy.log_probs(actions).exp()
         expected = torch.linalg.vecdot(probs, rewards)
         if found.dense:
             inside = rewards_of_tails(found)
@@ -232,7 +232,7 @@ class RewardedObjective(Objective):
         }
         if inputs.critics:
             wins = 0 * total  # comparisons would make a loss of a NaN
-            for column in favourite_columns(inputs.critics, self.avatarl):
+            for column in found.favourites:
                 is_favourite = actions[:, column : column + 1] == actions
                 earned = torch.where(is_favourite, rewards, 0.0).amax(dim=1)  # duplicates earn 0
                 wins = wins + (earned > rewards[:, 0])
@@ -266,7 +266,7 @@ class AvataRL(RewardedObjective):
             # The tails reward every token; what else the actions earn comes on top.
             rewards = rewards - rewards_of_tails(found)
             total = rewards.sum(dim=1) + sum(tail.amount for tail in found.dense)
-        log_likelihood = torch.linalg.vecdot(rewards, tempered.log_probs_at(found.actions))
+        log_likelihood = torch.linalg.vecdot(rewards, tempered.log_probs(found.actions))
         if found.dense:
             log_likelihood = log_likelihood + tempered.tail_sums(found.dense)[0]
         loss = -log_likelihood - beta * tempered.entropy
@@ -283,7 +283,7 @@ class ExpectedReward(RewardedObjective):
 
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
         found, rewards, policy, tempered, beta = self.rewards_and_policies(inputs)
-        probs = tempered.log_probs_at(found.actions).exp()  # (N, A)
+        probs = tempered.log_probs(found.actions).exp()  # (N, A)
         expected = torch.linalg.vecdot(probs, rewards)
         metrics = {"loss": -expected - beta * tempered.entropy, **self.reward_metrics(inputs, found, policy)}
         if not with_gradient:
@@ -320,7 +320,7 @@ class Reinforce(RewardedObjective):
         # Multiplied, and not chosen: of a position with a NaN nothing is known, whatever was drawn.
         drawn_rewards = ((drawn.unsqueeze(2) == found.actions.unsqueeze(1)) * rewards.unsqueeze(1)).sum(dim=2)
         advantages = drawn_rewards - leave_one_out_mean(drawn_rewards)
-        log_ratio = tempered.log_probs_at(drawn) - behaviour.log_probs_at(drawn)
+        log_ratio = tempered.log_probs(drawn) - behaviour.log_probs(drawn)
         loss, credit, extra = self.surrogate(log_ratio, advantages)
         metrics = {
             "loss": loss.mean(dim=1) - beta * tempered.entropy,

@@ -68,15 +68,9 @@ class Policy(NamedTuple):
             statistics = [torch.cat(column) for column in zip(*parts, strict=True)]
         return cls(logits, temperature, *statistics, compiled)
 
-    def log_probs_at(self, tokens: Tensor) -> Tensor:
-        """log π of tokens (N, S); finite, so that 0 · log 0 = 0."""
-        return self._log_probs(self.logits.gather(1, tokens))
-
-    def log_probs(self) -> Tensor:
-        """log π of every token (N, V), finite."""
-        return self._log_probs(self.logits)
-
-    def _log_probs(self, logits: Tensor) -> Tensor:
+    def log_probs(self, tokens: Tensor | None = None) -> Tensor:
+        """log π of tokens (N, S), or of every token (N, V); finite, so that 0 · log 0 = 0."""
+        logits = self.logits if tokens is None else self.logits.gather(1, tokens)
         log_probs = shifted(logits, self.largest, self.temperature).sub_(self.log_total.unsqueeze(1))
         return log_probs.clamp_(min=LOWEST_LOG_PROB)
 
@@ -119,7 +113,7 @@ class Policy(NamedTuple):
         slopes = [None] * len(columns[0]) if slope is None else _rows_in_cache(self.logits, slope)
         for number, (rows, *column) in enumerate(zip(*columns, slopes, strict=True)):
             gradient = softmax_gradient(rows, self.temperature, *column)
-            for tail in _tails_in_cache(self.logits, tails, number):
+            for tail in _tails_in_cache(self.logits, tails, number) if tails else ():
                 gradient = gradient - tail.everywhere()
             rows.copy_(gradient)
         return self.logits
@@ -144,7 +138,7 @@ class Policy(NamedTuple):
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and entropy (N,) in nats."""
-        return {"cross_entropy": -self.log_probs_at(targets.unsqueeze(1)).squeeze(1), "entropy": self.entropy}
+        return {"cross_entropy": -self.log_probs(targets.unsqueeze(1)).squeeze(1), "entropy": self.entropy}
 
 
 def softmax_statistics(logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

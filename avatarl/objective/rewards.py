@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from .answers import Answers, CachedAnswers, LiveAnswers, as_answers, is_one
-from .checks import check_logits
 from .config import DEFAULT_TAIL, AvataRLConfig
 from .policy import DenseTail, compute_dtype, sums_of_each
-from .schedule import Scheduled, Weight, base_weights, expert_weights, weighted
+from .schedule import Scheduled, Weight, expert_weights
 
 
 class RewardLandscape(NamedTuple):
@@ -41,15 +40,9 @@ class Rewards(NamedTuple):
     rewards: Tensor  # (N, A)
     dense: Sequence[DenseTail]  # what ``rewards`` hold a part of, and all other tokens the rest
     estimated: Tensor | None  # (N,) share of active actions that a cached critic had to estimate
+    favourites: Sequence[int]  # the column of each critic's most likely token; none for a cache without proposals
     log_reality: Tensor  # (N, A) log p_R
     consensus: Tensor  # (N, A) p
-
-
-class Expert(NamedTuple):
-    """One of the distributions that the consensus blends."""
-
-    weight: Weight
-    log_probs: Tensor  # (N, A)
 
 
 def reward_landscape(
@@ -106,13 +99,13 @@ def flat_logits(
     Raises:
         ValueError: with the shapes or dtypes found.
     """
-    check_logits(player_logits, "player_logits", targets, vocab_size)
+    player = LiveAnswers(player_logits)
+    player.check(targets, None, vocab_size, "player_logits")
     width = player_logits.shape[-1]
     for critic in critics:
         critic.check(targets, width, vocab_size)
     vocabulary = width if vocab_size is None else vocab_size
-    player = player_logits.reshape(-1, width)[:, :vocabulary]
-    return player, [critic.flat(vocabulary) for critic in critics]
+    return player.flat(vocabulary).logits, [critic.flat(vocabulary) for critic in critics]
 
 
 def compute_rewards(
@@ -131,7 +124,7 @@ def compute_rewards(
     dtype, tail = compute_dtype(player.dtype), config.tail or DEFAULT_TAIL[config.pool]
     # Without these the rewards depend on a critic's logits at the actions alone.
     normalised = tail != "renormalise" or config.threshold == "mass"
-    actions, valid = active_actions(player, critics, targets, config)
+    actions, valid, favourites = active_actions(player, critics, targets, config)
     num_active = valid.sum(dim=1, keepdim=True)  # (N, 1)
     log_reality = _log_reality(valid, config.smoothing if scheduled is None else scheduled.smoothing, dtype)
     answers = [critic.log_probs_at(actions, dtype, normalised, by_draws=tail == "sample") for critic in critics]
@@ -140,21 +133,21 @@ def compute_rewards(
 
     # Whether an expert has a weight is known without asking the device: never 0 · −∞.
     reality_weight, critic_weights = expert_weights(config, len(critics), scheduled)
+    experts = [] if reality_weight is None else [(reality_weight, log_reality)]
     weighing = [
-        (critic, weight, *answer)
-        for critic, weight, answer, base in zip(
-            critics, critic_weights, answers, base_weights(config, len(critics)), strict=True
-        )
-        if base > 0
+        (critic, weight, log_probs, is_estimate)
+        for critic, weight, (log_probs, is_estimate) in zip(critics, critic_weights, answers, strict=True)
+        if weight is not None
     ]
-    experts = [Expert(reality_weight, log_reality)] if config.reality_weight > 0 or scheduled is not None else []
     for critic, weight, log_probs, _ in weighing:
         if config.pool == "arithmetic" and tail == "renormalise":
             log_probs = log_probs.masked_fill(~valid, -torch.inf).log_softmax(dim=1)
         elif config.pool == "geometric" and tail == "target":
             log_outside = critic.log_outside(actions, valid, log_probs)
             log_probs = torch.cat([torch.logaddexp(log_probs[:, :1], log_outside), log_probs[:, 1:]], dim=1)
-        experts.append(Expert(weight, log_probs))
+        experts.append((weight, log_probs))
+    if scheduled is not None:  # a weight may have come to 0
+        experts = [(weight, torch.where(weight > 0, log_probs, 0.0)) for weight, log_probs in experts]
     if config.pool == "geometric":
         consensus, mass = _geometric_pool(experts, valid)
     else:
@@ -195,39 +188,33 @@ def compute_rewards(
         consensus = torch.cat([consensus, masses], dim=1)
         rewards = torch.cat([rewards, scale * masses], dim=1)
     estimated = torch.stack(shares).mean(dim=0).to(dtype) if shares else None
-    return Rewards(actions, valid, rewards, dense, estimated, log_reality, consensus)
+    return Rewards(actions, valid, rewards, dense, estimated, favourites, log_reality, consensus)
 
 
 def active_actions(
     player: Tensor, critics: Sequence[LiveAnswers | CachedAnswers], targets: Tensor, config: AvataRLConfig
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[int]]:
     """List the target, the player's proposals and each critic's proposals, each token once.
 
     Returns:
         actions: (N, A) int64 token ids; column 0 is the target.
         valid: (N, A) bool, False where a column repeats an earlier active one or was cut by ``top_p``.
+        favourites: The column of each critic's most likely token; none for a cache that stores no proposals.
     """
     columns = [targets.unsqueeze(1)]  # (N, 1), then (N, K) each
     masks = [torch.ones_like(columns[0], dtype=torch.bool)]
-    for model in (*([LiveAnswers(player)] if config.player_proposes else []), *critics):
+    favourites, width = [], 1
+    models = [*([LiveAnswers(player)] if config.player_proposes else []), *critics]
+    for model in models:
         tokens, kept = model.proposals(config.top_k, config.top_p)
         for earlier, earlier_kept in zip(columns, masks, strict=True):
             same = tokens.unsqueeze(2) == earlier.unsqueeze(1)  # (N, K, columns of the earlier list)
             kept = kept & ~(same & earlier_kept.unsqueeze(1)).any(dim=2)
         columns.append(tokens)
         masks.append(kept)
-    return torch.cat(columns, dim=1), torch.cat(masks, dim=1)
-
-
-def favourite_columns(critics: Sequence[LiveAnswers | CachedAnswers], config: AvataRLConfig) -> list[int]:
-    """The column of each critic's favourite among :func:`active_actions`; none for a cache that stores no proposals."""
-    columns, column = [], 1 + config.top_k * config.player_proposes
-    for critic in critics:
-        width = critic.num_proposals(config.top_k)
-        if width:
-            columns.append(column)
-        column += width
-    return columns
+        favourites += [width] if tokens.shape[1] else []
+        width += tokens.shape[1]
+    return torch.cat(columns, dim=1), torch.cat(masks, dim=1), favourites[int(config.player_proposes) :]
 
 
 def _log_reality(valid: Tensor, smoothing: Weight, dtype: torch.dtype) -> Tensor:
@@ -242,9 +229,9 @@ def _log_reality(valid: Tensor, smoothing: Weight, dtype: torch.dtype) -> Tensor
     return log_reality.masked_fill(~valid, -torch.inf)
 
 
-def _geometric_pool(experts: Sequence[Expert], valid: Tensor) -> tuple[Tensor, Tensor]:
-    """p ∝ Π p_i^w_i on the active actions (N, A), and its mass before normalisation (N, 1)."""
-    log_blend = sum(weighted(*expert) for expert in experts).masked_fill(~valid, -torch.inf)
+def _geometric_pool(experts: Sequence[tuple[Weight, Tensor]], valid: Tensor) -> tuple[Tensor, Tensor]:
+    """p ∝ Π p_i^w_i on the active actions (N, A), and its mass before normalisation (N, 1), of log p_i (N, A)."""
+    log_blend = sum(weight * log_probs for weight, log_probs in experts).masked_fill(~valid, -torch.inf)
     # Experts that veto every action between them (ε = 0 and a critic that rules the target out) leave the text's.
     vetoed = log_blend.amax(dim=1, keepdim=True) == -torch.inf
     log_target = log_blend[:, :1].masked_fill(vetoed, 0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .config import AvataRLConfig, BaselineConfig
@@ -22,23 +21,21 @@ class Scheduled(NamedTuple):
 Weight = float | Tensor
 
 
-def base_weights(config: AvataRLConfig, num_critics: int) -> Sequence[float]:
-    """Each critic's weight before any schedule; :meth:`AvataRLConfig.critic_weights` has checked their number."""
-    weight = config.critic_weight
-    if isinstance(weight, tuple):
-        return weight if num_critics else ()
-    return (weight / max(1, num_critics),) * num_critics
-
-
 def expert_weights(
     config: AvataRLConfig, num_critics: int, scheduled: Scheduled | None
-) -> tuple[Weight, Sequence[Weight]]:
-    """The weight of the text, and that of each critic; their sum does not change over time."""
-    weights = base_weights(config, num_critics)
+) -> tuple[Weight | None, Sequence[Weight | None]]:
+    """The weight of the text, and that of each critic; None for one that never has any.
+
+    Their sum does not change over time. :meth:`AvataRLConfig.critic_weights` has checked their number.
+    """
+    weight, text = config.critic_weight, config.reality_weight
+    weights = weight if isinstance(weight, tuple) else (weight / max(1, num_critics),) * num_critics
+    weights = weights if num_critics else ()
     if scheduled is None:
-        return config.reality_weight, weights
+        return text or None, [weight or None for weight in weights]
     now = [scheduled.critic_factors[i] * weight for i, weight in enumerate(weights)]
-    return config.reality_weight + sum(weight - part for weight, part in zip(weights, now, strict=True)), now
+    text = text + sum(weight - part for weight, part in zip(weights, now, strict=True))
+    return text, [part if weight else None for weight, part in zip(weights, now, strict=True)]
 
 
 def distillation_shares(
@@ -50,10 +47,3 @@ def distillation_shares(
         return config.distillation_alpha, [share] * num_critics
     now = [scheduled.critic_factors[i] * share for i in range(num_critics)]
     return 1 - sum(now), now
-
-
-def weighted(weight: Weight, log_probs: Tensor) -> Tensor:
-    """weight · log p, and 0 where a weight of 0 meets −∞."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight > 0, weight * log_probs, 0.0)
-    return weight * log_probs

@@ -21,7 +21,7 @@ from avatarl.models.counting import ParameterCount
 from avatarl.models.critics import LiveCritic, Snapshot
 from avatarl.models.digest import digest_of_tokenizer
 from avatarl.objective import Objective, make_objective
-from avatarl.objective.engine import choose
+from avatarl.objective.engine import is_compiled
 from avatarl.places import kept
 from avatarl.run_dir.identity import MUON, settings_digest
 
@@ -238,7 +238,7 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
 
     snapshot = Snapshot("snapshot", new_player()) if objective.needs_snapshot else None
     frozen = [*critics, *([snapshot] if snapshot else [])]
-    model = RewardedPlayer(player, objective, len(tokenizer), choose(loss_impl, device.type) == "compiled")
+    model = RewardedPlayer(player, objective, len(tokenizer), is_compiled(loss_impl))
     if config.parallel == "fsdp" and processes.count > 1:
         for critic in frozen:
             critic.shard(partial(processes.shard, device=device, keep_root=True), config.shard_critics)
