@@ -146,7 +146,7 @@ def compute_rewards(
             log_outside = critic.log_outside(actions, valid, log_probs)
             log_probs = torch.cat([torch.logaddexp(log_probs[:, :1], log_outside), log_probs[:, 1:]], dim=1)
         experts.append((weight, log_probs))
-    if scheduled is not None:  # a weight may have come to 0
+    if scheduled is not None and critics:  # a weight may have come to 0
         experts = [(weight, torch.where(weight > 0, log_probs, 0.0)) for weight, log_probs in experts]
     if config.pool == "geometric":
         consensus, mass = _geometric_pool(experts, valid)
