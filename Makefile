@@ -20,7 +20,7 @@ test-survival: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m slow tests/survival
 
 test-fuzz: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -m slow tests/fuzz
+	$(VENV)/bin/python -m pytest -m fuzz tests/fuzz
 
 test-browser: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,app]"

@@ -1,4 +1,4 @@
-"""``rich`` for whatever may hold text from outside: lines, tables and progress show what a terminal would obey."""
+"""``rich`` for text that may be untrusted: control characters in lines, tables and progress are shown as escapes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from .sanitise import InertStream, visible
+from .sanitise import SanitisedStream, visible
 
 
 class Console(RichConsole):
-    """A ``rich`` console on stdout or stderr that obeys only what ``rich`` itself wrote, colours and the cursor."""
+    """A ``rich`` console on stdout or stderr. The only control characters it sends are those of ``rich`` itself."""
 
     def __init__(self, stderr: bool = False, **options: Any):
         stream = sys.stderr if stderr else sys.stdout
-        super().__init__(file=stream.inner if isinstance(stream, InertStream) else stream, stderr=stderr, **options)
+        super().__init__(file=stream.inner if isinstance(stream, SanitisedStream) else stream, stderr=stderr, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -1,26 +1,27 @@
-"""Where a run computes, as which of how many processes, and in which precision."""
+"""The device, the precision and the place among several processes that a run computes with."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-import torch
-from torch.distributed.tensor import DTensor
+from .errors import UserError
 
-from avatarl.errors import UserError
+if TYPE_CHECKING:
+    import torch
 
 
 def launched_as() -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this machine as ``torchrun`` says them; 0, 1 and 0 where it says nothing.
+    """Return rank, number of processes and rank on this machine as ``torchrun`` sets them; 0, 1 and 0 without it.
 
     Raises:
-        UserError: What stands in the environment in their place is none.
+        UserError: An environment variable holds something else.
     """
     found = []
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         value = os.environ.get(name, "").strip() or alone
         if not value.isdecimal():
-            raise UserError(f"{name} is {value!r} in the environment; expected a whole number, or that it is not set")
+            raise UserError(f"{name} is {value!r} in the environment; expected a whole number, or nothing")
         found.append(int(value))
     rank, count, local_rank = found
     if count <= 1:
@@ -31,13 +32,15 @@ def launched_as() -> tuple[int, int, int]:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device called ``name``; ``auto`` is CUDA where there is one, else the CPU.
 
-    Of several CUDA devices each process of a machine has its own, that of its ``local_rank``.
+    Each process of a machine with several CUDA devices takes the one of its ``local_rank``.
 
     Raises:
         UserError: There is no such device.
     """
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -52,7 +55,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``bf16`` or ``fp32``; ``auto`` is bf16 where the device multiplies it: CUDA since Ampere, AMX, AVX512-BF16."""
+    """Return ``bf16`` or ``fp32``; ``auto`` is bf16 where the hardware has it: CUDA since Ampere, AMX, AVX512-BF16."""
+    import torch
+
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -64,12 +69,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` of the host on ``device``; the host does not wait for the copy."""
-    # From pinned memory a GPU fetches it by itself; from other memory the host would wait for its turn.
+    """Copy a tensor of the host to ``device`` without making the host wait."""
+    # A GPU fetches from pinned memory by itself; a copy from other memory makes the host wait for its turn.
     source = tensor.pin_memory() if device.type == "cuda" else tensor
     return source.to(device, non_blocking=True)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds."""
+    """Return the part of a tensor that this process holds."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

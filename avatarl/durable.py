@@ -1,9 +1,8 @@
-"""Files and folders that are whole or absent, whenever the process or the machine stops.
+"""Write files and folders so that they are whole or absent, whenever the process or the machine stops.
 
-What is new is written beside the old under a hidden name, brought to the disk, and takes its place by renaming.
-
-A folder may come from somebody else. No link in it is followed to write or to delete, or replaced: each is refused in
-a line. What is deleted has a name that only we give.
+New content is written beside the old under a hidden name, flushed to the disk, and renamed into place. A folder may
+come from somebody else: a link in it is refused, never followed or replaced, and only names that this package gives
+are deleted.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from avatarl.errors import UserError
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Give ``path`` a new content (UTF-8); a reader finds the old one or the new one.
+    """Replace a file's content (UTF-8); a reader finds the old content or the new.
 
     Raises:
-        UserError: It is a link, or what would be written beside it is.
+        UserError: The file, or the hidden one beside it, is a link.
     """
     refuse_link(path)
     partial = _beside(path, "partial")
@@ -34,7 +33,7 @@ def replace_file(path: Path, content: str) -> None:
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()  # a full disk should not stay full of it
+            partial.unlink()  # free the space on a full disk
         raise
     flush(path.parent)
 
@@ -42,11 +41,11 @@ def replace_file(path: Path, content: str) -> None:
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write a new folder, then put it in the place of ``folder``.
 
-    Between the two renames there is none under that name; :func:`tidy` puts the old one back then. The parent must be
-    there: one that is made anew may be the mount point of a file system that is gone.
+    Between the two renames no folder has that name; after a stop there, :func:`tidy` puts the old one back. The parent
+    must exist, since creating it could write below the mount point of a file system that is gone.
 
     Raises:
-        UserError: ``folder`` is a link, or what would be written beside it is.
+        UserError: ``folder``, or a hidden one beside it, is a link.
     """
     refuse_link(folder)
     partial, old = _beside(folder, "partial"), _beside(folder, "old")
@@ -54,13 +53,13 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         partial.mkdir()
         fill(partial)
-        readable = partial.stat().st_mode & 0o666  # some libraries make files that nobody else may read
+        readable = partial.stat().st_mode & 0o666  # some libraries make files private to their owner
         for path in (*partial.rglob("*"), partial):
             if path.is_file():
                 path.chmod(readable)
             flush(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk should not stay full of it
+        shutil.rmtree(partial, ignore_errors=True)  # free the space on a full disk
         raise
     if folder.exists():
         folder.rename(old)
@@ -70,7 +69,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever seen under its name.
+    """Remove a folder so that no part of it is ever found under its name.
 
     Raises:
         UserError: It is a link.
@@ -83,11 +82,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def tidy(parent: Path, is_ours: Callable[[str], object] = bool) -> None:
-    """Finish what an earlier process was stopped in, among the files and folders of ``parent``.
+    """Finish or undo the replacements in ``parent`` during which an earlier process was stopped.
 
     Args:
         parent: The folder.
-        is_ours: Which names only we give in it; by default all.
+        is_ours: Whether a name in it is one that only this package gives; by default all are.
 
     Raises:
         UserError: One of them is a link.
@@ -98,7 +97,7 @@ def tidy(parent: Path, is_ours: Callable[[str], object] = bool) -> None:
             continue
         if _beside(final, "partial").exists() and not final.exists():
             refuse_link(old)
-            old.rename(final)  # stopped while replacing it
+            old.rename(final)  # stopped between the two renames
         else:
             remove(old)
     for partial in parent.glob(".*.partial"):
@@ -107,7 +106,7 @@ def tidy(parent: Path, is_ours: Callable[[str], object] = bool) -> None:
 
 
 def own_name(name: str) -> str:
-    """The name that a hidden ``.NAME.partial`` or ``.NAME.old`` stands beside; any other name as it is."""
+    """Return NAME of a hidden ``.NAME.partial`` or ``.NAME.old``, and any other name unchanged."""
     for state in (".partial", ".old"):
         if name.startswith(".") and name.endswith(state):
             return name.removeprefix(".").removesuffix(state)
@@ -115,17 +114,17 @@ def own_name(name: str) -> str:
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse a link under a name of ours: what it leads to is somebody else's, and so is the link.
+    """Refuse a link where this package writes: its target, and the link itself, belong to somebody else.
 
     Raises:
-        UserError: naming it.
+        UserError: naming the link.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a link; what is written there must lie there, so move the link away")
 
 
 def open_own(path: Path, flags: int) -> int:
-    """A descriptor of a file of ours, made where there is none; neither follows a link nor waits for a pipe.
+    """Open or create a file of this package and return its descriptor; follow no link, wait for no pipe.
 
     Raises:
         UserError: It is a link.
@@ -136,7 +135,7 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder that may not be there.
+    """Remove a file or folder if it exists.
 
     Raises:
         UserError: It is a link.
@@ -149,7 +148,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the system has brought a file or folder to the disk."""
+    """Wait until the system has written a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How a command can end before its end: by a user's mistake, a run that fails, a run that is asked to stop."""
+"""The ways a command ends early: a user's mistake, a run that fails, a run that is stopped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from .sanitise import one_line
 
 
 class UserError(ValueError):
-    """A setting, file or folder that cannot be used, said in one line.
+    """A setting, file or folder that cannot be used.
 
-    The message names the setting or file, what was found and what would be accepted; it is made inert, since what was
-    found may be hostile. The command line prints it without a traceback and exits with status 2; in Python it is an
-    ordinary ``ValueError``.
+    The message names the setting or file, what was found and what would be accepted, on one sanitised line. The command
+    line prints it without a traceback and exits with status 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,13 +20,13 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run itself went wrong, not the user's settings; the command line exits with status 1."""
+    """A failure of the run itself, with usable settings; the command line exits with status 1."""
 
 
 class RunStopped(KeyboardInterrupt):
-    """The run was asked to stop and has saved what it had; the command line exits with 128 plus the signal.
+    """A run that a signal stopped, after saving its state; the command line exits with 128 plus the signal.
 
-    A ``KeyboardInterrupt``, whichever signal it was: who catches ordinary exceptions did not ask for the next run.
+    It is a ``KeyboardInterrupt`` so that a script that catches ordinary exceptions does not go on to its next run.
     """
 
     def __init__(self, signum: int, message: str):

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, asked once before its libraries ask again and again."""
+"""One early check of an id on the Hugging Face Hub, before libraries retry file by file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ TIMEOUT_SECONDS = 10
 
 
 def require_on_hub(name: str, kind: Literal["model", "dataset"], called: str | None = None) -> None:
-    """Refuse an id that the Hub does not know, or all of them where it cannot be reached.
+    """Refuse an id that is neither in the local cache nor on the Hub.
 
-    Without network, the libraries try each file for half a minute. What an earlier download left in the local cache
-    needs no network, and is left to them. Messages begin with ``called``, the kind and the name where None.
+    Without a network the libraries would try each file for half a minute.
+
+    Args:
+        name: The id, ``OWNER/NAME``.
+        kind: What it should be.
+        called: How the message begins; the kind and the name if None.
 
     Raises:
-        UserError: The id names nothing on the Hub, or nobody answers.
+        UserError: The Hub has nothing of this id, or cannot be reached.
     """
     from huggingface_hub import HfApi, constants, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -28,7 +32,7 @@ def require_on_hub(name: str, kind: Literal["model", "dataset"], called: str | N
         if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots").is_dir():
             return
         if is_offline_mode():
-            if kind == "dataset":  # which may lie in another cache, and is not waited for
+            if kind == "dataset":  # it may be in the cache of another library, which does not retry
                 return
             raise UserError(f"{called}: HF_HUB_OFFLINE is set, and it is not in the local cache; give a folder")
         HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_SECONDS)
@@ -42,8 +46,8 @@ def require_on_hub(name: str, kind: Literal["model", "dataset"], called: str | N
     except HFValidationError as error:
         raise UserError(f"{called}: no such folder, and no id of the Hugging Face Hub; give either") from error
     except HfHubHTTPError:
-        return  # an answer: what to make of it is for the libraries to decide
-    except Exception as error:  # of whatever kind the library's HTTP client raises
+        return  # the Hub answered; the libraries know what to do with it
+    except Exception as error:  # the HTTP client's own kinds
         raise UserError(
             f"{called}: no such folder, and the Hugging Face Hub cannot be reached ({error}); give a folder, or "
             "an id where there is a network"

@@ -1,4 +1,4 @@
-"""Packages import their public names when first asked for, so that settings can be read without torch (PEP 562)."""
+"""Import a package's public names on first use (PEP 562), so that settings can be read without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""One process at a time writes a run."""
+"""A lock on a folder that one process at a time writes.
+
+`flock` is released by the kernel however its holder ends. The package filelock uses it too, but leaves the file behind
+and, on a file system without `flock`, falls back to a marker that a killed process never removes.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,15 @@ LOCK = ".lock"
 
 
 class RunLock:
-    """A lock that the kernel takes back when its holder ends, however it ends. Use as a context manager.
+    """A context manager that holds a folder's lock; its file names the holder and goes when the lock is released.
 
-    The file says who holds it. One that a killed process left behind is locked by nobody, and is taken over.
+    Args:
+        folder: What to lock.
+        patience_seconds: How long to wait for another holder.
     """
 
-    def __init__(self, run: Path, patience_seconds: float = 0):
-        self._path = run / LOCK
+    def __init__(self, folder: Path, patience_seconds: float = 0):
+        self._path = folder / LOCK
         self._patience_seconds = patience_seconds
         self._descriptor: int | None = None
 
@@ -31,9 +37,9 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: Another process still holds it when patience is over, or its file is a link.
+            UserError: Another process still holds it after ``patience_seconds``, or its file is a link.
         """
-        import fcntl  # POSIX alone has it, and reading models does not need it
+        import fcntl  # POSIX only; reading models needs no lock
 
         until = time.monotonic() + self._patience_seconds
         while self._descriptor is None:
@@ -58,13 +64,13 @@ class RunLock:
             if self._is_still_there(descriptor):
                 self._descriptor = descriptor
             else:
-                os.close(descriptor)  # its holder ended and removed the file after we had opened it
+                os.close(descriptor)  # the holder released the lock and removed the file after it was opened here
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # where the disk is gone, the lock is too
+        with contextlib.suppress(OSError):  # a disk that is gone
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None

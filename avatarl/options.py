@@ -1,109 +1,148 @@
-"""A command's options: parsed by jsonargparse, whose complaints become one line that a person can act on."""
+"""A command's options: those of a public function, parsed by jsonargparse; a mistake becomes one line to act on."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import get_args, get_origin, get_type_hints
 
 from .errors import UserError, nearest_name
-from .untrusted import check_recipe, check_yaml
+from .places import read_recipe, read_settings
 
 
 def make_parser(prog: str, description: str | None):
-    """A parser of one command."""
-    from jsonargparse import ArgumentParser
+    """Return a parser of one command."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-    _look_at_yaml()
-    # Options are not abbreviated: a launcher before ours would take prefixes for its own.
-    return ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    # A recipe may name no module for the parser to import but those with the settings' own classes.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["avatarl"])
 
+    class Help(DefaultHelpFormatter):
+        """Help without the markup of docstrings."""
 
-@cache
-def _look_at_yaml() -> None:
-    """Have whatever jsonargparse takes for YAML looked at: recipes, strings in them, and files that these name."""
-    from jsonargparse import get_loader, set_loader
-    from yaml import YAMLError
+        def _get_help_string(self, action) -> str:
+            return re.sub(r":\w+:`[~.]?([^`]*)`", r"\1", super()._get_help_string(action)).replace("``", "")
 
-    load = get_loader("yaml")
+        def _format_action_invocation(self, action) -> str:
+            return super()._format_action_invocation(action).replace(" \b", "")
 
-    def checked(text: str):
-        try:
-            check_yaml(text, "config")
-        except UserError as error:
-            raise YAMLError(str(error)) from error  # so that it stays text where a text is expected
-        return load(text)
-
-    set_loader("yaml", checked, exceptions=(YAMLError,))
+    # Options may not be abbreviated: a launcher in front of this command would take prefixes for its own options.
+    return ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False, formatter_class=Help
+    )
 
 
-def add_recipe(parser) -> None:
-    """The option ``--config``, whose file is looked at before the parser reads it."""
+def add_function(
+    parser, function: Callable, positional: str = "", skip: Collection[str] = (), names: Mapping[str, str] | None = None
+) -> tuple[str, type] | None:
+    """Add a function's parameters as options: types and defaults from its signature, help from its docstring.
+
+    A required dataclass of settings stands for its fields, which a recipe may hold; an optional one is a group of its
+    name. A list takes several values. A flag that is off by default takes none.
+
+    Args:
+        parser: Where to add them.
+        function: A function with type hints and a docstring with ``Args:``.
+        positional: The parameter that is given without its name.
+        skip: Parameters that are no options.
+        names: Options whose name differs from the parameter's.
+
+    Returns:
+        The required dataclass: the parameter's name and the class.
+    """
+    from docstring_parser import parse as parse_docstring
+
+    help_of = {each.arg_name: each.description for each in parse_docstring(function.__doc__ or "").params}
+    types, config = get_type_hints(function), None
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in skip:
+            continue
+        kind, is_required = types[name], parameter.default is parameter.empty
+        kinds = get_args(kind) or (kind,)
+        if settings := next(filter(dataclasses.is_dataclass, kinds), None):
+            if is_required:
+                config = name, settings
+                _add_recipe(parser)
+            parser.add_class_arguments(settings, None if is_required else name)
+            continue
+        option = {"help": help_of[name]}
+        name = (names or {}).get(name, name)
+        if kind is bool and parameter.default is False:
+            option["action"] = "store_true"
+        else:
+            option["type"] = str if str in kinds else kind
+            if any(get_origin(each) in (Sequence, list) for each in (kind, *kinds)):
+                option |= {"nargs": "+", "type": str}
+            if not is_required:
+                option["default"] = parameter.default
+        if name == positional:
+            option |= {} if is_required else {"nargs": "?"}
+        else:
+            name = f"--{name}"
+            option |= {"required": True} if is_required else {}
+        parser.add_argument(name, **option)
+    return config
+
+
+def _add_recipe(parser) -> None:
+    """Add the option ``--config``, whose paths are looked for where a run or comparison lies now."""
     from jsonargparse import ActionConfigFile
-
-    from .places import owner, read_recipe, read_settings
 
     class Recipe(ActionConfigFile):
         def __call__(self, parser, settings, value, option_string=None):
-            check_recipe(value)
+            written, found = read_settings(value), read_recipe(value)
             super().__call__(parser, settings, value, option_string)
-            if owner(value):
-                written, found = read_settings(value), read_recipe(value)
-                for name in (name for name in found if found[name] != written.get(name)):  # lies elsewhere now
-                    settings[name] = found[name]
+            for name in (name for name in found if found[name] != written.get(name)):
+                settings[name] = found[name]
 
-    parser.add_argument("--config", action=Recipe, help="a recipe (YAML); later options replace its settings")
+    parser.add_argument(
+        "--config",
+        action=Recipe,
+        help="A recipe (YAML). Later options, and later recipes, replace its settings.",
+    )
 
 
 def parse(parser, arguments: Sequence[str]) -> dict:
-    """Parsed settings with dataclasses built; a mistake names the nearest option."""
-    if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the last one would count alone
-        takes_list = parser.prog.split()[1] in ("evaluate", "inspect", "play")
-        several = "--critic A B" if takes_list else "--critic '[A, B]'"
+    """Parse a command line into settings by name; a group of a dataclass becomes one.
+
+    Raises:
+        UserError: naming the setting, its value and what is accepted, or the nearest known setting.
+    """
+    if sum(argument.split("=")[0] == "--critic" for argument in arguments) > 1:  # the parser would use the last one
+        (critic,) = (action for action in parser._actions if action.dest == "critic")
+        several = "--critic A B" if critic.nargs == "+" else "--critic '[A, B]'"
         raise UserError(f"critic is given more than once; expected {several} for several")
-    return _parsed(parser, lambda: parser.parse_args(list(arguments)))
+    return parser.instantiate(_checked(parser, lambda: parser.parse_args(list(arguments)))).as_dict()
 
 
 def parse_settings(parser, nested: dict) -> dict:
-    """The same of settings that are nested as in a recipe, not written on a command line."""
-    return _parsed(parser, lambda: parser.parse_object(nested))
+    """Parse settings that are nested as in a recipe, as :func:`parse` does those of a command line."""
+    return parser.instantiate(_checked(parser, lambda: parser.parse_object(nested))).as_dict()
 
 
-def _parsed(parser, read: Callable) -> dict:
+def _checked(parser, read: Callable):
     try:
         settings = read()
     except ArgumentError as error:
         raise UserError(_explain(error, parser)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config is not UTF-8 text ({one_line_of(error)}); expected YAML") from error
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # numbers and nesting that the parser does not expect
-        raise UserError(f"config cannot be read ({one_line_of(error)}); expected settings by name") from error
-    # Outer ones before those in them.
-    optional = {action.dest for action in parser._actions if action.default is None}  # such a group may be null
+        raise UserError(f"config cannot be read ({error}); expected settings by name") from error
+    # The parser accepts a group that is not one. Outer groups come before those within them.
+    optional = {action.dest for action in parser._actions if action.default is None}
     for group in sorted({action.dest.rpartition(".")[0] for action in parser._actions if "." in action.dest}):
-        is_left_out = settings[group] is None and group in optional
-        if (
-            not hasattr(settings[group], "as_dict") and not is_left_out
-        ):  # which the parser lets pass, and fails on later
+        if not hasattr(settings[group], "as_dict") and not (settings[group] is None and group in optional):
             raise UserError(f"{group} is {settings[group]!r}; expected its settings by name")
-    return parser.instantiate(settings).as_dict()
-
-
-def option_in(arguments: Sequence[str], name: str) -> str | None:
-    """The value of an option before the arguments are parsed, the last as for the parser; None where there is none."""
-    found = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument.split("=")[0] == name:
-            found = argument.partition("=")[2] if "=" in argument else following
-    return found
+    return settings
 
 
 def _explain(error: ArgumentError, parser) -> str:
-    """The parser's complaint in one line: the field, what was found, what is accepted or the nearest known option."""
-    message = one_line_of(error)
+    """Say in one line which field is wrong, what was found, and what is accepted or the nearest known option."""
+    message = " ".join(str(error).split())
     if wrong := re.match(r'Parser key "([\w.]+)": (.*)(?:Given value:|Got value:) (.*)$', message):
         field, reasons, value = wrong.groups()
         reasons = reasons.split("Given value type")[0]
@@ -111,7 +150,7 @@ def _explain(error: ArgumentError, parser) -> str:
         accepted = " or ".join(name or choices for name, choices in types) or reasons.strip()
         return f"{field} is {value!r}; expected {accepted.replace('NoneType', 'null')}"
     if wrong := re.match(r'Parser key "([\w.]+)": Unable to load config', message):
-        raise UserError(f"{wrong[1]} is no file and no setting; expected its settings by name, as {wrong[1]}.NAME")
+        return f"{wrong[1]} is neither a file nor a setting; expected its settings by name, as {wrong[1]}.NAME"
     unknown = re.search(
         r"unrecognized arguments: --([\w.]+)|(?:Group|Key) '([\w.]+)' does not accept option '([\w.]+)'"
         r"|[Oo]ption '([\w.]+)'",
@@ -122,8 +161,3 @@ def _explain(error: ArgumentError, parser) -> str:
     name = ".".join(part for part in unknown.groups() if part)
     known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
     return f"{name} is not a setting of {parser.prog}{nearest_name(name, known)}"
-
-
-def one_line_of(error: BaseException) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,8 @@
-"""Where what a run or a comparison names lies, wherever its folder lies now.
+"""Find the files that a run or a comparison names, wherever its folder lies now.
 
-Its configuration keeps absolute paths, its own folder among them as ``out``; ids of the Hub stay as they are. The
-folder that the configuration lies in is the run. What it names is looked for from there as it lay from ``out``, so that
-a tree can be moved or copied as a whole, and then as it is written, so that a run can be moved alone.
+A configuration holds absolute paths, its own folder's as ``out``, and ids of the Hub as given. The folder that the
+configuration lies in is the run. A path in it is first looked for at its place relative to ``out``, so that a tree can
+be moved or copied as a whole, and then as it is written, so that a run can be moved alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .errors import UserError
 from .untrusted import read_json, read_yaml
 
 CONFIG, ENVIRONMENT, METRICS, COMPARISON = "config.yaml", "environment.json", "metrics.jsonl", "comparison.yaml"
-PATHS = ("data", "critic", "pairs")  # settings, also of groups, that name files, or may
+PATHS = ("data", "critic", "pairs")  # settings, also within groups, that may name files
 
 
 def kept(settings: Mapping[str, Any], names: Iterable[str] = ()) -> dict[str, Any]:
-    """Settings as a configuration keeps them; ``names`` are no paths, whatever lies there."""
+    """Return settings with absolute paths, for a configuration; ``names`` are not paths, whatever lies there."""
 
     def absolute(_setting: str, name: str) -> str:
         return os.path.abspath(name) if os.path.exists(name) and name not in names else name
@@ -29,7 +29,7 @@ def kept(settings: Mapping[str, Any], names: Iterable[str] = ()) -> dict[str, An
 
 
 def located(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
-    """What a configuration in ``folder`` says, with paths where they are now; what is not found stays as written."""
+    """Return settings that lie in ``folder`` with paths as they are now; a missing one stays as written."""
 
     def place(_setting: str, name: str) -> str:
         return next(filter(os.path.exists, looked_for(name, settings, folder)), name)
@@ -38,16 +38,15 @@ def located(settings: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
 
 
 def looked_for(name: str, settings: Mapping[str, Any], folder: str | Path) -> list[str]:
-    """Where a path that a configuration in ``folder`` names may be, the likeliest first."""
+    """List the places where a path in a configuration in ``folder`` may be, the likeliest first."""
     out = settings.get("out")
     if not isinstance(out, str) or os.path.isabs(name) != os.path.isabs(out):
         return [name]
-    # Earlier versions kept both relative to where a command ran, which still says how one lies from the other.
     return list(dict.fromkeys([os.path.normpath(os.path.join(folder, os.path.relpath(name, out))), name]))
 
 
 def may_be_same(was: str | list[str] | None, now: str | list[str] | None) -> bool:
-    """Whether paths lead to the same folders, or led to what is no longer there and lead to what is."""
+    """Whether paths lead to the same folders, or the old ones are gone and the new ones exist."""
     was, now = ([each] if isinstance(each, str) else each or [] for each in (was, now))
 
     def may_be(one: str, other: str) -> bool:
@@ -60,9 +59,9 @@ def may_be_same(was: str | list[str] | None, now: str | list[str] | None) -> boo
 
 
 def owner(recipe: str | Path) -> Path | None:
-    """The run or comparison that a configuration lies in, known by what lies beside it; None for a recipe."""
+    """Return the run or comparison that a configuration belongs to, known by the files beside it; None for a recipe."""
     folder = Path(recipe).parent
-    if Path(recipe).name == COMPARISON:  # which writes the recipe of each run
+    if Path(recipe).name == COMPARISON:  # a comparison writes a recipe for each of its runs
         kinds = ("runs", "critics", "tuning")
         return folder if any(any((folder / "recipes").glob(f"{kind}-*.yaml")) for kind in kinds) else None
     try:
@@ -73,7 +72,7 @@ def owner(recipe: str | Path) -> Path | None:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file by name; those of a run or comparison with paths where they are now.
+    """Read settings from a YAML file; paths of a run or comparison are as they are now.
 
     Raises:
         UserError: There is no such file, or it holds no settings by name.
@@ -83,27 +82,27 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file by name, as they are written.
+    """Read settings from a YAML file as they are written.
 
     Raises:
-        UserError: There is no such file, or it holds none.
+        UserError: There is no such file, or it holds no settings by name.
     """
     settings = read_yaml(path)
     if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings by name; expected those of a recipe or a run")
+        raise UserError(f"config {path} holds {settings!r}; expected settings by name, as in a recipe or a run")
     return settings
 
 
 def require_found(config: str | Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse ``wanted`` settings whose paths a run's or comparison's configuration names, and that are not there.
+    """Refuse ``wanted`` settings whose paths come from a run's or comparison's configuration and are missing.
 
     Raises:
-        UserError: naming the setting, and every place where it was looked for.
+        UserError: naming the setting and every place where it was looked for.
     """
     written, names = read_settings(config), [name for _, name in _paths(wanted)]
     for setting, name in _paths(written):
         places = looked_for(name, written, Path(config).parent)
-        # A relative name of a critic may be one of the Hub's.
+        # A relative name of a critic may be an id of the Hub.
         if name in names and (setting != "critic" or os.path.isabs(name)) and not any(map(os.path.exists, places)):
             missing = {"data": "/manifest.json: no such file", "critic": ": no such folder", "pairs": ": no such file"}
             raise UserError(
@@ -113,14 +112,14 @@ def require_found(config: str | Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _paths(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each setting that names files, or may, with what it names."""
+    """List each setting that may name files, with its name."""
     found = []
     _changed(settings, lambda setting, name: found.append((setting, name)) or name)
     return found
 
 
 def _changed(settings: Mapping[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """Settings with each path changed."""
+    """Return settings with each path changed."""
 
     def of(setting: str, value: Any) -> Any:
         if isinstance(value, Mapping):

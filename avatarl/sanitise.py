@@ -1,4 +1,4 @@
-"""Text from outside as text and nothing else: no terminal obeys it, no page is changed by it."""
+"""Sanitise untrusted text: a terminal shows it and does not obey it, and it cannot change a page."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    """``text`` with the characters that a terminal would obey shown as escapes (``\\x1b``); lines and tabs stay."""
+    """Escape the characters of ``text`` that a terminal would obey (``\\x1b``); keep line feeds and tabs."""
     return OBEYED.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """``text`` on one line, inert, and no longer than a person would read; the middle of a longer one is left out."""
+    """Join ``text`` to one line, escape it as :func:`visible` does, and cut out the middle of a long one."""
     line = visible(" ".join(part.strip() for part in text.splitlines()))
     if len(line) <= LONGEST_LINE:
         return line
     return f"{line[: LONGEST_LINE * 3 // 4]} … {line[-LONGEST_LINE // 4 :]}"
 
 
-class InertStream:
-    """A stream for text that a terminal may show: whatever is written to ``inner`` is made visible before."""
+class SanitisedStream:
+    """A text stream that passes everything through :func:`visible` before writing it to ``inner``."""
 
     def __init__(self, inner: IO[str]):
         self.inner = inner
@@ -52,21 +52,21 @@ class InertStream:
 
 @contextmanager
 def sanitised_output() -> Iterator[None]:
-    """Within it all that Python prints is inert: messages, warnings, tracebacks, whoever wrote them."""
-    with redirect_stdout(InertStream(sys.stdout)), redirect_stderr(InertStream(sys.stderr)):
+    """Sanitise everything that Python prints within it: messages, warnings and tracebacks of any library."""
+    with redirect_stdout(SanitisedStream(sys.stdout)), redirect_stderr(SanitisedStream(sys.stderr)):
         yield
 
 
 def markdown_code(text: str) -> str:
-    """``text`` as a Markdown code span that it cannot leave, in a paragraph or in a cell of a table."""
-    line = one_line(text).replace("|", "\\x7c")  # a table would be cut at a bar, even within a code span
+    """Return a Markdown code span that ``text`` cannot end, for a paragraph or a cell of a table."""
+    line = one_line(text).replace("|", "\\x7c")  # a bar ends a cell, even within a code span
     fence = backticks_around(line, fewest=1)
     padding = " " if line.startswith("`") or line.endswith("`") or not line.strip() else ""
     return f"{fence}{padding}{line}{padding}{fence}"
 
 
 def backticks_around(text: str, fewest: int) -> str:
-    """Backticks for a fence or a code span: more than any run of them in ``text``."""
+    """Return a fence for ``text``: one backtick more than its longest run of them, and at least ``fewest``."""
     return "`" * max(fewest, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import yaml
 
 import avatarl.training
 from avatarl import UserError, __version__, files
-from avatarl.cli import COMMANDS, main
+from avatarl.cli import COMMANDS, NOT_OPTIONS, main
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
 from avatarl.models import CriticCache
@@ -125,19 +128,72 @@ def test_each_command_has_its_own_help(command: str, option: str, capsys):
     assert status_of(command, "--help") == 0
     out = capsys.readouterr().out
     assert f"usage: avatarl {command}" in out and option in out
-    assert COMMANDS[command].__doc__.split()[0] in out
+    assert " ".join(out.split()).count(COMMANDS[command].summary) == 1
 
 
-def test_help_answers_at_once_and_without_torch():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_parameter_of_a_command_is_explained_once(command: str, capsys):
+    """By the docstring of its function, in words alone."""
+    assert status_of(*command.split(), "--help") == 0
+    out = capsys.readouterr().out
+    options = re.findall(r"^  (--[\w.]+|\w+)(?: |$)", out, re.MULTILINE)
+    assert len(options) == len(set(options)), options
+    described = re.split(r"^  (?=--?\w|\w)", out.partition("options:")[2], flags=re.MULTILINE)
+    assert not [each for each in described if re.search(r"``|:\w+:`|%\(|\\x", each)]
+    module, name = COMMANDS[command].function.split(":")
+    function = getattr(importlib.import_module(f"avatarl.{module}"), name)
+    for parameter in set(inspect.signature(function).parameters) - NOT_OPTIONS - {"config", "comparison"}:
+        option = COMMANDS[command].names.get(parameter, parameter)
+        assert re.search(rf"^(  --{option}[ ,]|  {option} |  --{option}\.)", out, re.MULTILINE), option
+
+
+RECIPE_TYPOS = (
+    "micro_batch_sise: 4",
+    "optim: {learning_rte: 1}",
+    "objective: avatar",
+    "player: {preset: 2m}",
+    "steps: x",
+)
+
+
+NOT_YET = [
+    pytest.param(name, marks=pytest.mark.xfail(name in ("demo", "train", "compare"), reason="modules to come"))
+    for name in COMMANDS
+]
+
+
+@pytest.mark.parametrize("command", NOT_YET)
+def test_help_and_mistakes_are_answered_without_torch(command: str, tmp_path: Path):
+    required = {"prepare": ["a"], "generate": ["m"], "evaluate": ["m"], "report": ["r"], "play": ["r"], "push": ["m"]}
+    lines = [["--help"], [*required.get(command, []), "--sed", "1"], ["--device"]]
+    if command in ("train", "plan"):
+        for number, typo in enumerate(RECIPE_TYPOS):
+            recipe = tmp_path / f"{number}.yaml"
+            recipe.write_text(f"data: d\nout: {tmp_path}/o\n{typo}\n")
+            lines.append(["--config", str(recipe)])
+    if command == "compare":
+        (tmp_path / "compare.yaml").write_text("data: d\nbase: {steps: 1}\narms: {a: {}}\nsedes: [1]\n")
+        lines.append(["--config", str(tmp_path / "compare.yaml")])
+    code = (
+        "import json, sys\nfrom avatarl.cli import main\n"
+        "def status(line):\n try:\n  return main(line)\n except SystemExit as end:\n  return end.code\n"
+        "found = [status(line) for line in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([found, sorted({'torch', 'transformers'} & set(sys.modules))]))"
+    )
+    words = json.dumps([[*command.split(), *line] for line in lines])
+    result = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, check=True, timeout=60)
+    statuses, imported = json.loads(result.stdout.splitlines()[-1])
+    assert (statuses, imported) == ([0] + [2] * (len(lines) - 1), []), result.stderr
+
+
+def test_the_list_of_commands_needs_no_parser():
     code = (
         "import sys\nsys.argv = ['avatarl', '--help']\nimport runpy\n"
         "try:\n    runpy.run_module('avatarl', run_name='__main__')\n"
         "except SystemExit as end:\n    status = end.code\n"
         "print(status, sorted({'torch', 'transformers', 'numpy', 'jsonargparse'} & set(sys.modules)))"
     )
-    started = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert time.monotonic() - started < 10
     assert result.stdout.startswith("usage: avatarl COMMAND")
     assert result.stdout.splitlines()[-1] == "0 []"
 
@@ -255,7 +311,12 @@ def test_a_required_setting_is_asked_for(refused):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff\xfe\0", "not UTF-8"), (b"data: [d\nout:", "parsing"), (b"only words", "only words"), (b"", "config")],
+    [
+        (b"\xff\xfe\0", "cannot be read ('utf-8' codec"),
+        (b"data: [d\nout:", "parsing"),
+        (b"only words", "only words"),
+        (b"", "config"),
+    ],
     ids=["binary", "broken", "text", "empty"],
 )
 def test_a_recipe_that_is_none_is_refused(refused, tmp_path: Path, content: bytes, message: str):
@@ -397,6 +458,7 @@ def test_debug_shows_the_traceback(here: Path, recipe, capsys):
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_what_ends_a_run_decides_the_status(refused, recipe, monkeypatch, error, status: int, message: str):
+    @wraps(avatarl.training.train)
     def fail(*_, **__):
         raise error
 

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import avatarl.data
 import avatarl.demo
+import avatarl.results
+import avatarl.training
 from avatarl import UserError
 from avatarl.data import PreparedData
 from avatarl.demo import demo
@@ -151,7 +154,7 @@ def test_samples_are_fenced_whatever_they_hold(finished, monkeypatch, tmp_path: 
         prompts.append((Path(run).name, prompt))
         return [prompt + "\n``````\n" + "\n".join(HOSTILE) + "\n# end"]
 
-    monkeypatch.setattr(avatarl.demo, "generate", hostile)
+    monkeypatch.setattr(avatarl.results, "generate", hostile)
     runs = {name: str(out / name) for name in ("avatarl", "cross_entropy")}
     avatarl.demo.write_samples(tmp_path / "samples.md", PreparedData.open(out / "data"), runs)
     assert {name for name, _ in prompts} == set(runs)
@@ -180,7 +183,7 @@ def test_prompts_end_with_their_document(tmp_path: Path, monkeypatch, finished):
     (tmp_path / "short.txt").write_text("\n<|endoftext|>\n".join(f"w{i}" for i in range(200)))
     prepare([str(tmp_path / "short.txt")], tmp_path / "data", tokenizer=str(out / "data" / "tokenizer"), quiet=True)
     prompts = []
-    monkeypatch.setattr(avatarl.demo, "generate", lambda run, prompt, **_: prompts.append(prompt) or ["text"])
+    monkeypatch.setattr(avatarl.results, "generate", lambda run, prompt, **_: prompts.append(prompt) or ["text"])
     avatarl.demo.write_samples(tmp_path / "samples.md", PreparedData.open(tmp_path / "data"), {"run": "run"})
     assert len(prompts) == 4
     assert all(prompt.strip().startswith("w") and "<|" not in prompt for prompt in prompts[1:])
@@ -195,15 +198,16 @@ class Stopped(BaseException):
 
 def stop_at(monkeypatch, place: str, calls: int) -> None:
     """Let a call of something that the demo does fail; ``step`` is an optimiser step of its runs."""
-    owner, name = (Optimisers, "step") if place == "step" else (avatarl.demo, place)
-    real, left = getattr(owner, name), iter(range(calls - 1))
+    owners = {"prepare": avatarl.data, "evaluate": avatarl.results, "step": Optimisers}
+    owner = owners.get(place, avatarl.demo)
+    real, left = getattr(owner, place), iter(range(calls - 1))
 
     def stop(*arguments, **options):
         if next(left, None) is None:
             raise Stopped
         return real(*arguments, **options)
 
-    monkeypatch.setattr(owner, name, stop)
+    monkeypatch.setattr(owner, place, stop)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +230,8 @@ def test_the_same_command_goes_on_where_a_demo_was_stopped(
         stop_at(patch, place, calls)
         with pytest.raises(Stopped):
             demo(str(source), out, quiet=True)
-    if place == "prepare":  # and what is left where a process is killed
+    if place == "prepare":  # and what a killed process leaves
         (out / ".data.unfinished-1").mkdir(parents=True)
-        (out / ".lock").touch()
     done = {path: path.stat().st_mtime_ns for path in out.glob("*/final/model.safetensors")}
     result = demo(str(source), out, quiet=True)
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
@@ -245,8 +248,8 @@ def test_a_signal_says_that_the_same_command_goes_on(uninterrupted, tmp_path: Pa
     def stopped(*_, **__) -> None:
         raise RunStopped(15, "critic stopped after step 3 of 6")
 
-    monkeypatch.setattr(avatarl.demo, "train", stopped)
-    with pytest.raises(RunStopped, match="out stopped; the same command goes on") as stop:
+    monkeypatch.setattr(avatarl.training, "train", stopped)
+    with pytest.raises(RunStopped, match="out stopped; run the same command to resume it") as stop:
         demo(str(uninterrupted[0]), tmp_path / "out", quiet=True)
     assert stop.value.signum == 15
 

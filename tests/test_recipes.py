@@ -13,7 +13,8 @@ from avatarl.comparison.config import make_run
 from avatarl.demo import PLAYER
 from avatarl.models import PRESETS, PlayerConfig, build_player, count_parameters
 from avatarl.objective import make_objective
-from avatarl.options import add_recipe, make_parser, parse
+from avatarl.options import make_parser, parse_settings
+from avatarl.places import read_recipe
 from avatarl.training import TrainConfig
 
 from .training.test_config import read_config
@@ -59,11 +60,8 @@ def test_a_recipe_says_how_to_run_it(path: Path):
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_a_comparison_is_one_whose_every_run_is_a_run(path: Path):
     parser = make_parser("avatarl compare", None)
-    add_recipe(parser)
     parser.add_class_arguments(ComparisonConfig)
-    settings = parse(parser, ["--config", str(path)])
-    settings.pop("config")
-    comparison = ComparisonConfig(**settings)
+    comparison = ComparisonConfig(**parse_settings(parser, read_recipe(path)))
     assert f"avatarl compare --config recipes/comparisons/{path.name}" in path.read_text(encoding="utf-8")
     for kind, names in (("arm", comparison.arms), ("critic", comparison.critics)):
         for name in names:

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from avatarl import UserError
-from avatarl.cli import main
+from avatarl.cli import COMMANDS, main
 from avatarl.device import launched_as
 from avatarl.models import cache_critic
 from avatarl.training import train
@@ -48,10 +49,10 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_word(critic_folder: P
 
 
 def test_another_pipe_that_breaks_is_an_error_as_any_other(monkeypatch, capsys):
-    def fail(_) -> None:
+    def fail(*_) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(sys.modules["avatarl.cli"].COMMANDS, "push", fail)
+    monkeypatch.setitem(COMMANDS, "push", SimpleNamespace(run=fail))
     assert main(["push"]) == 1
     assert capsys.readouterr().err == "avatarl: BrokenPipeError: [Errno 32] Broken pipe\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def asked(monkeypatch, tmp_path: Path) -> list:
     """What the command asks for; nothing is trained."""
     calls = []
 
+    @wraps(avatarl.comparison.compare)
     def compare(comparison: ComparisonConfig, **options) -> None:
         calls.append((comparison, options))
         (tmp_path / "report.md").write_text("the report", encoding="utf-8")

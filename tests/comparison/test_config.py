@@ -293,7 +293,7 @@ def test_a_recipe_s_numbers_are_numbers(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [(None, "no such file"), ("- steps\n", "holds no settings by name"), ("a: [", "as YAML failed")],
+    [(None, "no such file"), ("- steps\n", "expected settings by name"), ("a: [", "cannot be read .while parsing")],
 )
 def test_a_base_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, message: str):
     path = tmp_path / "base.yaml"

@@ -22,6 +22,13 @@ from .harness import limits, watch
 __all__ = ["limits", "watch"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are run by ``make test-fuzz`` alone."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("fuzz")
+
+
 @pytest.fixture(scope="session")
 def good_model(player_folder: Path) -> Path:
     """A model folder with its weights in one file."""

@@ -279,11 +279,7 @@ def damage_sources(folder: Path, rng: random.Random) -> str:
     return f"{name}: {what}"
 
 
-ALIAS_BOMB = "\n".join(
-    ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)), "critic: *a11"]
-)
 HOSTILE_RECIPES = (
-    ALIAS_BOMB.encode(),
     b"critic: &a [*a]",
     b"!!python/object/apply:os.system ['touch exploited']",
     b"data: !!python/object/apply:os.system ['touch exploited']",
@@ -297,7 +293,6 @@ HOSTILE_RECIPES = (
     b"%YAML 9.9\n---\na: 1",
     b"critic: " + nested(2000),
     b"{" * 100_000,
-    b"data: " + b"x" * 5_000_000,
     b"steps: 3\n" * 1000,
     b"data: 2024-01-01\nout: 12:30:45\nsteps: 0o17",
 )

@@ -8,23 +8,26 @@ import logging
 import re
 import sys
 import warnings
+from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 import avatarl.demo
+import avatarl.results
 from avatarl import UserError
 from avatarl.cli import COMMANDS, main
 from avatarl.console import Console
 from avatarl.data import PreparedData
 from avatarl.errors import RunFailed
-from avatarl.results import draw_curves
+from avatarl.results import draw_curves, generate
 from avatarl.run_dir.checkpoint import manifest_text, newest_good_checkpoint
-from avatarl.sanitise import LONGEST_LINE, OBEYED, InertStream, markdown_code, one_line, sanitised_output, visible
+from avatarl.sanitise import LONGEST_LINE, OBEYED, SanitisedStream, markdown_code, one_line, sanitised_output, visible
 
-from .mutations import HOSTILE_TEXTS
+from .fuzz.mutations import HOSTILE_TEXTS
 
 SCREEN = "\x1b[2J\x1b[31m"
 
@@ -99,11 +102,11 @@ EVERY_KIND = f"{SCREEN}\x9b2J\x1b]0;title\x07\r\b\u202egnp\u2066\x7f"
     ],
 )
 def test_all_that_a_command_says_passes_one_door(monkeypatch, capsys, speak):
-    monkeypatch.setitem(COMMANDS, "push", lambda _: speak(EVERY_KIND))
+    monkeypatch.setitem(COMMANDS, "push", SimpleNamespace(run=lambda *_: speak(EVERY_KIND)))
     main(["push", "--debug"])
     said = "".join(capsys.readouterr())
     assert "x1b[2J" in said and not OBEYED.search(said)
-    assert not isinstance(sys.stdout, InertStream)
+    assert not isinstance(sys.stdout, SanitisedStream)
 
 
 def table_with(text: str) -> Table:
@@ -116,7 +119,7 @@ def test_a_terminal_still_has_its_colours_and_a_progress_its_names(monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", InertStream(terminal))
+    monkeypatch.setattr(sys, "stderr", SanitisedStream(terminal))
     console = Console(stderr=True, color_system="standard", width=200)
     console.print("red", style="red")
     with Progress(TextColumn("{task.description}", markup=False), console=console, auto_refresh=False) as progress:
@@ -145,14 +148,14 @@ def test_what_damages_a_checkpoint_is_named_inertly(tmp_path: Path, capsys):
 
 
 def test_generated_text_is_inert_on_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("avatarl.results.generate", lambda **_: [f"a\n{SCREEN}", "b"])
+    monkeypatch.setattr(avatarl.results, "generate", wraps(generate)(lambda **_: [f"a\n{SCREEN}", "b"]))
     assert main(["generate", "model"]) == 0
     assert capsys.readouterr().out == "a\n\\x1b[2J\\x1b[31m\n\n---\n\nb\n"
 
 
 def test_samples_cannot_leave_their_page(data_folder: Path, tmp_path: Path, monkeypatch):
     text = f"{SCREEN}\n````\n# Heading"
-    monkeypatch.setattr(avatarl.demo, "generate", lambda *_, **__: [text])
+    monkeypatch.setattr(avatarl.results, "generate", lambda *_, **__: [text])
     avatarl.demo.write_samples(tmp_path / "samples.md", PreparedData.open(data_folder), {"run": "run"})
     page = (tmp_path / "samples.md").read_text(encoding="utf-8")
     assert not OBEYED.search(page)
