@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,11 +28,9 @@ MOST_UNUSED_IDS = 1 << 20
 # Training keeps every distinct word in memory; this much text is plenty for merges and keeps that bounded.
 BPE_TRAINING_CHARACTERS = 200_000_000
 
-# The trainer's time grows with the square of a word's length, so words of thousands of characters are cut for it, as
-# SentencePiece does. No ordinary text has so many letters, digits, other marks or spaces in a row.
-LONGEST_WORD = 2000
-KINDS = r"[^\W\d_]", r"\d", r"[^\w\s]|_", r"\s"
-LONG_WORD = re.compile("|".join(f"(?:{kind}){{{LONGEST_WORD}}}" for kind in KINDS))
+# The trainer's time grows with the square of a word's length, so longer words are cut for it. No ordinary text has so
+# many letters, digits, other marks or spaces in a row.
+LONGEST_WORD_BYTES = 4096
 
 ACCEPTED = "accepted are bpe:N, gpt2, a tokenizer folder and a tokenizer's id on the Hugging Face Hub"
 
@@ -201,29 +197,15 @@ def _train_bpe(size: int, text_pieces: Iterable[str]) -> ResolvedTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend, cuts = _byte_level(BPE()), Counter()
-    texts = _first_characters(text_pieces, BPE_TRAINING_CHARACTERS)
-    backend.train_from_iterator((part for text in texts for part in _without_long_words(text, cuts)), trainer)
-    notes = []
-    if (trained := backend.get_vocab_size()) < size:
-        notes.append(f"the text supports {trained} tokenizer entries, fewer than the {size} asked for")
-    if cuts:
-        notes.append(
-            f"words of more than {LONGEST_WORD:,} characters were cut in {cuts.total():,} places to train on; the data "
-            "has them whole"
-        )
-    return ResolvedTokenizer(_wrapped(backend), "; ".join(notes) or None)
-
-
-def _without_long_words(text: str, cuts: Counter) -> Iterator[str]:
-    """Cut a text wherever a word would become longer than twice ``LONGEST_WORD`` characters, and count the cuts."""
-    start = 0
-    for place in range(LONGEST_WORD, len(text), LONGEST_WORD):
-        if LONG_WORD.match(text, place):
-            yield text[start:place]
-            start = place
-            cuts["places"] += 1
-    yield text[start:]
+    backend = _byte_level(BPE())
+    words = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD_BYTES)])
+    backend.train_from_iterator(_first_characters(text_pieces, BPE_TRAINING_CHARACTERS), trainer)
+    backend.pre_tokenizer = words
+    trained, note = backend.get_vocab_size(), None
+    if trained < size:
+        note = f"the text supports {trained} tokenizer entries, fewer than the {size} asked for"
+    return ResolvedTokenizer(_wrapped(backend), note)
 
 
 def _first_characters(text_pieces: Iterable[str], limit: int) -> Iterator[str]:

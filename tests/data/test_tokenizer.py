@@ -7,12 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from avatarl.data import corpus
+from avatarl.data import corpus, tokenizer
 from avatarl.data.tokenizer import (
-    LONGEST_WORD,
     encode_texts,
     end_of_text_id,
     open_tokenizer,
@@ -67,31 +65,15 @@ def test_a_text_too_small_for_the_size_says_so():
     assert note == f"the text supports {len(tokenizer)} tokenizer entries, fewer than the 5000 asked for"
 
 
-def trained_on(monkeypatch, *texts: str) -> tuple[list[str], str | None]:
-    """What the trainer is given of texts, and the note for the user."""
-    given, train = [], Tokenizer.train_from_iterator
-    monkeypatch.setattr(
-        Tokenizer, "train_from_iterator", lambda own, parts, by: train(own, (given.append(p) or p for p in parts), by)
-    )
-    _, note = resolve_tokenizer("bpe:257", lambda: texts)
-    return given, note
-
-
-@pytest.mark.parametrize("kind", ["ACGT", "0123", "-_=", " ", "\n", "漢字", "é"])
-def test_no_word_of_thousands_of_characters_is_trained_on(monkeypatch, kind: str):
-    text = "some text\n\t" + "".join(random.Random(0).choices(kind, k=50 * LONGEST_WORD)) + "\tand more"
-    parts, note = trained_on(monkeypatch, text)
-    assert "".join(parts) == text
-    pieces = [word for part in parts for word, _ in pre_tokenizers.ByteLevel(False).pre_tokenize_str(part)]
-    assert max(map(len, pieces)) <= 2 * LONGEST_WORD * len(kind[0].encode())
-    assert f"words of more than 2,000 characters were cut in {len(parts) - 1} places" in note
-
-
-@pytest.mark.parametrize("word", ["A" * 1999, "0" * 1999, "-" * 1999, "x1" * 2999, "x " * 2999, "漢字。" * 2999])
-def test_what_ordinary_text_may_hold_is_trained_on_whole(monkeypatch, word: str):
-    texts = ["." * shift + f" {word} and more" for shift in range(0, 2000, 199)] + [TEXT]
-    parts, note = trained_on(monkeypatch, *texts)
-    assert parts == texts and note is None
+def test_long_words_are_cut_to_train_on_and_nowhere_else(monkeypatch):
+    """The trainer's time grows with the square of a word's length."""
+    longest = {}
+    for limit in (4, tokenizer.LONGEST_WORD_BYTES):
+        monkeypatch.setattr(tokenizer, "LONGEST_WORD_BYTES", limit)
+        found = resolve_tokenizer("bpe:400", lambda: ["abcdefgh 漢字漢字 ------\n" * 50]).tokenizer
+        longest[limit] = max(len(token) for token in found.get_vocab() if token != "<|endoftext|>")
+        assert "FixedLength" not in found.backend_tokenizer.to_str()
+    assert longest[4] == 4 and longest[tokenizer.LONGEST_WORD_BYTES] > 8, longest
 
 
 @pytest.mark.parametrize("spec", ["bpe:256", "bpe:", "bpe:many", "bpe:-5", "bpe:1e4"])
