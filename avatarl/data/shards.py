@@ -162,7 +162,7 @@ class SplitWriter:
         self._copy(streams, 0, cut, "train")
         self._copy(streams, cut, tokens, "valid")
         ends = np.cumsum([document.tokens for document in self._waiting])
-        in_train = 1 + int((ends[:-1] < cut).sum())  # documents that begin before the cut
+        in_train = 1 + int((ends < cut).sum())  # documents that begin before the cut
         self.is_valid.extend(ends > cut)
         valid_bytes = 0
         for start in range(cut, tokens, COPY_TOKENS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from avatarl.data.readers import Piece
 
@@ -16,3 +18,10 @@ def count_to(number: int) -> Iterator[Piece]:
 def fail(error: Exception) -> Iterator[Piece]:
     yield Piece("before", ends_document=True)
     raise error
+
+
+def take_seconds(file: Path) -> Iterator[Piece]:
+    """A part that makes ``file`` once it has been read to its end."""
+    yield Piece("slow", ends_document=True)
+    time.sleep(5)
+    file.touch()

@@ -200,6 +200,7 @@ BAD_FILES = {
     "blank": ("a.txt", b" \n\n<|endoftext|>\n", "source '{path}': holds no text"),
     "binary": ("a.txt", b"abc\n\xff\0def", "{path}: binary, not text (a NUL byte at byte 5)"),
     "not UTF-8": ("a.txt", b"abc\ncaf\xe9!\n", "{path}: not UTF-8 at byte 7;"),
+    "not UTF-8 after others": ("a.txt", "é漢\n".encode() + b"\xff", "{path}: not UTF-8 at byte 6;"),
     "cut in a character": ("a.txt", b"abc\xe2\x82", "{path}: not UTF-8 at byte 3;"),
     "suffix": ("a.pdf", b"abc", "source '{path}': unknown suffix '.pdf'; accepted are .txt"),
     "bad JSON": ("a.jsonl", b'{"text": "one"}\n{"text": \n', "{path}:2: not a JSON line"),

@@ -100,6 +100,13 @@ def test_few_documents_are_cut_at_the_tail(tmp_path, count):
     assert not list(data.path.glob("waiting*"))
 
 
+def test_a_document_that_begins_at_the_cut_is_validation(tmp_path, prepared):
+    (tmp_path / "a.txt").write_text("one two\n<|endoftext|>\none two\n")
+    settings = {"tokenizer": str(prepared.path / "tokenizer"), "valid_fraction": 0.5, "quiet": True}
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "out", **settings)
+    assert manifest["documents"] == {"train": 1, "valid": 1}, manifest["tokens"]
+
+
 def test_an_end_of_text_inside_a_line_does_not_end_a_document(tmp_path):
     source = tmp_path / "a.txt"
     source.write_text("one <|endoftext|> two\n" * 30)

@@ -24,7 +24,7 @@ from avatarl.data.readers import read_parts
 from avatarl.errors import RunFailed, UserError
 
 from .conftest import story
-from .parts import count_to, fail
+from .parts import count_to, fail, take_seconds
 
 
 def write_shards(folder: Path, kind: str, shards: int = 5, stories: int = 8) -> Path:
@@ -108,6 +108,13 @@ def test_a_reading_that_is_given_up_leaves_nothing(tmp_path: Path):
     pieces.close()
     assert not multiprocessing.active_children()
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_processes_end_in_the_middle_of_a_part(tmp_path: Path):
+    read = read_parts([partial(count_to, 2), partial(take_seconds, tmp_path / "end")], processes=2, folder=tmp_path)
+    next(read)
+    read.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mistake_in_a_shard_ends_the_preparation_as_with_one_process(tmp_path: Path):

@@ -103,6 +103,26 @@ def test_a_hidden_folder_of_somebody_else_stays(stories_file: Path, tmp_path: Pa
     assert theirs.read_text() == "precious"
 
 
+@pytest.mark.parametrize("linked", ["", "data", "data/train-00000.bin"])
+def test_a_link_in_the_way_stays(stories_file: Path, tmp_path: Path, linked: str):
+    (theirs := tmp_path / "theirs").mkdir()
+    (theirs / "train-00000.bin").write_text("precious")
+    link = tmp_path / ".out.unfinished-preparation" / linked
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(theirs / link.name if link.suffix else theirs)
+    with pytest.raises(UserError, match="is in the way: a link, or what `prepare` did not write; move it away"):
+        prepare_stories(stories_file, tmp_path / "out")
+    assert link.is_symlink() and (theirs / "train-00000.bin").read_text() == "precious"
+
+
+def test_the_manifest_is_moved_last(stories_file: Path, tmp_path: Path, monkeypatch):
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: moved.append(path.name) or rename(path, to))
+    (tmp_path / "out").mkdir()
+    prepare_stories(stories_file, tmp_path / "out")
+    assert moved[-1] == "manifest.json" and len(moved) == 4, moved
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(stories_file: Path, tmp_path: Path, monkeypatch, number: signal.Signals):
     before = signal.signal(number, signal.SIG_DFL)
