@@ -11,19 +11,13 @@ from pathlib import Path
 
 import yaml
 
-from avatarl.data import PreparedData
 from avatarl.durable import refuse_link, replace_file
 from avatarl.errors import RunFailed, UserError
 from avatarl.lock import RunLock
 from avatarl.places import COMPARISON, kept
-from avatarl.results.minimal_pairs import read_pairs
 from avatarl.untrusted import check_place, refusing
 
 from .config import ComparisonConfig
-from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_rows
-from .progress import Job, Progress
-from .report import write_reports
-from .workers import Workers
 
 FOLDERS = ("runs", "tuning", "critics", "caches", "recipes", "logs", "evaluations")  # in a comparison's own
 
@@ -45,6 +39,14 @@ def compare(comparison: ComparisonConfig, *, device: str = "auto", quiet: bool =
         RunFailed: A run failed, or ``comparison.out`` cannot be written.
         RunStopped: SIGTERM, SIGINT or SIGHUP; the same call goes on.
     """
+    from avatarl.data import PreparedData
+    from avatarl.results.minimal_pairs import read_pairs
+
+    from .measures import CURVE, RESULT, curve_rows, result_row, tuning_rows, write_rows
+    from .progress import Job, Progress
+    from .report import write_reports
+    from .workers import Workers
+
     out = Path(comparison.out)
     check_place(out)
     if os.path.exists(out) and not os.path.isdir(out):

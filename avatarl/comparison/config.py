@@ -10,20 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avatarl.errors import UserError, nearest_name
-from avatarl.models.critic_cache import is_cache
-from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
-from avatarl.models.loading import resolve_model
-from avatarl.objective import AvataRLConfig, Objective, make_objective
-from avatarl.objective.config import require_whole
+from avatarl.objective.config import AvataRLConfig, require_whole
 from avatarl.options import make_parser, parse_settings
 from avatarl.places import read_recipe
-from avatarl.training import TrainConfig
+from avatarl.training.config import TrainConfig
 from avatarl.untrusted import require_unicode
 
 from .search import middle
+
+if TYPE_CHECKING:
+    from avatarl.objective import Objective
 
 # What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
 SHARED = ("out", "data", "seed", "block_size", "eval_windows")
@@ -216,6 +215,8 @@ class ComparisonConfig:
         Raises:
             UserError: A setting is wrong, or a value of the grid is.
         """
+        from avatarl.objective import make_objective
+
         found = {}
         for kind, name in self._names():
             grid = self.grid_of(kind, name)
@@ -291,6 +292,10 @@ class ComparisonConfig:
 
         Of ids on the hub only those with an owner are taken: one without looks like a mistyped critic.
         """
+        from avatarl.models.critic_cache import is_cache
+        from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
+        from avatarl.models.loading import resolve_model
+
         if critic in self.critics or EMA_CRITIC.fullmatch(critic) or RANDOM_CRITIC.fullmatch(critic):
             return
         if "/" not in critic and not os.path.exists(critic):
