@@ -84,6 +84,8 @@ class Plan:
 
     config: TrainConfig
     processes: int
+    windows: int  # in a process's largest forward pass
+    micro_batches: int  # forward passes of a process in an optimiser step
     utilisation: float  # the assumed share of the peak FLOP/s
     hardware: Hardware  # of each process
     precision: str  # bf16 or fp32
@@ -95,16 +97,6 @@ class Plan:
     cache_bytes: int  # read from cached critics, per token
     has_snapshot: bool  # whether an earlier player is kept, as ppo does
     warnings: tuple[str, ...]  # what is assumed or not counted, a line each
-
-    @property
-    def windows(self) -> int:
-        """Windows in a process's largest forward pass."""
-        return share_of_step(self.config, self.processes)[0]
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of a process in an optimiser step."""
-        return share_of_step(self.config, self.processes)[1]
 
     @property
     def parameters(self) -> ParameterCount:
@@ -280,7 +272,7 @@ def plan(
         require_whole("vocab_size", vocab_size, minimum=1)
     if critic_preset is not None and critic_preset not in PRESETS:
         raise UserError(f"critic_preset is {critic_preset!r}; expected one of {', '.join(PRESETS)}")
-    share_of_step(config, processes)
+    windows, micro_batches = share_of_step(config, processes)
     warnings: list[str] = []
     vocab_size, steps = _vocabulary_and_steps(config, vocab_size, warnings)
     hardware = find_hardware(config.device, config.precision)
@@ -289,32 +281,33 @@ def plan(
         raise UserError(f"precision is {precision!r}, which {hardware.name} has not natively; expected fp32 or auto")
 
     objective = make_objective(config.objective, config.avatarl, config.baseline)
-    names = config.critics if objective.needs_critic else []
-    found = [_find_critic(name, vocab_size, config, critic_preset, recipe, warnings) for name in names]
+    found = [_find_critic(name, config, vocab_size) for name in (config.critics if objective.needs_critic else ())]
+    for number, critic in enumerate(found):
+        if critic.absence:
+            found[number] = _assume(critic, config, vocab_size, critic_preset, recipe, warnings)
     try:
         objective.check_settings(vocab_size, [critic.limits for critic in found])
         schedules = Schedules(config.schedules, objective, found, steps)
     except ValueError as error:
         raise UserError(str(error)) from error
-
     about = f"player.architecture {config.player.architecture!r} with player.settings {config.player.settings}"
-    shape = player_shape(config.player, vocab_size, config.block_size)
-    critics = []
-    for critic in found:
-        if critic.shape is not None:
-            dtype = "fp32" if critic.is_average else precision
-            sizes = count(critic.shape, f"critic {critic.name}", vocab_size, config.block_size, precision, dtype)
-            critics.append((sizes, schedules.steps_of(critic)))
+    player = count(player_shape(config.player, vocab_size, config.block_size), about, config, vocab_size, precision)
+    live = [critic for critic in found if critic.shape is not None]
+    critics = [
+        count(each.shape, f"critic {each.name}", config, vocab_size, precision, each.is_average) for each in live
+    ]
     return Plan(
         config,
         processes,
+        windows,
+        micro_batches,
         utilisation,
         hardware,
         precision,
         vocab_size,
         steps,
-        player=count(shape, about, vocab_size, config.block_size, precision),
-        critics=tuple(critics),
+        player,
+        critics=tuple(zip(critics, map(schedules.steps_of, live), strict=True)),
         averages=sum(critic.is_average for critic in found),
         cache_bytes=sum(12 * (1 + top) + 8 * draws + 8 for top, draws in filter(None, (c.limits for c in found))),
         has_snapshot=objective.needs_snapshot,
@@ -336,17 +329,11 @@ def share_of_step(config: TrainConfig, processes: int) -> tuple[int, int]:
 
 
 def count(
-    shape: PreTrainedConfig, about: str, vocab_size: int, block_size: int, precision: str, dtype: str = "fp32"
+    shape: PreTrainedConfig, about: str, config: TrainConfig, vocab_size: int, precision: str, is_trained: bool = True
 ) -> Sizes:
-    """Count the sizes of a model on one whose tensors have no contents.
+    """Count the sizes of a model of that configuration on one whose tensors have no contents.
 
-    Args:
-        shape: The architecture's configuration.
-        about: The model, for messages.
-        vocab_size: Tokens of the vocabulary.
-        block_size: Tokens of a window.
-        precision: Of the run, ``bf16`` or ``fp32``.
-        dtype: Of the weights.
+    A model that is not trained, nor an average of one that is, has its weights in the run's precision.
 
     Raises:
         UserError: The model cannot be built, is too small, or does something that depends on numbers not known yet.
@@ -359,22 +346,24 @@ def count(
     from avatarl.training.optim import split_parameters
     from avatarl.untrusted import refusing
 
+    dtype = torch.bfloat16 if precision == "bf16" and not is_trained else torch.float32
     fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
     fake_tensors.disabled = True  # the error below says in one line what it would log in thirty
     try:
         with refusing(f"{about} cannot be planned without computing: "), FakeTensorMode():
-            model = model_from_config(shape, torch.bfloat16 if dtype == "bf16" else torch.float32).train()
-            check_size(model, vocab_size, block_size)
-            flops = forward_flops_per_token(model, block_size)
-            one, two = (_kept_bytes(model, windows, block_size, precision) for windows in (1, 2))
+            model = model_from_config(shape, dtype).train()
+            check_size(model, vocab_size, config.block_size)
+            flops = forward_flops_per_token(model, config.block_size)
+            one, two = (_kept_bytes(model, windows, config.block_size, precision) for windows in (1, 2))
     finally:
         fake_tensors.disabled = False
 
     def size(module: torch.nn.Module) -> int:
         return sum({id(x): x.nbytes for x in (*module.parameters(), *module.buffers())}.values())
 
-    blocks = set(model._no_split_modules or ())
-    layers = sorted(size(module) for module in model.modules() if type(module).__name__ in blocks)
+    layers = sorted(
+        size(module) for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())
+    )
     return Sizes(
         parameters=count_parameters(model),
         weights=size(model),
@@ -384,7 +373,7 @@ def count(
         kept=two - one,
         kept_once=2 * one - two,
         layers=shape.get_text_config().num_hidden_layers,
-        gathered=size(model) - sum(layers) + sum(layers[-2:]),
+        gathered=size(model) - sum(layers[:-2]),
     )
 
 
@@ -434,7 +423,7 @@ def _vocabulary_and_steps(config: TrainConfig, vocab_size: int | None, warnings:
     return vocab_size or GPT2_VOCABULARY, config.steps
 
 
-class _FoundCritic(NamedTuple):
+class _Critic(NamedTuple):
     """What is known of a critic that is not opened."""
 
     name: str
@@ -442,22 +431,16 @@ class _FoundCritic(NamedTuple):
     limits: tuple[int, int] | None = None  # numbers of most likely and of drawn tokens in a cache
     start_step: int = 0  # the last step without its answers
     is_average: bool = False  # of the player
+    absence: str = ""  # why it cannot be looked at
 
 
-def _find_critic(
-    name: str,
-    vocab_size: int,
-    config: TrainConfig,
-    preset: str | None,
-    recipe: str | Path | None,
-    warnings: list[str],
-) -> _FoundCritic:
-    """What a critic's name tells.
+def _find_critic(name: str, config: TrainConfig, vocab_size: int) -> _Critic:
+    """What a critic's name, and the files that it may stand for, tell."""
+    from transformers import AutoConfig
 
-    A critic that does not exist has the size of ``preset``, else of the player in the recipe that makes it.
-    """
     from avatarl.models.critic_cache.read import read_manifest
     from avatarl.models.critics import RANDOM_CRITIC, kind_of_critic, parse_ema_critic
+    from avatarl.models.loading import one_line, resolve_model
     from avatarl.models.players import player_shape
 
     match kind_of_critic(name):
@@ -465,54 +448,42 @@ def _find_critic(
             manifest = read_manifest(Path(name))[1]
             if manifest["vocab_size"] != vocab_size:
                 raise UserError(f"critic {name} is a cache of {manifest['vocab_size']} tokens; expected {vocab_size}")
-            return _FoundCritic(name, limits=(manifest["num_top"], manifest["num_draws"]))
+            return _Critic(name, limits=(manifest["num_top"], manifest["num_draws"]))
         case "average":
             shape = player_shape(config.player, vocab_size, config.block_size)
-            return _FoundCritic(name, shape, start_step=parse_ema_critic(name)[1], is_average=True)
+            return _Critic(name, shape, start_step=parse_ema_critic(name)[1], is_average=True)
         case "random":
-            match = RANDOM_CRITIC.fullmatch(name)
-            if match is None:
+            if (preset := RANDOM_CRITIC.fullmatch(name)) is None:
                 raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
-            return _FoundCritic(name, player_shape(PlayerConfig(match[1]), vocab_size, config.block_size))
-    return _FoundCritic(name, _shape_of_model(name, vocab_size, config, preset, recipe, warnings))
-
-
-def _shape_of_model(
-    name: str,
-    vocab_size: int,
-    config: TrainConfig,
-    preset: str | None,
-    recipe: str | Path | None,
-    warnings: list[str],
-) -> PreTrainedConfig | None:
-    """The configuration of a critic that is a model; None if nothing is known of it."""
-    from transformers import AutoConfig
-
-    from avatarl.models.loading import one_line, resolve_model
-    from avatarl.models.players import player_shape
-
+            return _Critic(name, player_shape(PlayerConfig(preset[1]), vocab_size, config.block_size))
     try:
         # A name without a folder may be a hub id: only what was downloaded before is looked at.
         shape = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:  # a UserError too
-        absence = f"cannot be used ({one_line(error)})" if Path(name).exists() else "is not here"
-    else:
-        rows = shape.get_text_config().vocab_size
-        if rows < vocab_size:
-            raise UserError(f"critic {name} has {rows} output rows for {vocab_size} tokens")
-        return shape
+        return _Critic(name, absence=f"cannot be used ({one_line(error)})" if Path(name).exists() else "is not here")
+    if (rows := shape.get_text_config().vocab_size) < vocab_size:
+        raise UserError(f"critic {name} has {rows} output rows for {vocab_size} tokens")
+    return _Critic(name, shape)
+
+
+def _assume(
+    critic: _Critic, config: TrainConfig, vocab_size: int, preset: str | None, recipe: str | None, warnings: list[str]
+) -> _Critic:
+    """A critic that does not exist, of the size of ``preset``, else of the player in the recipe that makes it."""
+    from avatarl.models.players import player_shape
+
     if preset is not None:
         player, source = PlayerConfig(preset), f"a player of preset {preset}"
-    elif (made := _player_of_recipe_making(name, recipe)) is not None:
+    elif (made := _player_of_recipe_making(critic.name, recipe)) is not None:
         player, source = made[1], f"what {made[0]} makes"
     else:
         warnings.append(
-            f"critic {name} {absence}: its FLOPs, weights and activations ARE NOT COUNTED; give its size by "
-            f"--critic_preset {'|'.join(PRESETS)}"
+            f"critic {critic.name} {critic.absence}: its FLOPs, weights and activations ARE NOT COUNTED; give its size "
+            f"by --critic_preset {'|'.join(PRESETS)}"
         )
-        return None
-    warnings.append(f"critic {name} {absence}: assuming {source}")
-    return player_shape(player, vocab_size, config.block_size)
+        return critic
+    warnings.append(f"critic {critic.name} {critic.absence}: assuming {source}")
+    return critic._replace(shape=player_shape(player, vocab_size, config.block_size))
 
 
 def _player_of_recipe_making(run: str, recipe: str | Path | None) -> tuple[Path, PlayerConfig] | None:
