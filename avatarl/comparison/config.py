@@ -10,19 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from avatarl.errors import UserError, nearest_name
-from avatarl.objective.config import AvataRLConfig, require_whole
+from avatarl.objective.config import OBJECTIVES, AvataRLConfig, require_whole
 from avatarl.options import make_parser, parse_settings
 from avatarl.places import read_recipe
 from avatarl.training.config import TrainConfig
 from avatarl.untrusted import require_unicode
 
 from .search import middle
-
-if TYPE_CHECKING:
-    from avatarl.objective import Objective
 
 # What every run of a comparison shares, or a seed decides, so that an arm cannot have its own.
 SHARED = ("out", "data", "seed", "block_size", "eval_windows")
@@ -138,21 +135,21 @@ class ComparisonConfig:
         if not all(isinstance(critic, str) for critic in critics_of(changes)):
             raise UserError(f"{kind} {name}: critic is {changes['critic']!r}; expected a name, or several in a list")
         if "tuned_as" in changes:
-            other = changes["tuned_as"]
-            _require_arm(f"{kind} {name}: tuned_as", other, self.arms)
-            if not self.is_tuned(other):
-                raise UserError(f"{kind} {name}: tuned_as is {other!r}, which is not tuned; expected one that is")
+            _require_arm(f"{kind} {name}: tuned_as", changes["tuned_as"], self.arms)
+            if not self.is_tuned(changes["tuned_as"]):
+                raise UserError(
+                    f"{kind} {name}: tuned_as is {changes['tuned_as']!r}, which is not tuned; expected one that is"
+                )
 
-    def _ancestors(self, kind: str, name: str, path: tuple[tuple[str, str], ...]) -> None:
+    def _check_order(self, kind: str, name: str, path: tuple[tuple[str, str], ...] = ()) -> None:
         """Walk to all that an arm or critic waits for; UserError where that is itself."""
         if (kind, name) in path:
             raise UserError(f"{kind} {name} waits for itself: its critics and tuned_as lead back to it")
-        path = (*path, (kind, name))
+        before = [("critic", critic) for critic in critics_of(self.untuned[kind, name]) if critic in self.critics]
         if "tuned_as" in self.given(kind, name):
-            self._ancestors("arm", self.given(kind, name)["tuned_as"], path)
-        for critic in critics_of(self.untuned[kind, name]):
-            if critic in self.critics:
-                self._ancestors("critic", critic, path)
+            before.append(("arm", self.given(kind, name)["tuned_as"]))
+        for each in before:
+            self._check_order(*each, (*path, (kind, name)))
 
     def is_tuned(self, arm: str) -> bool:
         """Whether an arm goes through the search itself."""
@@ -187,44 +184,41 @@ class ComparisonConfig:
             settings["data"] = self.data
         return settings
 
-    def untuned_base(self, kind: str) -> Settings:
-        """What an arm or a critic starts from: a critic by cross-entropy, with no critic but its own."""
+    def _start(self, kind: str, name: str) -> Settings:
+        """The base with the changes of an arm, or of a critic, whose default objective is cross-entropy."""
         settings = self.base_settings()
-        return settings | {"objective": "cross_entropy", "critic": None} if kind == "critic" else settings
+        if kind == "critic":
+            settings |= {"objective": "cross_entropy", "critic": None}
+        return settings | self.changes_of(kind, name)
+
+    @cached_property
+    def runs(self) -> dict[tuple[str, str], list[TrainConfig]]:
+        """Runs of each arm and critic, by kind and name: one in the middle of its grid, and one at each of its values.
+
+        Raises:
+            UserError: A setting is wrong, or a value of the grid is.
+        """
+        found = {}
+        for kind, name in self._names():
+            grid = self.grid_of(kind, name)
+            start = self._start(kind, name) | dict(zip(grid, middle(grid), strict=True))
+            tried = [{}, *({setting: value} for setting, values in grid.items() for value in values)]
+            found[kind, name] = [make_run(start | changed, Path(self.out), seed=0) for changed in tried]
+        return found
 
     @cached_property
     def untuned(self) -> dict[tuple[str, str], Settings]:
         """All settings of each arm and critic, by kind and name, but what a search finds.
 
-        Where the objective asks no critic none is named, so that nobody waits or pays for one.
+        If no objective that is tried needs a critic none is named, so that nobody waits or pays for one.
 
         Raises:
             UserError: One is wrong, or a value of the grid is.
         """
         found = {}
-        for kind, name in self._names():
-            settings = self.untuned_base(kind) | self.changes_of(kind, name)
-            needs_critic = any(objective.needs_critic for objective in self.objectives[kind, name])
-            found[kind, name] = settings if needs_critic else settings | {"critic": None}
-        return found
-
-    @cached_property
-    def objectives(self) -> dict[tuple[str, str], list[Objective]]:
-        """Those of each arm and critic, by kind and name: in the middle of the grid, and at each of its values.
-
-        Raises:
-            UserError: A setting is wrong, or a value of the grid is.
-        """
-        from avatarl.objective import make_objective
-
-        found = {}
-        for kind, name in self._names():
-            grid = self.grid_of(kind, name)
-            begun = self.untuned_base(kind) | self.changes_of(kind, name)
-            begun |= dict(zip(grid, middle(grid), strict=True))
-            tried = [{}, *({setting: value} for setting, values in grid.items() for value in values)]
-            runs = [make_run(begun | changed, Path(self.out), seed=0) for changed in tried]
-            found[kind, name] = [make_objective(run.objective, run.avatarl, run.baseline) for run in runs]
+        for key, runs in self.runs.items():
+            needs_critic = any(OBJECTIVES[run.objective].needs_critic(run.avatarl, run.baseline) for run in runs)
+            found[key] = self._start(*key) | ({} if needs_critic else {"critic": None})
         return found
 
     def cache_options(self, critic: str) -> Settings | None:
@@ -269,7 +263,7 @@ class ComparisonConfig:
         for kind, name in self._names():
             for critic in critics_of(self.untuned[kind, name]):
                 self._check_critic(kind, name, critic)
-            self._ancestors(kind, name, ())
+            self._check_order(kind, name)
         for arm in filter(self.is_tuned, self.arms):
             for setting in by_dotted_names(self.given("arm", arm)):
                 if setting in self.tuning.grid:

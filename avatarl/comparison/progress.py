@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from avatarl.models.critic_cache.parts import LARGEST_MANIFEST_BYTES
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
 from avatarl.models.digest import digest_of_model, weight_files
 from avatarl.models.loading import load_model
+from avatarl.objective import make_objective
 from avatarl.run_dir.identity import identities_of_run
 from avatarl.run_dir.log import evaluations_of
 from avatarl.training import TrainConfig
@@ -81,8 +83,8 @@ class Progress:
     tuned: list[Tuned] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
     gave_up: list[tuple[str, int]] = field(default_factory=list)
-    _found: dict[tuple[str, str], Any] = field(default_factory=dict)
-    _read: dict[tuple[str, str], Any] = field(default_factory=dict)  # of the files, which later looks need not read
+    _found: dict[Hashable, Any] = field(default_factory=dict)
+    _read: dict[Hashable, Any] = field(default_factory=dict)  # of the files, which later looks need not read
 
     @classmethod
     def of(cls, comparison: ComparisonConfig, data: PreparedData, before: Progress | None = None) -> Progress:
@@ -118,14 +120,15 @@ class Progress:
     def _check_objectives(self) -> None:
         """Refuse what an arm or a critic could not ask of its critics' caches, before it is its turn."""
         comparison = self.comparison
-        for (kind, name), objectives in comparison.objectives.items():
+        for (kind, name), runs in comparison.runs.items():
             critics = critics_of(comparison.untuned[kind, name])
             options = [comparison.cache_options(critic) for critic in critics if critic in comparison.critics]
             records = [self._record_format(of_cache) for of_cache in options if of_cache is not None]
             live = [None] * (len(critics) - len(records))
             limits = [(record.num_top, record.num_draws) for record in records] + live
-            for objective in objectives if records else ():
+            for run in runs if records else ():
                 try:
+                    objective = make_objective(run.objective, run.avatarl, run.baseline)
                     objective.check_settings(self.data.vocab_size, limits)
                 except ValueError as error:
                     raise UserError(f"{kind} {name}: {error}") from error
@@ -142,9 +145,7 @@ class Progress:
 
     def _settings(self, kind: str, name: str) -> Settings | None:
         """All settings of an arm or a critic; None while a search or a critic of it is not finished."""
-        if (kind, name) not in self._found:
-            self._found[kind, name] = self._find_settings(kind, name)
-        return self._found[kind, name]
+        return _once(self._found, (kind, name), self._find_settings, kind, name)
 
     def _find_settings(self, kind: str, name: str) -> Settings | None:
         comparison = self.comparison
@@ -153,7 +154,7 @@ class Progress:
         tuned_as = comparison.given(kind, name).get("tuned_as", own)
         if tuned_as is None or settings is None:
             return settings
-        point = self._tuned_point(tuned_as)
+        point = _once(self._found, ("point", tuned_as), self._search, tuned_as)
         if point is None:
             return None
         found = dict(zip(comparison.tuning.grid, point, strict=True))
@@ -167,13 +168,8 @@ class Progress:
             return None
         return settings | {"critic": critics[0] if len(critics) == 1 else critics} if critics else settings
 
-    def _tuned_point(self, arm: str) -> Point | None:
-        """What the search found for an arm; None while it is not finished."""
-        if ("point", arm) not in self._found:
-            self._found["point", arm] = self._search(arm)
-        return self._found["point", arm]
-
     def _search(self, arm: str) -> Point | None:
+        """What the search found for an arm; None while it is not finished."""
         settings = self._untuned_settings("arm", arm)
         if settings is None:
             return None
@@ -181,15 +177,10 @@ class Progress:
         known: dict[Point, float] = {}
 
         def score(point: Point) -> float | None:
-            if point in known:
-                return known[point]
             folder = self._out / "tuning" / arm / point_name(grid, point)
-            tried = {**settings, **dict(zip(grid, point, strict=True))}
+            tried = settings | dict(zip(grid, point, strict=True))
             if self._is_finished(folder, tried, seed):
-                name = self._name(folder)
-                if ("best", name) not in self._read:
-                    self._read["best", name] = min(row["cross_entropy"] for row in evaluations_of(folder))
-                known[point] = self._read["best", name]
+                known[point] = _once(self._read, ("best", folder), _best_evaluation, folder)
             elif has_diverged(folder):
                 known[point] = math.inf
             return known.get(point)
@@ -216,16 +207,12 @@ class Progress:
         if options is None:
             return str(folder)
         if (cache / CACHE_MANIFEST).is_file():
-            if ("cache", name) not in self._read:
-                self._check_cache(cache, options, folder)
-                self._read["cache", name] = True
+            _once(self._read, ("cache", cache), self._check_cache, cache, options, folder)
             return str(cache)
-        run = make_run(settings, folder, seed=0)
+        run, windows = make_run(settings, folder, seed=0), self.comparison.cached_windows(name)
         words = {"critic": folder, "data": run.data, "out": cache, "block_size": run.block_size, **options}
         words |= {"precision": run.precision, "device": run.device}
-        windows = self.comparison.cached_windows(name)
-        if windows is not None:
-            words["train_windows"] = windows
+        words |= {} if windows is None else {"train_windows": windows}
         arguments = ("critic", "cache", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
         self._add(Job(f"caches/{name}", cache, arguments))
         return None
@@ -250,16 +237,13 @@ class Progress:
         """
         if "critic" in idle_settings({"objective": "avatarl", **self._settings(kind, name)}):
             return []
-        named = critics_of(self.comparison.untuned[kind, name])
-        own = [critic for critic in named if critic in self.comparison.critics]
-        return list(
-            dict.fromkeys([*own, *(deeper for critic in own for deeper in self._own_critics("critic", critic))])
-        )
+        own = [each for each in critics_of(self.comparison.untuned[kind, name]) if each in self.comparison.critics]
+        deeper = [each for critic in own for each in self._own_critics("critic", critic)]
+        return list(dict.fromkeys(own + deeper))
 
     def _is_finished(self, folder: Path, settings: Settings, seed: int) -> bool:
         """Whether a run is there, whole, and what it should be; where one is yet to come, it is what is missing."""
-        name = self._name(folder)
-        config, before = self._read.get(("run", name), (None, None))
+        config, before = self._read.get(("run", folder), (None, None))
         state = (folder / "final").is_dir(), has_diverged(folder)
         if state != before:
             config = config or make_run(settings, folder, seed)
@@ -267,9 +251,10 @@ class Progress:
             if changes:
                 raise UserError(f"{folder} was started under other settings: {'; '.join(changes)}; give another out")
             self._check_identity(folder, config)
-            self._read["run", name] = config, state
+            self._read["run", folder] = config, state
         is_finished, gave_up = state
         if not is_finished and not gave_up:
+            name = folder.relative_to(self._out).as_posix()
             recipe = self._out / "recipes" / f"{name.replace('/', '-')}.yaml"
             self._add(Job(name, folder, ("train", "--config", str(recipe), "--resume"), config))
         return is_finished
@@ -289,25 +274,31 @@ class Progress:
             recorded = [digest for name, digest in identity.items() if name.startswith("critic ")]
             for critic, digest in zip(config.critics, recorded, strict=False):
                 is_known = critic in made_here or f"critic {critic}" not in identity and os.path.exists(critic)
-                if is_known and digest != self._digest_of_critic(critic, identity["precision"]):
+                key = critic, identity["precision"]
+                if is_known and digest != _once(self._read, key, digest_of_critic, *key):
                     raise UserError(f"{folder} was trained under another critic than {critic}; give another out")
-
-    def _digest_of_critic(self, critic: str, precision: str) -> str:
-        """What the identity of a run that started now would say of a critic."""
-        if (precision, critic) not in self._read:
-            if is_cache(critic):
-                digest = hashlib.sha256((Path(critic) / CACHE_MANIFEST).read_bytes()).hexdigest()
-            else:
-                digest = digest_of_model(load_model(critic, torch.bfloat16 if precision == "bf16" else torch.float32))
-            self._read[precision, critic] = digest
-        return self._read[precision, critic]
-
-    def _name(self, folder: Path) -> str:
-        return folder.relative_to(self._out).as_posix()
 
     def _add(self, job: Job) -> None:
         if job not in self.missing:
             self.missing.append(job)
+
+
+def _once(known: dict, key: Hashable, find: Callable, *arguments: Any) -> Any:
+    """What ``find`` returns, found the first time only."""
+    if key not in known:
+        known[key] = find(*arguments)
+    return known[key]
+
+
+def _best_evaluation(run: Path) -> float:
+    return min(row["cross_entropy"] for row in evaluations_of(run))
+
+
+def digest_of_critic(critic: str, precision: str) -> str:
+    """What the identity of a run that started now would say of a critic."""
+    if is_cache(critic):
+        return hashlib.sha256((Path(critic) / CACHE_MANIFEST).read_bytes()).hexdigest()
+    return digest_of_model(load_model(critic, torch.bfloat16 if precision == "bf16" else torch.float32))
 
 
 def has_diverged(folder: Path) -> bool:
