@@ -11,7 +11,7 @@ from avatarl import UserError
 from avatarl.data import PreparedData
 from avatarl.models import PlayerConfig
 from avatarl.planning import UTILISATION, Plan, measure_flops, plan, plan_table
-from avatarl.training import Schedule, ScheduleConfig
+from avatarl.training import OptimConfig, Schedule, ScheduleConfig
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,20 @@ def test_processes_on_a_cpu_share_it(tiny_config, tmp_path: Path):
     one, two = plan(config), plan(config, processes=2)
     assert two.tokens_per_second == pytest.approx(one.tokens_per_second)
     assert two.needed_memory > 1.9 * one.needed_memory
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_and_copies_are_held_in_their_phases(tiny_config, tmp_path: Path, name: str, accumulates: bool):
+    config = tiny_config(tmp_path, optim=OptimConfig(name=name), gradient_accumulation_steps=1 + accumulates)
+    planned = plan(config)
+    weights, matrices = planned.player.weights, planned.player.matrices
+    held = {phase: parts["gradients"] for phase, parts in planned.phases.items()}
+    early = weights if accumulates else 0
+    assert held == {"forward": early, "loss": early, "backward": weights, "optimiser": weights}
+    assert planned.phases["optimiser"]["temporaries"] == (2 * matrices if name == "muon" else 0)
+    assert planned.memory["optimiser state"] == 2 * weights - (matrices if name == "muon" else 0)
+    assert planned.total_memory == max(sum(parts.values()) for parts in planned.phases.values())
 
 
 def test_what_does_not_fit_is_said(tiny_config, tmp_path: Path):

@@ -18,7 +18,9 @@ from torch.utils import flop_counter
 from avatarl.data import PreparedData
 from avatarl.data.prepare import prepare
 from avatarl.models import PlayerConfig, build_player
-from avatarl.planning import plan
+from avatarl.models.loading import last_hidden
+from avatarl.models.players import model_from_config, player_shape
+from avatarl.planning import count, plan
 from avatarl.training import OptimConfig, TrainConfig, train
 from avatarl.training.processes import Processes
 from avatarl.training.setup import set_up
@@ -109,6 +111,7 @@ def _resident(entry: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
+DROPOUT = {"settings": {"attention_dropout": 0.1}}  # whose attention keeps its scores
 SHALLOW = {"num_hidden_layers": 3}  # quicker
 MEMORY_CASES = {
     "avatarl": {"player": PlayerConfig("5m", settings=SHALLOW)},
@@ -151,6 +154,26 @@ def test_memory_is_that_of_a_real_run(wide_config, another_process, overrides: d
     print(f"planned {planned / MIB:.1f} MiB, measured {measured / MIB:.1f} MiB: {planned / measured - 1:+.1%}")
     assert measured > 150 * MIB  # else the noise of a process is no longer small beside it
     assert planned == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("player", [{}, {"architecture": "gpt2"}, {"architecture": "qwen3"}, DROPOUT], ids=str)
+def test_what_autograd_keeps_is_that_of_real_tensors(wide_config, player: dict, precision: str):
+    config = wide_config(player=PlayerConfig("1m", **player), precision=precision, block_size=48)
+    shape = player_shape(config.player, VOCABULARY, config.block_size)
+    model, found = model_from_config(shape).train(), count(shape, "player", config, VOCABULARY, precision)
+    weights, kept = {weight.untyped_storage().data_ptr() for weight in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        last_hidden(model, torch.zeros(3, config.block_size, dtype=torch.int64))
+    measured = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+    assert found.kept_once + 3 * found.kept == pytest.approx(measured, rel=1e-3)
+    assert found.kept_once >= 2 * found.parameters.non_embedding * (precision == "bf16") * 0.99
 
 
 # --- floating-point operations -------------------------------------------------------------------------------------
