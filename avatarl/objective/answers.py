@@ -321,16 +321,6 @@ class CachedAnswers(NamedTuple):
                 estimate = torch.minimum(estimate, self.log_probs[:, -1:].to(dtype))
         return torch.where(is_stored, log_probs, estimate), ~is_stored
 
-    def estimate(self) -> tuple[Tensor, Tensor]:
-        """The distribution as far as it is known: tokens and their mass, (N, 1 + P + S) each.
-
-        A token may come several times, and its mass is the sum. With drawn tokens the expected mass of each token is
-        its probability.
-        """
-        probs = self.log_probs.exp().masked_fill(self._repeats, 0.0)
-        each = (self.log_rest.exp() / max(1, self.num_draws)).unsqueeze(1).expand_as(self.draws)
-        return torch.cat([self.tokens, self.draws], dim=1), torch.cat([probs, each], dim=1)
-
     @property
     def _repeats(self) -> Tensor:
         """The place (N, 1 + P) of the target among the most likely, where it would count twice."""
@@ -363,8 +353,10 @@ class CachedAnswers(NamedTuple):
 
     def add_distribution_(self, soft_targets: Tensor, share: Tensor | float, log_probs: Tensor) -> Tensor:
         """See :meth:`LiveAnswers.add_distribution_`; in expectation over the drawn tokens."""
-        tokens, probs = self.estimate()  # (N, 1 + P + S)
-        probs = probs.to(log_probs.dtype)
+        probs = self.log_probs.exp().masked_fill(self._repeats, 0.0)
+        each = (self.log_rest.exp() / max(1, self.num_draws)).unsqueeze(1).expand_as(self.draws)
+        tokens = torch.cat([self.tokens, self.draws], dim=1)  # (N, 1 + P + S); of one listed twice the sum counts
+        probs = torch.cat([probs, each], dim=1).to(log_probs.dtype)
         soft_targets.scatter_add_(1, tokens, share * probs)
         return self.entropy.to(log_probs.dtype) + torch.linalg.vecdot(probs, log_probs.gather(1, tokens))
 

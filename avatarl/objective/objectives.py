@@ -62,11 +62,19 @@ class LossOutputs(NamedTuple):
     metrics: dict[str, Tensor]  # (N,) each, unweighted; always with "loss", "cross_entropy" and "entropy"
 
 
+_CLASSES: dict[str, type[Objective]] = {}
+
+
 class Objective(ABC):
-    """A loss over next-token logits. A subclass has the name and the kind of an entry of ``OBJECTIVES``."""
+    """A loss over next-token logits. A subclass with a ``name`` has the kind of that entry of ``OBJECTIVES``."""
 
     name: ClassVar[str]
     kind: ClassVar[ObjectiveKind]
+    extra_metrics: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, name: str | None = None):
+        if name is not None:
+            cls.name, cls.kind, _CLASSES[name] = name, OBJECTIVES[name], cls
 
     def __init__(self, avatarl: AvataRLConfig | None = None, baseline: BaselineConfig | None = None):
         self.avatarl = avatarl or _ARTICLE
@@ -87,7 +95,11 @@ class Objective(ABC):
 
     def metric_names(self, limits: Sequence[Limits]) -> tuple[str, ...]:
         """The metrics of :meth:`loss_and_gradient`, in their order, under critics with these limits."""
-        return ("loss", "cross_entropy", "entropy")
+        names = ("loss", "cross_entropy", "entropy")
+        if self.kind.is_rewarded:
+            names += ("expected_reward", "expected_reward_share", "other_reward_share", "active_actions")
+            names += ("critic_wins",) * bool(limits) + ("estimated_share",) * any(limits)
+        return names + self.extra_metrics
 
     @abstractmethod
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
@@ -125,19 +137,6 @@ def _constant(value: Any) -> Any:
     A set asks for the value of what is put into it, so that the compiler guards it.
     """
     return tuple(map(_constant, value)) if isinstance(value, tuple) else next(iter({value}))
-
-
-_CLASSES: dict[str, type[Objective]] = {}
-
-
-def register(name: str):
-    """Class decorator: make an objective known by its name in ``OBJECTIVES``."""
-
-    def add(objective: type[Objective]) -> type[Objective]:
-        objective.name, objective.kind, _CLASSES[name] = name, OBJECTIVES[name], objective
-        return objective
-
-    return add
 
 
 def make_objective(
@@ -189,14 +188,6 @@ class RewardedObjective(Objective):
                     + (", or tail='sample' with pool='arithmetic' and threshold='none'" if num_draws else "")
                 )
 
-    def metric_names(self, limits: Sequence[Limits]) -> tuple[str, ...]:
-        return (
-            *super().metric_names(limits),
-            *("expected_reward", "expected_reward_share", "other_reward_share", "active_actions"),
-            *(("critic_wins",) if limits else ()),
-            *(("estimated_share",) if any(limits) else ()),
-        )
-
     def rewards_and_policies(self, inputs: LossInputs) -> tuple[Rewards, Tensor, Policy, Policy, Weight]:
         """The rewards, the same (N, A) as they enter the loss, the policy for metrics, the one for the loss, and β."""
         temperature, scheduled = self.avatarl.temperature, inputs.scheduled
@@ -244,7 +235,7 @@ class RewardedObjective(Objective):
 
 def rewards_of_tails(found: Rewards) -> Tensor:
     """The part of the valid actions' rewards (N, A) that dense tails hold already."""
-    inside = sum(tail.at(found.actions) for tail in found.dense)
+    inside = sum(tail.rewards(found.actions) for tail in found.dense)
     return inside.masked_fill(~found.valid, 0.0).to(found.rewards.dtype)
 
 
@@ -253,8 +244,7 @@ def _share(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole <= 0, 0.0, part / whole.clamp(min=torch.finfo(whole.dtype).tiny)).clamp(0, 1)
 
 
-@register("avatarl")
-class AvataRL(RewardedObjective):
+class AvataRL(RewardedObjective, name="avatarl"):
     """All active actions at once, each with its reward: −Σ r log π − β H(π)."""
 
     rewards_every_token = True
@@ -277,8 +267,7 @@ class AvataRL(RewardedObjective):
         return LossOutputs(tempered.gradient_(weights, total, found.actions, rewards, beta, found.dense), metrics)
 
 
-@register("expected_reward")
-class ExpectedReward(RewardedObjective):
+class ExpectedReward(RewardedObjective, name="expected_reward"):
     """The exact policy gradient, −Σ π r − β H(π): the article's other formula."""
 
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
@@ -292,15 +281,13 @@ class ExpectedReward(RewardedObjective):
         return LossOutputs(tempered.gradient_(weights, expected, found.actions, probs * rewards, beta), metrics)
 
 
-@register("reinforce")
-class Reinforce(RewardedObjective):
+class Reinforce(RewardedObjective, name="reinforce"):
     """S actions drawn from π, leave-one-out baseline: an unbiased estimate of ``expected_reward``'s gradient.
 
     Reward is 0 outside the active actions. The entropy bonus is exact. With S = 1 there is no baseline.
     """
 
-    def metric_names(self, limits: Sequence[Limits]) -> tuple[str, ...]:
-        return (*super().metric_names(limits), "sampled_reward")
+    extra_metrics = ("sampled_reward",)
 
     def behaviour(self, inputs: LossInputs, tempered: Policy) -> Policy:
         """The policy that actions are drawn from."""
@@ -334,15 +321,13 @@ class Reinforce(RewardedObjective):
         return LossOutputs(tempered.gradient_(weights, credit.sum(dim=1), drawn, credit, beta), metrics)
 
 
-@register("ppo")
-class PPO(Reinforce):
+class PPO(Reinforce, name="ppo"):
     """``reinforce`` with actions drawn from a snapshot of the policy and a clipped ratio to it (Schulman et al., 2017).
 
     An episode is one token long, so generalised advantage estimation reduces to reward minus baseline.
     """
 
-    def metric_names(self, limits: Sequence[Limits]) -> tuple[str, ...]:
-        return (*super().metric_names(limits), "clip_share")
+    extra_metrics = ("sampled_reward", "clip_share")
 
     def behaviour(self, inputs: LossInputs, tempered: Policy) -> Policy:
         return Policy.of(inputs.snapshot_logits, self.avatarl.temperature, inputs.compiled)
@@ -373,8 +358,7 @@ def leave_one_out_mean(rewards: Tensor) -> Tensor:
 # --- soft targets ----------------------------------------------------------------------------------------------------
 
 
-@register("cross_entropy")
-class CrossEntropy(Objective):
+class CrossEntropy(Objective, name="cross_entropy"):
     """Ordinary pretraining: −log π(target)."""
 
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
@@ -388,8 +372,7 @@ class CrossEntropy(Objective):
         return LossOutputs(gradient, metrics)
 
 
-@register("label_smoothing")
-class LabelSmoothing(Objective):
+class LabelSmoothing(Objective, name="label_smoothing"):
     """Cross-entropy with a target that gives ε/V to every token of the vocabulary (Szegedy et al., 2016)."""
 
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
@@ -404,8 +387,7 @@ class LabelSmoothing(Objective):
         return LossOutputs(_subtract_target(gradient, inputs.targets, (1 - smoothing) * weights), metrics)
 
 
-@register("distillation")
-class Distillation(Objective):
+class Distillation(Objective, name="distillation"):
     """α·cross-entropy + (1−α)·KL(critic‖player) over the whole vocabulary; several critics are averaged."""
 
     def check_settings(self, vocabulary: int, limits: Sequence[Limits]) -> None:

@@ -35,17 +35,15 @@ class DenseTail(NamedTuple):
     log_total: Tensor  # (N,), log Σ exp(logits − largest)
     amount: Tensor  # (N,)
 
-    def at(self, tokens: Tensor) -> Tensor:
-        """What it adds at tokens (N, S)."""
-        return self._rewards(self.logits.gather(1, tokens))
-
-    def everywhere(self) -> Tensor:
-        """What it adds at every token (N, V)."""
-        return self._rewards(self.logits)
-
-    def _rewards(self, logits: Tensor) -> Tensor:
+    def rewards(self, tokens: Tensor | None = None) -> Tensor:
+        """What it adds at tokens (N, S), or at every token (N, V)."""
+        logits = self.logits if tokens is None else self.logits.gather(1, tokens)
         amount = self.amount * (-self.log_total).exp()
         return (logits - self.largest.unsqueeze(1)).exp_().mul_(amount.unsqueeze(1))
+
+    def rows(self, part: slice) -> DenseTail:
+        """The same of some positions."""
+        return DenseTail(*(column[part] for column in self))
 
 
 class Policy(NamedTuple):
@@ -64,7 +62,7 @@ class Policy(NamedTuple):
         if compiled:
             statistics = _compiled(softmax_statistics)(logits, temperature)
         else:
-            parts = [softmax_statistics(rows, temperature) for rows in _rows_in_cache(logits, logits)]
+            parts = [softmax_statistics(logits[part], temperature) for part in _parts_in_cache(logits)]
             statistics = [torch.cat(column) for column in zip(*parts, strict=True)]
         return cls(logits, temperature, *statistics, compiled)
 
@@ -100,7 +98,7 @@ class Policy(NamedTuple):
         tokens, _, taken = sums_of_each(tokens, amounts)
         below = shifted(self.logits.gather(1, tokens), self.largest, self.temperature).clamp_(min=LOWEST_LOG_PROB)
         slopes = constant.unsqueeze(1) + (0 if slope is None else slope.unsqueeze(1) * below)
-        taken = taken + sum(tail.at(tokens) for tail in tails)
+        taken = taken + sum(tail.rewards(tokens) for tail in tails)
         differences = (below.exp() * slopes - taken).to(self.logits.dtype)
         return self._softmax_gradient_(constant, slope, tails).scatter_(1, tokens, differences)
 
@@ -109,32 +107,27 @@ class Policy(NamedTuple):
         if self.compiled and not tails:
             _compiled(_write_softmax_gradient)(self.logits, self.temperature, self.largest, constant, slope)
             return self.logits
-        columns = [_rows_in_cache(self.logits, column) for column in (self.logits, self.largest, constant)]
-        slopes = [None] * len(columns[0]) if slope is None else _rows_in_cache(self.logits, slope)
-        for number, (rows, *column) in enumerate(zip(*columns, slopes, strict=True)):
-            gradient = softmax_gradient(rows, self.temperature, *column)
-            for tail in _tails_in_cache(self.logits, tails, number) if tails else ():
-                gradient = gradient - tail.everywhere()
+        for part in _parts_in_cache(self.logits):
+            rows, of_slope = self.logits[part], None if slope is None else slope[part]
+            gradient = softmax_gradient(rows, self.temperature, self.largest[part], constant[part], of_slope)
+            for tail in tails:
+                gradient = gradient - tail.rows(part).rewards()
             rows.copy_(gradient)
         return self.logits
 
     def tail_sums(self, tails: Sequence[DenseTail]) -> tuple[Tensor, Tensor]:
         """Σ r log π and Σ r π of what ``tails`` hold of the whole vocabulary, (N,) each; 0 without any."""
-        likelihoods, expected = [], []
-        columns = [_rows_in_cache(self.logits, column) for column in (self.logits, self.largest, self.log_total)]
+        likelihood, expected = torch.zeros_like(self.entropy), torch.zeros_like(self.entropy)
         for tail in tails:
-            parts = []
-            for number, (rows, largest, log_total) in enumerate(zip(*columns, strict=True)):
-                amounts = _tails_in_cache(self.logits, [tail], number)[0].everywhere()
-                log_probs = shifted(rows, largest, self.temperature).sub_(log_total.unsqueeze(1))
-                log_probs = log_probs.clamp_(min=LOWEST_LOG_PROB)
-                amounts = amounts.to(log_probs.dtype)
-                likelihood = torch.linalg.vecdot(amounts, log_probs)
-                parts.append((likelihood, torch.linalg.vecdot(amounts, log_probs.exp_())))
-            for sums, column in zip((likelihoods, expected), zip(*parts, strict=True), strict=True):
-                sums.append(torch.cat(column))
-        nothing = torch.zeros_like(self.entropy)
-        return sum(likelihoods, nothing), sum(expected, nothing)
+            for part in _parts_in_cache(self.logits):
+                rows = self._replace(
+                    logits=self.logits[part], largest=self.largest[part], log_total=self.log_total[part]
+                )
+                log_probs = rows.log_probs()
+                amounts = tail.rows(part).rewards().to(log_probs.dtype)
+                likelihood[part] += torch.linalg.vecdot(amounts, log_probs)
+                expected[part] += torch.linalg.vecdot(amounts, log_probs.exp_())
+        return likelihood, expected
 
     def metrics(self, targets: Tensor) -> dict[str, Tensor]:
         """Cross-entropy and entropy (N,) in nats."""
@@ -200,18 +193,13 @@ def sums_of_each(tokens: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def largest_of_tails(tails: Sequence[DenseTail]) -> Tensor:
     """The most that ``tails`` together add for any token of the vocabulary (N,)."""
-    logits = tails[0].logits
-    parts = [_tails_in_cache(logits, tails, number) for number in range(len(_rows_in_cache(logits, logits)))]
-    return torch.cat([sum(tail.everywhere() for tail in part).amax(dim=1) for part in parts])
+    parts = _parts_in_cache(tails[0].logits)
+    return torch.cat([sum(tail.rows(part).rewards() for tail in tails).amax(dim=1) for part in parts])
 
 
-def _rows_in_cache(logits: Tensor, column: Tensor) -> Sequence[Tensor]:
-    """``column`` (N, …) in parts, such that the same rows of ``logits`` and what is computed of them stay in cache."""
+def _parts_in_cache(logits: Tensor) -> Sequence[slice]:
+    """Rows of logits (N, V) that stay in a CPU's cache together with what is computed of them; else all at once."""
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
-        return (column,)
-    return column.split(max(1, CACHED_ELEMENTS // logits.shape[1]))
-
-
-def _tails_in_cache(logits: Tensor, tails: Sequence[DenseTail], number: int) -> list[DenseTail]:
-    """The rows of ``tails`` that belong to part ``number`` of ``logits``."""
-    return [DenseTail(*(_rows_in_cache(logits, column)[number] for column in tail)) for tail in tails]
+        return (slice(None),)
+    step = max(1, CACHED_ELEMENTS // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, len(logits), step)] or (slice(None),)
