@@ -64,6 +64,7 @@ class Critic:
     limits: tuple[int, int] | None = None  # numbers of most likely and of drawn tokens, where it knows no others
     longest: int | None = None  # the most tokens that it was made to read at once; None where that is not known
     costs: Mapping[str, int] = {}  # FLOPs that were spent on it elsewhere, by its digest
+    digest: str  # SHA-256 of all that its answers follow from, as far as it is known when a run starts
 
     def __init__(self, name: str):
         self.name = name
@@ -72,18 +73,13 @@ class Critic:
         """What it says of every position of the batch."""
         raise NotImplementedError
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that its answers follow from, as far as it is known when a run starts."""
-        raise NotImplementedError
-
     def check(self) -> None:
         """Raise RunFailed where its files are no longer those that were opened."""
 
-    def start(self, player: nn.Module, step: int) -> None:
-        """Begin to follow the player where that is due by ``step`` and has not happened."""
+    def start(self, player: PreTrainedModel, step: int) -> None:
+        """Take the player's weights where that is due by ``step`` and has not happened."""
 
-    def update(self, player: nn.Module, step: int) -> None:
+    def update(self, player: PreTrainedModel, step: int) -> None:
         """Include the player as it is after ``step``, which is 0 before the first one."""
 
     def compile(self) -> None:
@@ -111,6 +107,8 @@ class FrozenModel(nn.Module):
 
 class LiveCritic(Critic):
     """A model that runs beside the player."""
+
+    has_started = False  # whether it has taken weights of the player; only these belong into a checkpoint
 
     def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
         """
@@ -144,14 +142,6 @@ class LiveCritic(Critic):
     def digest(self) -> str:
         return digest_of_model(self.model)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether its weights are in use, and so belong into a checkpoint."""
-        return self.module is not None
-
-    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
-        """Take note that the run resumes, with the weights as they were saved or without."""
-
     def compile(self) -> None:
         self.module.compile()
 
@@ -160,7 +150,7 @@ class LiveCritic(Critic):
             divide(self.module, self.model)
 
     def release(self) -> None:
-        self.module = None
+        self.module, self.has_started = None, False
 
 
 class RandomCritic(LiveCritic):
@@ -195,32 +185,25 @@ class AverageCritic(LiveCritic):
     def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
         """``model`` is one like the player, whose weights are replaced."""
         decay, self.start_step = parse_ema_critic(name)
-        self._has_started, self._average = False, get_ema_multi_avg_fn(decay)
+        self._average = get_ema_multi_avg_fn(decay)
         super().__init__(name, model, block_size)
 
-    @property
-    def is_running(self) -> bool:
-        return self._has_started and self.module is not None
-
-    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
-        self._has_started = was_saved
-
-    def start(self, player: nn.Module, step: int) -> None:
-        if not self._has_started:
+    def start(self, player: PreTrainedModel, step: int) -> None:
+        if not self.has_started:
             self.update(player, step)
 
     @torch.no_grad()
-    def update(self, player: nn.Module, step: int) -> None:
+    def update(self, player: PreTrainedModel, step: int) -> None:
         if step < self.start_step or self.module is None:
             return
         _reshard(self.module)
         averages = [local(weight) for weight in self.model.parameters()]  # tied ones once
         weights = [local(weight) for weight in player.parameters()]
-        if self._has_started:
+        if self.has_started:
             self._average(averages, weights, None)
         else:
             torch._foreach_copy_(averages, weights)
-        self._has_started = True
+        self.has_started = True
 
     def shard(self, divide: Callable[[nn.Module, PreTrainedModel], None], shard_critics: bool) -> None:
         divide(self.module, self.model)  # as the player is, since weights are copied part by part
@@ -229,11 +212,11 @@ class AverageCritic(LiveCritic):
 class Snapshot(LiveCritic):
     """An earlier player, which ``ppo`` draws its actions from; no critic of a recipe."""
 
-    keeps_state = is_running = True
+    keeps_state = True
     shard = AverageCritic.shard
 
-    def resumed(self, player: PreTrainedModel, was_saved: bool) -> None:
-        if not was_saved:
+    def start(self, player: PreTrainedModel, step: int) -> None:
+        if not self.has_started:
             self.refresh(player)
 
     @torch.no_grad()
@@ -243,6 +226,7 @@ class Snapshot(LiveCritic):
         current = player.state_dict()
         for name, tensor in self.model.state_dict().items():
             tensor.copy_(current[name])
+        self.has_started = True
 
 
 class CachedCritic(Critic):
@@ -252,8 +236,6 @@ class CachedCritic(Critic):
         super().__init__(name)
         self.cache, self.digest = cache, cache.digest
         self.limits = cache.record.num_top, cache.record.num_draws
-
-    digest = ""
 
     @property
     def costs(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ def tensors_of_run(
 ) -> dict[str, dict[str, Held]]:
     """Every tensor that a run resumes from, by file and name; views, not copies."""
     parts = {"player": tensors_of_model(player), "optimiser": optimiser_tensors(player, optimisers)}
-    parts |= {name: tensors_of_model(critic.model) for name, critic in critics.items() if critic.is_running}
+    parts |= {name: tensors_of_model(critic.model) for name, critic in critics.items() if critic.has_started}
     return {part: {name: Held.of(tensor) for name, tensor in named.items()} for part, named in parts.items()}
 
 
@@ -126,7 +126,7 @@ def load_tensors(
     for name, critic in critics.items():
         if name in saved:
             saved[name].copy_into(tensors_of_model(critic.model))
-        critic.resumed(player, was_saved=name in saved)
+        critic.has_started = name in saved
     kept = saved.get("optimiser", nothing)
     names = {id(parameter): name for name, parameter in player.named_parameters()}
     for optimiser in optimisers.optimisers:

@@ -175,7 +175,7 @@ def run_steps(parts: Setup, progress: dict, guard: Guard, stop: StopRequest, qui
         tokens_logged = unlogged.get("since_tokens", parts.spent_until(logged_at)["tokens"])
         clock = time.monotonic() - unlogged["seconds"]
         signum = processes.largest(stop.signum)
-        for critic in parts.critics:
+        for critic in (*parts.critics, *([parts.snapshot] if parts.snapshot else [])):
             critic.start(player, progress["step"])
         for step in range(progress["step"] + 1, total_steps + 1):
             if signum:
