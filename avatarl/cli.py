@@ -28,7 +28,7 @@ from .version import __version__
 USER_MISTAKE, RUN_FAILURE, INTERRUPTED = 2, 1, 130
 OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
 BROKEN_PIPE = 128 + 13  # the status that a shell gives a process ended by SIGPIPE
-NOT_OPTIONS = {"quiet", "shard_tokens"}  # parameters for Python alone
+NOT_OPTIONS = {"quiet", "recipe", "shard_tokens"}  # parameters that the command line does not offer
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Command:
         names: Options whose name differs from the parameter's.
         adapt: Changes the parser before it reads the command line.
         paths: The settings of a recipe that name files which have to be there.
+        takes_recipe: Whether the function also takes the recipe's file.
         show: What to print of the result and the settings; None prints nothing.
     """
 
@@ -51,6 +52,7 @@ class Command:
     names: Mapping[str, str] = field(default_factory=dict)
     adapt: Callable[[Any, Sequence[str]], None] | None = None
     paths: Callable[[Any], Mapping[str, Any]] | None = None
+    takes_recipe: bool = False
     show: Callable[[Any, Mapping[str, Any]], str] | None = None
 
     def run(self, name: str, arguments: Sequence[str]) -> None:
@@ -81,6 +83,8 @@ class Command:
         if self.paths:
             for recipe in filter(owner, map(str, recipes)):
                 require_found(recipe, self.paths(config))
+        if self.takes_recipe and recipes:
+            settings["recipe"] = str(recipes[0])
         return {**settings, name: config}
 
 
@@ -151,7 +155,12 @@ COMMANDS = {
         "models:verify",
         positional="folders",
     ),
-    "plan": Command("Estimate a recipe's FLOPs, memory, time and disk on a device", "planning:plan", show=_plan),
+    "plan": Command(
+        "Estimate a recipe's FLOPs, memory, time and disk on a device",
+        "planning:plan",
+        takes_recipe=True,
+        show=_plan,
+    ),
     "evaluate": Command(
         "Evaluate a model on held-out text, minimal pairs or lm-evaluation-harness tasks, and print JSON",
         "results:evaluate",

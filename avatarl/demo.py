@@ -30,7 +30,6 @@ from .objective.config import require_whole
 from .results.prompts import held_out_prompts
 from .sanitise import backticks_around, markdown_code, one_line, visible
 from .training.config import OptimConfig, TrainConfig
-from .training.resume import check_run_folder
 from .untrusted import check_place
 
 RUNS, PAGES = ("critic", "avatarl", "cross_entropy"), ("results.md", "curves.png", "samples.md")
@@ -137,6 +136,8 @@ def check_demo_folder(out: Path, source: str) -> None:
 
 def _prepare(source: str, out: Path, seed: int, quiet: bool) -> tuple[PreparedData, dict[str, TrainConfig]]:
     """Prepare the text unless that is done; a text that cannot be used leaves nothing behind."""
+    from .training.resume import check_run_folder
+
     missing = [folder for folder in (out, *out.parents) if not os.path.exists(folder)]  # innermost first
     remove_left(out / "data")
     is_new = not (out / "data").exists()

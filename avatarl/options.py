@@ -21,10 +21,11 @@ def make_parser(prog: str, description: str | None):
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["avatarl"])
 
     class Help(DefaultHelpFormatter):
-        """Help without the markup of docstrings."""
+        """Help without the markup of docstrings, and without a default that is None."""
 
         def _get_help_string(self, action) -> str:
-            return re.sub(r":\w+:`[~.]?([^`]*)`", r"\1", super()._get_help_string(action)).replace("``", "")
+            text = re.sub(r":\w+:`[~.]?([^`]*)`", r"\1", super()._get_help_string(action)).replace("``", "")
+            return text.replace(", default: %(default)s", "") if action.default is None else text
 
         def _format_action_invocation(self, action) -> str:
             return super()._format_action_invocation(action).replace(" \b", "")

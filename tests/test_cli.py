@@ -247,6 +247,14 @@ def test_print_config_is_a_recipe(here: Path, tmp_path: Path, recipe, capsys):
     assert not list(here.glob("*.yaml"))
 
 
+def test_a_plan_finds_a_critic_that_another_recipe_makes(here: Path, recipe, capsys):
+    path = Path(recipe(critic="runs/critic"))
+    critic = {**RECIPE, "data": "d", "out": "runs/critic", "objective": "cross_entropy", "player": {"preset": "5m"}}
+    (path.parent / "critic.yaml").write_text(yaml.safe_dump(critic), encoding="utf-8")
+    assert main(["plan", "--config", str(path)]) == 0
+    assert "critic.yaml" in capsys.readouterr().out
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ def push_to_hub(model: str | Path, repo: str, private: bool = False) -> str:
     Args:
         model: A run folder (its best player) or a model folder.
         repo: OWNER/NAME on the Hub.
-        private: Whether nobody else may see it.
+        private: Make the repository private if it is new; a public one is refused.
 
     Raises:
         UserError: The folder cannot be opened, the name is malformed, nobody is logged in, or the Hub refuses.
