@@ -65,11 +65,10 @@ def test_a_run_is_shown_as_it_stands(tmp_path: Path, damage, said: str):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", b"a: [", "config.yaml: parsing it as YAML failed"),
-        ("config.yaml", b"- a", "config.yaml holds no settings by name"),
+        ("config.yaml", b"a: [", "config.yaml cannot be read (while parsing"),
+        ("config.yaml", b"- a", "config.yaml holds ['a']; expected settings by name"),
         ("config.yaml", b"a: &a {b: *a}", "config.yaml cannot be read"),
         ("config.yaml", b"a: 0x" + b"f" * 5000, "config.yaml cannot be read"),
-        ("config.yaml", b"a: " + b"[" * 30 + b"]" * 30, "config.yaml: nested more than 20 deep"),
         ("config.yaml", None, "has no config.yaml; expected a run folder"),
         ("metrics.jsonl", b"hello\n", "metrics.jsonl, line 1, is not a line of metrics"),
         ("metrics.jsonl", b'{"event": "train"\n{"event": "eval"}\n', "metrics.jsonl, line 1, is not a line of metrics"),
