@@ -18,6 +18,7 @@ MOST_PARTS = 1 << 20
 # Text compresses to a third or a tenth of its size; gzip compresses zeros a thousandfold, other formats without limit.
 LEAST_UNPACKED_BYTES = 1 << 24
 MOST_EXPANSION = 100
+MOST_ALIASES = 20
 
 
 def read_regular_file(path: Path, most_bytes: int) -> bytes:
@@ -195,4 +196,8 @@ def read_yaml(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"config {path}: no such file; expected a recipe (YAML)")
     with refusing(f"config {path} cannot be read (", ")"):
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # Aliases of aliases double what the file holds, without end.
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > MOST_ALIASES:
+            raise ValueError(f"more than {MOST_ALIASES} aliases")
+        return yaml.safe_load(text)
