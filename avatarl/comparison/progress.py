@@ -261,12 +261,9 @@ class Progress:
 
     def _check_identity(self, folder: Path, config: TrainConfig) -> None:
         """Refuse a run of other data, or under another critic, than what lies there now."""
-        made_here = [
-            critic
-            for critic in config.critics
-            if Path(critic).parent in (self._out / "critics", self._out / "caches")
-            if is_cache(critic) or not config.critic_quantization  # quantised, it depends on the device too
-        ]
+        # The digest of a quantised model depends on the device too.
+        own = {self._out / "caches"} | (set() if config.critic_quantization else {self._out / "critics"})
+        made_here = [critic for critic in config.critics if Path(critic).parent in own]
         for identity in identities_of_run(folder):
             if identity.get("data") != self.data.digest:
                 raise UserError(f"{folder} was trained on other data than {self.data.path}; give another out")
