@@ -249,7 +249,7 @@ def _remarks(
             remarks.append(f"no bits per byte: {missing}")
         if not run.record:
             remarks.append("environment.json is missing or damaged, so where it ran is unknown")
-        if done.flops is None and done.steps:
+        if done.total_flops is None and done.steps:
             remarks.append("no FLOPs in the log, and so no curve over them")
         if lines > MOST_POINTS:
             remarks.append(

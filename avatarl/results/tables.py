@@ -22,13 +22,14 @@ Rows = dict[tuple[str, str, str], Sequence[str | Cell]]  # (section, name, unit)
 
 
 class Trained(NamedTuple):
-    """What a run did, by its own log and record."""
+    """What a run did, by its own log and record; None where they do not say."""
 
     steps: int
     tokens: int
     seconds: float | None  # of training alone
-    flops: tuple[float, float] | None  # of the player, of critics; None where the run did not log them
-    epochs: float | None  # None where nothing says how long one is
+    player_flops: float | None
+    critic_flops: float | None
+    epochs: float | None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -36,23 +37,22 @@ class Trained(NamedTuple):
 
     @property
     def total_flops(self) -> float | None:
-        return sum(self.flops) if self.flops else None
+        return None if self.player_flops is None else self.player_flops + self.critic_flops
 
 
 def what_was_trained(run: Run, train_tokens: int | None) -> Trained:
     """Sum up a run's log; ``train_tokens`` are its data's, where it does not say what an epoch is."""
     unique_tokens = _size(run, "unique_tokens") or train_tokens
     lines = pd.concat([run.eval, run.train]).sort_values("step", kind="stable")
-    last = lines.iloc[-1] if len(lines) else pd.Series(0.0, lines.columns)
+    last = lines.iloc[-1] if len(lines) else dict.fromkeys(lines, np.nan) | {"step": 0, "tokens": 0}
     tokens, speed = np.diff(run.train["tokens"], prepend=0), run.train["tokens_per_second"]
-    seconds = float((tokens / speed)[speed > 0].sum())
-    flops = last["player_flops"], last["critic_flops"]
+    flops = [last["player_flops"], last["critic_flops"]]
     return Trained(
-        steps=int(last["step"]),
-        tokens=int(last["tokens"]),
-        seconds=seconds or None,
-        flops=flops if len(lines) and np.isfinite(flops).all() else None,
-        epochs=last["tokens"] / unique_tokens if unique_tokens else None,
+        int(last["step"]),
+        int(last["tokens"]),
+        float((tokens / speed)[speed > 0].sum()) or None,
+        *(flops if np.isfinite(flops).all() else (None, None)),
+        last["tokens"] / unique_tokens if unique_tokens else None,
     )
 
 
@@ -61,35 +61,35 @@ def what_was_trained(run: Run, train_tokens: int | None) -> Trained:
 
 def overview_table(runs: Sequence[Run], trained: Sequence[Trained]) -> Table:
     """What each run is: objective, sizes, what it read and took, where it ran."""
-    scale, unit = flops_unit(max((flops for done in trained for flops in done.flops or ()), default=0))
-    settings, records = [run.settings for run in runs], [run.record for run in runs]
-    caches = [_size(run, "cached_critic_flops") for run in runs]
-    rows: Rows = {}
-
-    def add(name: str, cells: Sequence[str], unit: str = "") -> None:
-        rows["", name, unit] = cells
-
-    def add_flops(name: str, values: Sequence[float | None]) -> None:
-        scaled = (value and value / scale for value in values)
-        add(name, [NOT_RECORDED if value is None else fixed(value, 3) if value else "0" for value in scaled], unit)
-
-    add("objective", [_words(each.get("objective")) for each in settings])
-    add("state", [_state(run, done) for run, done in zip(runs, trained, strict=True)])
-    add("parameters", [_count(run, "parameters") for run in runs])
-    add("outside the embedding", [_count(run, "non_embedding_parameters") for run in runs])
-    add("training tokens", [f"{done.tokens:,}" for done in trained])
-    add("epochs", [UNKNOWN if done.epochs is None else f"{done.epochs:.2f}" for done in trained])
-    add_flops("FLOPs of the player", [done.flops and done.flops[0] for done in trained])
-    add_flops("FLOPs of critics", [done.flops and done.flops[1] for done in trained])
-    if any(caches):
-        add_flops("FLOPs of critics' caches, once", caches)
-    add("training time", [_duration(done.seconds) for done in trained])
-    for name in ("device", "processes", "precision"):
-        add(name, [_words(each.get(name)) for each in records])
-    add("critic", [_words(each.get("critic"), missing="none") for each in settings])
-    add("data", [_words(each.get("data")) for each in settings])
-    add("started", [_time(each.get("started")) for each in records])
-    add("revision", [_words(each.get("revision")) for each in records])
+    scale, unit = flops_unit(max(flops or 0 for done in trained for flops in (done.player_flops, done.critic_flops)))
+    columns = []
+    for run, done in zip(runs, trained, strict=True):
+        settings, record = run.settings, run.record
+        flops = {
+            "FLOPs of the player": done.player_flops,
+            "FLOPs of critics": done.critic_flops,
+            "FLOPs of critics' caches, once": _size(run, "cached_critic_flops"),
+        }
+        columns.append(
+            {
+                "objective": _words(settings.get("objective")),
+                "state": _state(run, done),
+                "parameters": _count(run, "parameters"),
+                "outside the embedding": _count(run, "non_embedding_parameters"),
+                "training tokens": f"{done.tokens:,}",
+                "epochs": UNKNOWN if done.epochs is None else f"{done.epochs:.2f}",
+                **{name: NOT_RECORDED if n is None else fixed(n / scale, 3) if n else "0" for name, n in flops.items()},
+                "training time": _duration(done.seconds),
+                **{name: _words(record.get(name)) for name in ("device", "processes", "precision")},
+                "critic": _words(settings.get("critic"), missing="none"),
+                "data": _words(settings.get("data")),
+                "started": _time(record.get("started")),
+                "revision": _words(record.get("revision")),
+            }
+        )
+    if not any(_size(run, "cached_critic_flops") for run in runs):
+        columns = [{name: text for name, text in column.items() if "caches" not in name} for column in columns]
+    rows = {("", name, unit if "FLOPs" in name else ""): [each[name] for each in columns] for name in columns[0]}
     return Table(_frame(runs, rows), is_of_words=True)
 
 
