@@ -16,7 +16,7 @@ from avatarl.comparison.report import mean_curves, page_values, write_reports
 from avatarl.sanitise import OBEYED, one_line
 
 from ..results.reports import HOSTILE, Page, write_run
-from ..results.test_report_outside import ELEMENTS
+from ..results.test_report_untrusted import ELEMENTS
 from .rows import TUNING, curve, frame, result, write_comparison, write_small_comparison
 
 BASE = "cross_entropy"

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
@@ -18,7 +19,7 @@ from avatarl.cli import main
 from avatarl.results import evaluate
 from avatarl.results.charts import CHARTED, MOST_POINTS, charts_of, stretch_means
 from avatarl.results.report import report
-from avatarl.results.reporter import line_style
+from avatarl.results.reporter import Cell, Row, Table, fixed, line_style, signed
 from avatarl.results.runs import read_runs
 
 from .reports import (
@@ -236,6 +237,32 @@ def test_a_resumption_says_what_changed(tmp_path: Path):
     record = {"resumed": [{"step": 5, "started": "2026-01-02T03:04:05+00:00", "changes": ["seed was 1 and is 2"]}]}
     page = report_of([write_run(tmp_path / "run", [], record)], tmp_path / "report.html")
     assert "from step 5, 2026-01-02 03:04:05 UTC: seed was 1 and is 2" in page.text
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_becomes_rows_in_sections():
+    levels = ["section", "name", "unit"]
+    index = pd.MultiIndex.from_tuples([("one", "a", "nats"), ("one", "b", ""), ("two", "a", "s")], names=levels)
+    table = Table(pd.DataFrame([["1"], [Cell("2", "+1", "worse")], ["3"]], index, ["run"]), marked=[False, True, False])
+    assert table.columns == ["run"]
+    assert table.sections == [
+        ("one", [Row("a", "nats", False, [Cell("1")]), Row("b", "", True, [Cell("2", "+1", "worse")])]),
+        ("two", [Row("a", "s", False, [Cell("3")])]),
+    ]
+    plain = Table(pd.DataFrame({"run": ["1"], "other": ["2"]}, ["a"]))
+    assert plain.sections == [("", [Row("a", "", False, [Cell("1"), Cell("2")])])]
+    assert Table(pd.DataFrame(columns=["run"])).sections == []
+
+
+@pytest.mark.parametrize(
+    ("value", "as_number", "as_difference"),
+    [(1234.5, "1,234.50", "+1,234.50"), (-0.125, "−0.12", "−0.12"), (0.0, "0.00", "0.00"), (-0.001, "−0.00", "0.00")],
+)
+def test_numbers_as_text(value: float, as_number: str, as_difference: str):
+    assert (fixed(value, 2), signed(value, 2)) == (as_number, as_difference)
+    assert fixed(None, 2) == fixed(math.nan, 2) == fixed(math.inf, 2) == "—"
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------

@@ -6,16 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from avatarl import UserError
 from avatarl.results.report import report
-from avatarl.results.runs import distinct_names, read_columns
 from avatarl.sanitise import OBEYED, one_line
 
-from .reports import EVALUATION, HOSTILE, Page, line, made_up_lines, report_of, write_hostile_runs, write_run
+from .reports import EVALUATION, HOSTILE, Page, made_up_lines, report_of, write_hostile_runs, write_run
 
 # --- runs as they come ------------------------------------------------------------------------------------------------
 
@@ -127,31 +125,6 @@ def test_prompts_come_from_held_out_text(trained: list[Path], tmp_path: Path, mo
     )
     report(trained[:1], tmp_path / "report.html", max_windows=1, device="cpu", quiet=True)
     assert asked[0] == "" and len(asked) > 2 and all(len(prompt.split()) > 3 for prompt in asked[1:])
-
-
-def test_names_are_the_ends_of_paths_that_differ():
-    assert distinct_names(["a/run", "b/run", "c/other"]) == ["a/run", "b/run", "other"]
-    assert distinct_names(["x/a/run", "y/a/run"]) == ["x/a/run", "y/a/run"]
-    with pytest.raises(UserError, match="is given twice"):
-        distinct_names(["a/run", "a/../a/run"])
-
-
-def test_what_is_no_number_is_told_from_what_is_missing(tmp_path: Path):
-    run = write_run(tmp_path / "run", [line("train", 1, loss=float("nan")), line("train", 2), line("train", 3, loss=1)])
-    columns, _ = read_columns(run, ["loss"])
-    np.testing.assert_array_equal(columns["loss"], [np.inf, np.nan, 1])
-
-
-def test_a_torn_line_is_forgiven_at_the_end_only(tmp_path: Path):
-    run = write_run(tmp_path / "run", [line("train", 1, loss=1.0)])
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "tr')
-    columns, _ = read_columns(run, ["loss"])
-    assert columns["loss"].tolist() == [1.0]
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("\n")
-    with pytest.raises(UserError, match="line 2"):
-        read_columns(run, ["loss"])
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -1,24 +1,18 @@
-"""What a run wrote, read back; and its curves as a picture."""
+"""What a run wrote, read back."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 import pytest
 
 from avatarl import UserError
-from avatarl.results import draw_curves, read_metrics
+from avatarl.results import read_metrics
+from avatarl.results.runs import distinct_names, read_columns
 from avatarl.training import train
 
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def write_run(folder: Path, lines: list[dict]) -> Path:
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+from .reports import line, write_run
 
 
 def made_up_run(folder: Path, offset: float) -> Path:
@@ -67,32 +61,26 @@ def test_an_empty_file_has_no_lines(tmp_path: Path):
     assert read_metrics(write_run(tmp_path / "run", []), "train") == []
 
 
-# --- curves ---------------------------------------------------------------------------------------------------------
+def test_names_are_the_ends_of_paths_that_differ():
+    assert distinct_names(["a/run", "b/run", "c/other"]) == ["a/run", "b/run", "other"]
+    assert distinct_names(["x/a/run", "y/a/run"]) == ["x/a/run", "y/a/run"]
+    with pytest.raises(UserError, match="is given twice"):
+        distinct_names(["a/run", "a/../a/run"])
 
 
-def test_a_picture_is_drawn(tmp_path: Path):
-    runs = {"one": made_up_run(tmp_path / "a", 5.0), "two": made_up_run(tmp_path / "b", 6.0)}
-    draw_curves(runs, tmp_path / "curves.png", {"unigram entropy": 4.0})
-    content = (tmp_path / "curves.png").read_bytes()
-    assert content.startswith(PNG)
-    empty = {"none": write_run(tmp_path / "c", [])}
-    draw_curves(empty, tmp_path / "empty.png")
-    assert len(content) > 1.2 * len((tmp_path / "empty.png").read_bytes())
+def test_what_is_no_number_is_told_from_what_is_missing(tmp_path: Path):
+    run = write_run(tmp_path / "run", [line("train", 1, loss=float("nan")), line("train", 2), line("train", 3, loss=1)])
+    columns, _ = read_columns(run, ["loss"])
+    np.testing.assert_array_equal(columns["loss"], [np.inf, np.nan, 1])
 
 
-def test_the_picture_names_every_run_and_baseline(tmp_path: Path):
-    """SVG writes each text beside its shape as a comment; six runs are more than there are colours."""
-    names = ["first", "second", "third", "fourth", "fifth", "sixth"]
-    runs = {name: made_up_run(tmp_path / name, 5.0 + number) for number, name in enumerate(names)}
-    draw_curves(runs, tmp_path / "curves.svg", {"unigram entropy": 4.0})
-    picture = (tmp_path / "curves.svg").read_text()
-    # Validation, training loss and expected reward; no run has the fourth panel's metric.
-    assert {name: picture.count(f"<!-- {name} -->") for name in names} == dict.fromkeys(names, 3)
-    assert picture.count("<!-- unigram entropy -->") == 1
-    assert "<!-- validation cross-entropy (nats per token) -->" in picture
-
-
-def test_the_callers_backend_is_left_alone(tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
-    draw_curves({"run": made_up_run(tmp_path / "run", 5.0)}, tmp_path / "curves.png")
-    assert matplotlib.rcParams["backend"] == "svg"
+def test_a_torn_line_is_forgiven_at_the_end_only(tmp_path: Path):
+    run = write_run(tmp_path / "run", [line("train", 1, loss=1.0)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "tr')
+    columns, _ = read_columns(run, ["loss"])
+    assert columns["loss"].tolist() == [1.0]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="line 2"):
+        read_columns(run, ["loss"])
