@@ -307,7 +307,7 @@ def plan(
         vocab_size,
         steps,
         player,
-        critics=tuple(zip(critics, map(schedules.steps_of, live), strict=True)),
+        critics=tuple(zip(critics, map(schedules.active_steps, live), strict=True)),
         averages=sum(critic.is_average for critic in found),
         cache_bytes=sum(12 * (1 + top) + 8 * draws + 8 for top, draws in filter(None, (c.limits for c in found))),
         has_snapshot=objective.needs_snapshot,
@@ -321,9 +321,7 @@ def share_of_step(config: TrainConfig, processes: int) -> tuple[int, int]:
     Raises:
         UserError: The processes cannot share a step's windows evenly.
     """
-    from avatarl.training.processes import Processes
-
-    share = len(Processes(count=processes).share(range(config.windows_per_step)))
+    share = config.windows_per_process(processes)
     passes = math.ceil(share / config.micro_batch_size)
     return math.ceil(share / passes), passes
 

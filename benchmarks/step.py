@@ -52,13 +52,13 @@ from avatarl.models.critics import CachedCritic, Critic, LiveCritic
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective
 from avatarl.objective.engine import IMPLEMENTATIONS
-from avatarl.training.batch import Batch
+from avatarl.training.batches import Batch
 from avatarl.training.config import GuardConfig, OptimConfig
 from avatarl.training.draws import uniforms_of
 from avatarl.training.guard import Guard
+from avatarl.training.model import PlayerWithLoss
 from avatarl.training.optim import build_optimisers, clip_gradients
 from avatarl.training.processes import Processes
-from avatarl.training.rewarded_player import RewardedPlayer
 
 AVATARL, CROSS_ENTROPY, FLOOR = "avatarl", "cross_entropy", "cross_entropy and critic's logits"
 CACHED, SAMPLED, ALONE = "avatarl, cached critic", "avatarl, cached sample", "avatarl without a critic"
@@ -133,14 +133,14 @@ class Training:
     def update(self) -> None:
         """What follows the backward pass, as in training."""
         norm = clip_gradients(self.player.parameters(), 1.0, Processes())
-        refused = self.guard.judge(1, norm, norm)  # what it judges does not matter here
-        self.optimisers.step(1, refused)
+        skipped = self.guard.check(1, norm, norm)  # the values do not matter here
+        self.optimisers.step(1, skipped)
 
     def model(
         self, objective: str, critic: Critic | None = None, settings: AvataRLConfig | None = None
     ) -> Callable[[Batch], Tensor]:
         """A batch in, loss out, as in training."""
-        model = RewardedPlayer(
+        model = PlayerWithLoss(
             self.player, make_objective(objective, settings), self.case.vocabulary, self.impl == "compiled"
         )
         model, num_valid = self.compiled(model), self.case.block_size * self.case.micro_batch_size

@@ -8,7 +8,7 @@ from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.models import PlayerConfig, build_player, open_critic
 from avatarl.models.critics import CriticInputs
 from avatarl.objective import AvataRLConfig, make_objective
-from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.model import PlayerWithLoss
 
 
 def main(
@@ -32,7 +32,7 @@ def main(
     opened = open_critic(critic, tokenizer, block_size=block_size, device=fabric.device)
     player = build_player(PlayerConfig(preset="1m"), tokenizer, block_size, seed=1)
     # The loss is computed inside of what Fabric wraps: outside, gradients would not be averaged over processes.
-    model = RewardedPlayer(player, make_objective("avatarl", AvataRLConfig.article()), len(tokenizer))
+    model = PlayerWithLoss(player, make_objective("avatarl", AvataRLConfig.article()), len(tokenizer))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
 
     cross_entropies = []

@@ -131,7 +131,7 @@ def test_a_run_goes_on_wherever_it_lies(tree: Path, tmp_path: Path, monkeypatch,
     monkeypatch.chdir({"above": run.parent, "inside": run, "elsewhere": tmp_path / "empty"}[here])
     runs = set(tmp_path.rglob("config.yaml"))
     assert main(["train", "--config", os.path.relpath(run / "config.yaml"), "--resume"]) == 0
-    assert "goes on after step 4" in capsys.readouterr().err
+    assert "resumes after step 4" in capsys.readouterr().err
     assert_same_weights(weights_of(run / "final"), expected)
     assert set(tmp_path.rglob("config.yaml")) == runs and not any((tmp_path / "empty").iterdir())
     assert main(["train", "--config", os.path.relpath(run / "config.yaml"), "--resume"]) == 0

@@ -35,9 +35,9 @@ class Processes(Protocol):
     is_main: bool
 
     def largest(self, number: int) -> int: ...
-    def from_main(self, value: Any) -> Any: ...
+    def broadcast(self, value: Any) -> Any: ...
     def gather(self, value: Any) -> list[Any]: ...
-    def apart(self) -> Processes: ...
+    def for_another_thread(self) -> Processes: ...
 
 
 class Checkpoints:
@@ -63,7 +63,7 @@ class Checkpoints:
         """
         self._folder, self._identity = run / CHECKPOINTS, identity
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._processes, self._writers = processes, processes.apart()
+        self._processes, self._writers = processes, processes.for_another_thread()
         self._background = _BackgroundWriter() if in_background else None
 
     def __enter__(self) -> Checkpoints:
@@ -117,13 +117,13 @@ class Checkpoints:
     def _write(self, step: int, tensors: Mapping[str, Mapping[str, Held]], state: dict) -> None:
         writers = self._writers
         if not writers.is_main:
-            partial = Path(writers.from_main(None))
+            partial = Path(writers.broadcast(None))
             writers.gather(self._write_tensors(partial, tensors) if is_divided(tensors) else {})
-            writers.from_main(None)  # wait until it is there
+            writers.broadcast(None)  # wait until it is there
             return
 
         def fill(partial: Path) -> None:
-            writers.from_main(str(partial))
+            writers.broadcast(str(partial))
             files = self._write_tensors(partial, tensors)
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
             files[STATE] = describe(partial / STATE)
@@ -136,7 +136,7 @@ class Checkpoints:
             flush(self._folder.parent)
         replace_folder(step_folder(self._folder, step), fill)
         self._forget(step)
-        writers.from_main(True)
+        writers.broadcast(True)
 
     def _write_tensors(self, folder: Path, tensors: Mapping[str, Mapping[str, Held]]) -> dict:
         number = f"-{self._writers.rank + 1:05d}-of-{self._writers.count:05d}" if is_divided(tensors) else ""

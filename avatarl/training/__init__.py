@@ -6,6 +6,6 @@ __getattr__, __all__ = lazy_exports(
     __name__,
     {
         "config": ("GuardConfig", "OptimConfig", "Schedule", "ScheduleConfig", "TrainConfig"),
-        "trainer": ("train",),
+        "run": ("train",),
     },
 )

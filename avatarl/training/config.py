@@ -289,6 +289,15 @@ class TrainConfig:
         """Windows in one optimiser step."""
         return self.micro_batch_size * self.gradient_accumulation_steps
 
+    def windows_per_process(self, process_count: int) -> int:
+        """Windows of a step in each process; UserError if they cannot be shared evenly."""
+        if self.windows_per_step % process_count:
+            raise UserError(
+                f"micro_batch_size times gradient_accumulation_steps is {self.windows_per_step}, which {process_count} "
+                f"processes cannot share; expected a multiple of {process_count}"
+            )
+        return self.windows_per_step // process_count
+
     def total_steps(self, train_windows: int, taken: int = 0, windows_read: int = 0) -> int:
         """Optimiser steps of the run, given the number of training windows and what of ``epochs`` is done already.
 

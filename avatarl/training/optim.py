@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from avatarl.device import pick_precision
+from avatarl.device import local, pick_precision
 
 from .config import OptimConfig
-from .processes import Processes, local, whole
+from .processes import Processes, whole
 
 # What each keeps for a parameter between steps.
 KEPT = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
@@ -36,18 +36,18 @@ class Optimisers:
     config: OptimConfig
     total_steps: int
 
-    def step(self, step: int, refused: Tensor | None = None) -> float:
-        """Update the weights and forget the gradients; return the learning rate.
+    def step(self, step: int, skipped: Tensor | None = None) -> float:
+        """Update the weights and free the gradients; return the learning rate.
 
         Args:
             step: The number of the optimiser step, counted from 1.
-            refused: bool (), on the device: whether to leave weights and state as they are.
+            skipped: bool (), on the device: whether to leave weights and state as they are.
         """
         learning_rate = self.config.learning_rate * learning_rate_factor(step - 1, self.config, self.total_steps)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate
-            with _unless(refused, optimiser):
+            with _unless(skipped, optimiser):
                 optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return learning_rate
@@ -63,17 +63,17 @@ class _FloatForBfloat16(TorchFunctionMode):
 
 
 class PortableMuon(torch.optim.Muon):
-    """PyTorch's Muon, made fit for every machine.
+    """PyTorch's Muon for sharded matrices and for CPUs without bfloat16.
 
-    An update depends on the whole matrix. Where processes hold parts of it (FSDP2), PyTorch would divide each product
-    of the orthogonalisation, with an exchange for every one and other roundings for every number of processes; here
-    each takes the whole matrix. And PyTorch's products are in bfloat16, which a CPU that does not multiply it natively
-    emulates: fifteen times the time of float32 (docs/lab-log.md, 2026-11-30). There they are in float32.
+    An update depends on the whole matrix. With shards (FSDP2), PyTorch would divide each product of the
+    orthogonalisation, with an exchange for every one, and round differently for every number of processes; here each
+    process gathers the whole matrix. PyTorch takes the products in bfloat16, which many CPUs emulate at fifteen times
+    the time of float32 (docs/lab-log.md, 2026-11-30); there they are in float32.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; ``closure`` as torch has it, for matrices that nobody divides."""
+        """One update; ``closure`` as in torch, for matrices without shards."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         with nullcontext() if muon_precision(parameters[0].device) == "bf16" else _FloatForBfloat16():
             if any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -101,33 +101,33 @@ class PortableMuon(torch.optim.Muon):
 
 
 def muon_precision(device: torch.device) -> str:
-    """What Muon multiplies in, ``bf16`` or ``fp32``: it follows the device, whatever the run's own precision."""
+    """The precision of Muon's products, ``bf16`` or ``fp32``; it depends on the device, not on the run's precision."""
     return pick_precision("auto", device)
 
 
 @contextmanager
-def _unless(refused: Tensor | None, optimiser: Optimizer) -> Iterator[None]:
-    """Let a step inside change nothing where ``refused`` is set, without asking the device."""
-    if refused is None:
+def _unless(skipped: Tensor | None, optimiser: Optimizer) -> Iterator[None]:
+    """Undo the optimiser's step inside if ``skipped`` is set, without waiting for the device."""
+    if skipped is None:
         yield
     elif isinstance(optimiser, torch.optim.AdamW):
-        # The fused kernel looks at this itself; it is made for gradient scaling.
-        optimiser.grad_scale, optimiser.found_inf = None, refused.float()
+        # The fused kernel reads this itself; it is meant for gradient scaling.
+        optimiser.grad_scale, optimiser.found_inf = None, skipped.float()
         try:
             yield
         finally:
             del optimiser.grad_scale, optimiser.found_inf
     else:
-        # Muon has no such thing: its weights and momenta, a part of all, are kept and put back.
+        # Muon has no such flag: its weights and momenta, a part of all, are saved and restored.
         parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         weights = [local(parameter.detach()).clone() for parameter in parameters]
         momenta = [optimiser.state[parameter].get("momentum_buffer") for parameter in parameters]
         momenta = [None if momentum is None else local(momentum).clone() for momentum in momenta]
         yield
         for parameter, weight, momentum in zip(parameters, weights, momenta, strict=True):
-            _put_back(parameter.detach(), weight, refused)
+            _put_back(parameter.detach(), weight, skipped)
             if (now := optimiser.state[parameter].get("momentum_buffer")) is not None:
-                _put_back(now, torch.zeros_like(weight) if momentum is None else momentum, refused)
+                _put_back(now, torch.zeros_like(weight) if momentum is None else momentum, skipped)
 
 
 def _put_back(tensor: Tensor, value: Tensor, condition: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The processes of one run: who writes, what they tell each other, and how the player is held by all of them.
+"""The processes of one run: how they communicate, and how they hold the player.
 
-One process is the ordinary case and talks to nobody. Several are started by ``torchrun``; each takes its part of every
-step's windows, and the wrappers of PyTorch average their gradients.
+One process is the ordinary case. ``torchrun`` starts several; each takes its share of every step's windows, and
+PyTorch's wrappers average their gradients.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,61 +26,47 @@ from transformers import PreTrainedModel
 from avatarl.device import launched_as
 from avatarl.errors import RunFailed, UserError
 
-STILL_HERE_SECONDS = 60  # of the 30 minutes that Gloo waits for an answer
+HEARTBEAT_SECONDS = 60  # Gloo waits 30 minutes for an answer
 
 
 @dataclass
 class Processes:
-    """This process among those of the run. Use as a context manager, unless torch.distributed is already started."""
+    """This process among those of the run. Use as a context manager, unless torch.distributed has been initialised."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0  # among those of this machine: its GPU
-    has_started: bool = False  # torch.distributed, and so has to end it
-    group: dist.ProcessGroup | None = None  # that values on the host go through; None: the one for everything
+    has_started: bool = False  # whether this object initialised torch.distributed, and so ends it
+    group: dist.ProcessGroup | None = None  # for values on the host; None: the default group
 
     @classmethod
     def of_this_run(cls) -> Processes:
-        """As ``torchrun`` says in the environment; one process alone where it says nothing."""
+        """From the environment that ``torchrun`` sets; one process alone without it."""
         return cls(*launched_as())
 
     def __enter__(self) -> Processes:
         if self.count > 1 and not dist.is_initialized():
-            # Tensors talk where they are; what is decided on the host needs no device, and does not wait for it.
+            # Values on the host are exchanged by Gloo, so that they do not wait for a device.
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             try:
                 store, rank, count = next(dist.rendezvous("env://"))
-            except ValueError as error:  # what torchrun sets besides
+            except ValueError as error:  # the other variables that torchrun sets
                 raise UserError(f"WORLD_SIZE is {self.count} in the environment; {error}; start by torchrun") from error
             dist.init_process_group(backend, store=meet(store, rank, count), rank=rank, world_size=count)
             self.has_started = True
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        # After an error the others may be gone, and waiting for them would hide it.
+        # After an error other processes may be gone, and waiting for them would hide the error.
         if kind is None and self.has_started:
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes what one process writes."""
+        """Whether this process writes what only one process writes."""
         return self.rank == 0
 
-    def share(self, windows: range) -> range:
-        """This process's part of a step's windows.
-
-        Raises:
-            UserError: They cannot be divided evenly.
-        """
-        if len(windows) % self.count:
-            raise UserError(
-                f"micro_batch_size times gradient_accumulation_steps is {len(windows)}, which {self.count} processes "
-                f"cannot share; expected a multiple of {self.count}"
-            )
-        size = len(windows) // self.count
-        return windows[self.rank * size : (self.rank + 1) * size]
-
-    # --- what they tell each other; every process has to ask at the same place ---
+    # --- communication; every process has to call the same methods in the same order ---
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes of a tensor of any shape, on its device."""
@@ -90,15 +76,23 @@ class Processes:
             values /= self.count
         return values
 
+    def means(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """The mean over processes of each value (), in float64; waits for the device."""
+        if not values:
+            return {}
+        device = next((value.device for value in values.values() if isinstance(value, Tensor)), None)
+        stacked = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in values.values()])
+        return dict(zip(values, self.mean(stacked).tolist(), strict=True))
+
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers; no device is waited for."""
+        """The largest of the processes' numbers, without waiting for a device."""
         if self.count == 1:
             return number
         numbers = torch.tensor(number)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.group)
         return int(numbers)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's value, in every process."""
         if self.count == 1:
             return value
@@ -106,36 +100,36 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.group, device=torch.device("cpu"))
         return values[0]
 
-    def ask_main(self, question: Callable[[], Any]) -> Any:
-        """What ``question`` answers in the main process, or the error it raises there, in every process.
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` in the main process; every process returns its result or raises its error.
 
-        However long it takes: the others hear from the main process meanwhile, or they would take it for lost.
+        It may take long: heartbeats keep the other processes from timing out.
         """
-        answer = error = None
+        result = error = None
         if self.is_main:
-            with self._saying_still_here():
+            with self._heartbeat():
                 try:
-                    answer = question()
+                    result = function()
                 except Exception as raised:
                     error = raised
-        while (said := self.from_main((answer, error))) is None:
+        while (received := self.broadcast((result, error))) is None:
             pass
-        answer, error = said
+        result, error = received
         if error is not None:
             raise error
-        return answer
+        return result
 
     @contextmanager
-    def _saying_still_here(self) -> Iterator[None]:
-        """In the main process, tell the others None now and then."""
+    def _heartbeat(self) -> Iterator[None]:
+        """In the main process, broadcast None now and then."""
         is_over = threading.Event()
 
-        def say() -> None:
-            with suppress(RuntimeError):  # that another is gone, the answer will find too
-                while not is_over.wait(STILL_HERE_SECONDS):
-                    self.from_main(None)
+        def beat() -> None:
+            with suppress(RuntimeError):  # another process is gone; the result's broadcast finds that too
+                while not is_over.wait(HEARTBEAT_SECONDS):
+                    self.broadcast(None)
 
-        thread = threading.Thread(target=say, daemon=True)
+        thread = threading.Thread(target=beat, daemon=True)
         if self.count > 1:
             thread.start()
         try:
@@ -145,10 +139,10 @@ class Processes:
             if self.count > 1:
                 thread.join()
 
-    def after_main(self, open_: Callable[[str | None], Any]) -> Any:
-        """What ``open_`` opens, in the main process first; in the others it is told the ``digest`` of what that is."""
+    def main_first(self, open_: Callable[[str | None], Any]) -> Any:
+        """Call ``open_(None)`` in the main process, then ``open_(digest)`` of what it opened in the others."""
         opened = []
-        verified = self.ask_main(lambda: opened.append(open_(None)) or opened[0].digest)
+        verified = self.on_main(lambda: opened.append(open_(None)) or opened[0].digest)
         return opened[0] if opened else open_(verified)
 
     def gather(self, value: Any) -> list[Any]:
@@ -159,11 +153,11 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def apart(self) -> Processes:
-        """The same processes for another thread, whose words do not mix with what is said here meanwhile."""
+    def for_another_thread(self) -> Processes:
+        """The same processes for another thread, with a group of its own, so that messages do not mix."""
         return replace(self, group=dist.new_group(backend="gloo")) if self.count > 1 else self
 
-    # --- how they hold the player ---
+    # --- holding the player ---
 
     def wrap(self, model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
         """The module to call in training, after :meth:`shard` for ``fsdp``; gradients become means over processes."""
@@ -191,14 +185,14 @@ class Processes:
 
 
 def meet(store: dist.Store, rank: int, count: int, patience_seconds: float = 600) -> dist.Store:
-    """A part of ``store`` that is used by the processes running now and by none before them.
+    """A part of ``store`` for the processes that run now, and none before them.
 
-    torchrun's store outlives a restart, and with it the addresses of processes that are dead; its count of restarts may
-    differ between machines. So each process leaves a name that nobody had, the first one announces all names it finds
-    as a meeting, again and again, until each process has come to one that has its own name.
+    torchrun's store outlives a restart, and with it the addresses of dead processes; its count of restarts may differ
+    between machines. So each process leaves a fresh name, and the first one repeatedly announces all names it finds as
+    a meeting, until each process has joined one with its own name.
 
     Raises:
-        RunFailed: Somebody did not come.
+        RunFailed: A process did not join in time.
     """
     name, until = secrets.token_hex(8), time.monotonic() + patience_seconds
     store.set(f"name/{rank}", name)
@@ -216,9 +210,9 @@ def meet(store: dist.Store, rank: int, count: int, patience_seconds: float = 600
     raise RunFailed(f"process {rank} of {count} waited {patience_seconds:.0f} seconds for the others")
 
 
-def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Around the passes of one micro-batch: only the last one of a step exchanges gradients."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile holds
+def sync_gradients(model: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Around the passes of one micro-batch: exchange gradients only after the last one of a step."""
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
     elif isinstance(model, DistributedDataParallel) and not is_last:
@@ -226,16 +220,11 @@ def gradients_are_summed_later(model: nn.Module, is_last: bool) -> AbstractConte
     return nullcontext()
 
 
-def lost_another(error: BaseException) -> bool:
-    """Whether an error says that another process no longer answers."""
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process no longer answers."""
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes; every process has to ask."""
+    """The tensor with the shards of all processes; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

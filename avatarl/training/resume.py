@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from avatarl.errors import UserError
 from avatarl.places import located, may_be_same
-from avatarl.run_dir.checkpoint import newest_good_checkpoint
+from avatarl.run_dir.checkpoint import STATE, newest_good_checkpoint, read_manifest
 from avatarl.run_dir.identity import (
     changed_identity,
     differences,
@@ -17,7 +21,13 @@ from avatarl.run_dir.identity import (
     settings_to_resume,
 )
 
+from .artifacts import describe_folder
 from .config import TrainConfig, idle_settings
+from .setup import Setup
+from .state import Progress, load_tensors
+
+# What reading a forged checkpoint may raise.
+INVALID = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
 
 
 def check_run_folder(run: Path, config: TrainConfig, resume: bool, allow_changes: bool = False) -> list[str]:
@@ -58,3 +68,36 @@ def find_checkpoint(
     if changes and not allow_changes:
         raise UserError(f"{run}: {'; '.join(changes)}. Pass --allow_changes to resume anyway")
     return checkpoint, changes
+
+
+def load_checkpoint(checkpoint: Path, setup: Setup, is_same_run: bool = True) -> Progress:
+    """Restore models, optimisers and guard; return how far the run is.
+
+    If settings, data or critics have changed, losses and metrics of earlier steps are dropped.
+
+    Raises:
+        UserError: It is of another model or has more steps than the run, or it is not valid.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+        files = [checkpoint / name for name in manifest["files"]]
+        load_tensors(files, setup.player, setup.optimisers, setup.saved_critics)
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        progress = Progress.from_state(state, manifest["step"])
+        setup.guard.load_state_dict(state["guard"], is_same_run)
+        if not is_same_run:
+            progress.sums = {}  # a line of metrics averages steps of one kind
+        setup.resume_from(progress)
+    except UserError:
+        raise
+    except INVALID as error:
+        raise UserError(f"{checkpoint} is not valid ({type(error).__name__}: {error})") from error
+    if progress.step > setup.total_steps:
+        raise UserError(f"steps is {setup.total_steps}, but the run has taken {progress.step} already")
+    if progress.step < setup.total_steps and progress.best_player:
+        is_other_text = manifest["identity"]["data"] != setup.identity["data"]
+        if is_other_text or describe_folder(checkpoint.parents[1] / "player") != progress.best_player:
+            # It was the best on other text; or a better one was written after the checkpoint, and will be again; or it
+            # is damaged. The best of the evaluations to come takes its place.
+            progress.best_cross_entropy, progress.best_step, progress.best_player = math.inf, None, None
+    return progress

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avatarl.data import PreparedData, WindowOrder, Windows
+from avatarl.data import PreparedData, Windows
 from avatarl.device import pick_device, pick_precision
 from avatarl.errors import UserError
 from avatarl.models import Critic, build_player, count_parameters, open_critic, training_flops_per_token
 from avatarl.models.counting import ParameterCount
 from avatarl.models.critics import LiveCritic, Snapshot
 from avatarl.models.digest import digest_of_tokenizer
-from avatarl.objective import Objective, make_objective
+from avatarl.objective import make_objective
 from avatarl.objective.engine import is_compiled
 from avatarl.places import kept
 from avatarl.run_dir.identity import MUON, settings_digest
 
-from .batch import Batch
+from .batches import Batches
 from .config import TrainConfig
-from .draws import uniforms_of
+from .guard import Guard
+from .model import PlayerWithLoss
 from .optim import Optimisers, build_optimisers, muon_precision
 from .processes import Processes
-from .rewarded_player import RewardedPlayer
-from .schedule import Schedules
+from .schedule import Schedules, Stage
+from .state import Progress
 from .validation import Validation
-
-
-@dataclass(frozen=True)
-class Reached:
-    """How far a run is, and what that took. It is kept, for the settings of the steps before may have been others."""
-
-    step: int = 0
-    windows: int = 0  # read, and so the place of the next one in the endless order
-    tokens: int = 0
-    player_flops: int = 0
-    critic_flops: int = 0
-    caches: dict[str, int] = field(default_factory=dict)  # FLOPs that each took, by its digest
 
 
 @dataclass
@@ -55,131 +42,94 @@ class Setup:
     processes: Processes
     device: torch.device
     precision: str  # bf16 or fp32
+    autocast: AbstractContextManager
+    identity: dict[str, str]
+    # Data:
     data: PreparedData
     tokenizer: PreTrainedTokenizerBase
-    windows: Windows
-    order: WindowOrder
-    objective: Objective
-    critics: list[Critic]
-    snapshot: Snapshot | None  # the earlier player that ``ppo`` draws its actions from
-    schedules: Schedules
-    player: PreTrainedModel
-    player_flops: int  # of a forward and a backward pass of it, per token
-    parameters: ParameterCount  # of it
-    model: RewardedPlayer  # player and objective
-    step_model: nn.Module  # what training calls: the model, compiled and wrapped as asked for
-    optimisers: Optimisers
+    batches: Batches
     validation: Validation
+    windows_per_step: int
+    tokens_per_step: int
+    positions_per_process: int  # of a step; every position of a window counts
     total_steps: int
-    identity: dict[str, str]
-    begun_at: Reached = field(default_factory=Reached)  # where this process took the run up
+    # Objective and critics:
+    schedules: Schedules
+    critics: list[Critic]
+    averages: list[Critic]  # those that follow the player
+    snapshot: Snapshot | None  # the earlier player that ``ppo`` draws its actions from
+    saved_critics: dict[str, LiveCritic]  # those whose weights checkpoints hold, by the names of their files
+    # Player:
+    player: PreTrainedModel
+    player_flops: int  # of a forward and a backward pass, per token
+    parameters: ParameterCount
+    model: PlayerWithLoss
+    step_model: nn.Module  # the same, compiled and wrapped as the config says
+    optimisers: Optimisers
+    guard: Guard
 
-    @property
-    def autocast(self) -> AbstractContextManager:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.windows_per_step * self.config.block_size
-
-    def go_on_from(self, reached: Reached) -> None:
-        """Take the run up where it was left; ``epochs`` count what was read.
+    def resume_from(self, progress: Progress) -> None:
+        """Set the number of steps, since ``epochs`` count what was read, perhaps with other settings.
 
         Raises:
             UserError: A schedule ends after the run.
         """
-        self.begun_at = reached
-        self.total_steps = self.config.total_steps(len(self.windows), reached.step, reached.windows)
+        self.total_steps = self.config.total_steps(len(self.batches.windows), progress.step, progress.windows)
         self.schedules = self.schedules.over(self.total_steps)
         self.optimisers.total_steps = self.total_steps
 
-    def reached_after(self, step: int) -> Reached:
-        """How far the run is after ``step``, evaluations aside, counted from where this process took it up."""
-        begun = self.begun_at
-        steps, tokens = step - begun.step, (step - begun.step) * self.tokens_per_step
-        critics = sum(
-            (self.schedules.steps_of(critic, step) - self.schedules.steps_of(critic, begun.step))
-            * critic.flops_per_token
-            for critic in self.critics
-        )
-        return Reached(
-            step,
-            begun.windows + steps * self.config.windows_per_step,
-            begun.tokens + tokens,
-            begun.player_flops + tokens * self.player_flops,
-            begun.critic_flops + critics * self.tokens_per_step,
-            begun.caches | {digest: flops for critic in self.critics for digest, flops in critic.costs.items()},
-        )
-
-    def windows_of_step(self, step: int) -> range:
-        """The places in the endless order of training that optimiser step ``step``, counted from 1, reads."""
-        return range(self.reached_after(step - 1).windows, self.reached_after(step).windows)
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """This process's windows of one optimiser step, a micro-batch at a time.
-
-        Which windows a step has does not depend on the number of processes.
-        """
-        samples = self.schedules.stage(step).objective.num_uniforms
-        mine = self.processes.share(self.windows_of_step(step))
-        passes = math.ceil(len(mine) / self.config.micro_batch_size)
-        for places in np.array_split(mine, passes):  # of equal size, or one window more
-            indices = self.order.indices(places[0], len(places))
-            uniforms = uniforms_of(self.config.seed, places, self.config.block_size, samples)
-            yield Batch(*self.windows.batch(indices), uniforms, "train", indices).to(self.device)
-
-    @property
-    def kept_critics(self) -> dict[str, LiveCritic]:
-        """Those whose weights checkpoints hold, by the names of their files."""
-        averages = [critic for critic in self.critics if critic.keeps_state]
-        kept = {f"average{number}": critic for number, critic in enumerate(averages)}
-        return kept | ({"snapshot": self.snapshot} if self.snapshot else {})
+    def start_stage(self, step: int) -> Stage:
+        """Give the model the objective of ``step``; free critics that are never active again."""
+        stage = self.schedules.stage(step)
+        self.model.objective = stage.objective
+        if step > self.schedules.last_critic_step:
+            for critic in self.critics:
+                critic.release()
+        return stage
 
     def check_files(self) -> None:
-        """Check that the files of data and critics have not changed since the run started.
+        """Check that data and caches are unchanged since the start.
 
         Raises:
-            RunFailed: One has; it is named.
+            RunFailed: A file has changed; it is named.
         """
         for opened in (self.data, *self.critics):
             opened.check()
 
-    def spent_until(self, step: int) -> dict[str, int]:
-        """What the first ``step`` steps take, evaluations aside.
-
-        Returns:
-            ``tokens`` of training; ``player_flops``, of the player's forward and backward passes; ``critic_flops``, of
-            the critics' forward passes, where they run beside the player.
-        """
-        reached = self.reached_after(step)
-        return {name: getattr(reached, name) for name in ("tokens", "player_flops", "critic_flops")}
-
     @property
-    def sizes(self) -> dict[str, int]:
-        """Of the player and of the whole run: parameters, tokens and FLOPs.
+    def unique_tokens(self) -> int:
+        """Tokens of an epoch."""
+        return len(self.batches.windows) * self.config.block_size
 
-        ``unique_tokens`` are those of an epoch.
-        ``cached_critic_flops`` were spent elsewhere: on critics' passes over the training windows of caches.
+    def sizes(self, progress: Progress) -> dict[str, int]:
+        """Parameters of the player; tokens and FLOPs of the whole run, evaluations aside.
+
+        ``unique_tokens`` are those of an epoch. ``cached_critic_flops`` were spent elsewhere: on critics' passes over
+        the training windows of their caches.
         """
+        remaining = (self.total_steps - progress.step) * self.tokens_per_step
+        critic_flops = sum(
+            self.schedules.active_steps(critic, progress.step) * self.tokens_per_step * critic.flops_per_token
+            for critic in self.critics
+        )
         return {
             "parameters": self.parameters.total,
             "non_embedding_parameters": self.parameters.non_embedding,
-            "unique_tokens": len(self.windows) * self.config.block_size,
-            **self.spent_until(self.total_steps),
-            "cached_critic_flops": sum(self.reached_after(self.total_steps).caches.values()),
+            "unique_tokens": self.unique_tokens,
+            "tokens": progress.tokens + remaining,
+            "player_flops": progress.player_flops + remaining * self.player_flops,
+            "critic_flops": progress.critic_flops + critic_flops,
+            "cached_critic_flops": sum(progress.cache_flops.values()),
         }
 
-    def describe(self) -> str:
-        """One line that says what is being trained on what."""
-        tokens = self.spent_until(self.total_steps)["tokens"]
-        epochs = tokens / (len(self.windows) * self.config.block_size)
+    def describe(self, progress: Progress) -> str:
+        """One line that says what is trained on what."""
+        tokens = self.sizes(progress)["tokens"]
         several = f", {self.processes.count} processes ({self.config.parallel})" if self.processes.count > 1 else ""
         return (
             f"{self.config.objective}: {self.parameters.total:,} parameters "
             f"({self.parameters.non_embedding:,} outside the embedding), {self.total_steps:,} steps, "
-            f"{tokens:,} tokens ({epochs:.2f} epochs), {self.device} {self.precision}{several}"
+            f"{tokens:,} tokens ({tokens / self.unique_tokens:.2f} epochs), {self.device} {self.precision}{several}"
         )
 
 
@@ -189,12 +139,12 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
     Raises:
         UserError: A setting, the data or a critic cannot be used.
     """
-    data = processes.after_main(lambda verified: PreparedData.open(config.data, verified=verified))
+    data = processes.main_first(lambda verified: PreparedData.open(config.data, verified=verified))
     tokenizer = data.load_tokenizer()
     windows = Windows(data.train, config.block_size, config.train_windows)
     valid_windows = Windows(data.valid, config.block_size)
     total_steps = config.total_steps(len(windows))
-    processes.share(range(config.windows_per_step))  # refuses what cannot be shared
+    config.windows_per_process(processes.count)  # refuses what cannot be shared
 
     device = pick_device(config.device, processes.local_rank)
     if device.type == "cuda":
@@ -219,7 +169,7 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
             dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
             device=device,
             quantization=config.critic_quantization,
-            after_main=processes.after_main,
+            after_main=processes.main_first,
         )
         for name in names
     ]
@@ -232,13 +182,13 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
     schedules = Schedules(config.schedules, objective, critics, total_steps, device)
     # Counted before anything is divided among processes.
     parameters, player_flops = count_parameters(player), training_flops_per_token(player, config.block_size)
-    identity = processes.ask_main(lambda: identity_of_run(config, precision, data, critics))
+    identity = processes.on_main(lambda: identity_of_run(config, precision, data, critics))
     if config.optim.name == "muon":
         identity[MUON] = muon_precision(device)
 
     snapshot = Snapshot("snapshot", new_player()) if objective.needs_snapshot else None
     frozen = [*critics, *([snapshot] if snapshot else [])]
-    model = RewardedPlayer(player, objective, len(tokenizer), is_compiled(loss_impl))
+    model = PlayerWithLoss(player, objective, len(tokenizer), is_compiled(loss_impl))
     if config.parallel == "fsdp" and processes.count > 1:
         for critic in frozen:
             critic.shard(partial(processes.shard, device=device, keep_root=True), config.shard_critics)
@@ -247,28 +197,37 @@ def set_up(config: TrainConfig, processes: Processes) -> Setup:
         for critic in frozen:
             critic.compile()
     step_model = torch.compile(model) if config.compile else model
+    averages = [critic for critic in critics if critic.keeps_state]
+    saved = {f"average{number}": critic for number, critic in enumerate(averages)}
+    saved |= {"snapshot": snapshot} if snapshot else {}
+    tokens_per_step = config.windows_per_step * config.block_size
     return Setup(
         config=config,
         processes=processes,
         device=device,
         precision=precision,
+        autocast=torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext(),
+        identity=identity,
         data=data,
         tokenizer=tokenizer,
-        windows=windows,
-        order=WindowOrder(len(windows), config.seed),
-        objective=objective,
-        critics=critics,
-        snapshot=snapshot,
+        batches=Batches(windows, config, processes, device),
+        validation=Validation(valid_windows, config, device, processes),
+        windows_per_step=config.windows_per_step,
+        tokens_per_step=tokens_per_step,
+        positions_per_process=tokens_per_step // processes.count,
+        total_steps=total_steps,
         schedules=schedules,
+        critics=critics,
+        averages=averages,
+        snapshot=snapshot,
+        saved_critics=saved,
         player=player,
         player_flops=player_flops,
         parameters=parameters,
         model=model,
         step_model=processes.wrap(step_model, config.parallel, device),
         optimisers=build_optimisers(player, config.optim, total_steps),
-        validation=Validation(valid_windows, config, device, processes),
-        total_steps=total_steps,
-        identity=identity,
+        guard=Guard(config.guard, device),
     )
 
 

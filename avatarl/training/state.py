@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,73 +17,80 @@ from avatarl.run_dir.tensors import Held, SavedTensors, files_by_part, tensors_o
 
 from .optim import KEPT, Optimisers, kept_by
 
-LARGEST_COUNT = 1 << 62  # of what is counted in an array's numbers; FLOPs outgrow it
+LARGEST_COUNT = 1 << 62  # of windows, tokens and the like; FLOPs may be more
 
 
-def start_of_run() -> dict:
-    """How far a run is before its first step."""
-    return {
-        "step": 0,
-        "best_cross_entropy": math.inf,
-        "best_step": None,
-        "best_player": None,  # size and SHA-256 of its files
-        "cross_entropy": math.nan,  # of the last evaluation
-        "seconds": 0.0,
-        "unlogged": {
-            "since_step": 0,
-            "since_tokens": 0,
-            "seconds": 0.0,
-            "sums": {},
-        },  # what the next line of metrics will hold
-    }
+@dataclass
+class Progress:
+    """How far a run is: what the loop carries from step to step, and state.json of a checkpoint holds."""
 
+    step: int = 0
+    # Counted step by step, since the settings of earlier steps may have been others:
+    windows: int = 0  # read, and so the place of the next one in the endless order
+    tokens: int = 0
+    player_flops: int = 0
+    critic_flops: int = 0
+    cache_flops: dict[str, int] = field(default_factory=dict)  # that each critic cache took, by its digest
+    # Evaluations:
+    cross_entropy: float = math.nan  # of the last one
+    best_cross_entropy: float = math.inf
+    best_step: int | None = None
+    best_player: dict[str, dict] | None = None  # size and SHA-256 of its files
+    # Lines of metrics:
+    seconds: float = 0.0  # of training, up to the last line
+    logged_tokens: int = 0  # up to the last line
+    unlogged_seconds: float = 0.0  # since the last line
+    sums: dict[str, Tensor | float] = field(default_factory=dict)  # of metrics since the last line
 
-def check_state(state: Mapping[str, Any], step: int) -> None:
-    """Refuse a state that no run writes after ``step``: whoever writes one can write matching sums as well.
+    @property
+    def spent(self) -> dict[str, int]:
+        """Training tokens and FLOPs so far, without evaluations and without cached critics."""
+        return {name: getattr(self, name) for name in ("tokens", "player_flops", "critic_flops")}
 
-    Raises:
-        ValueError: naming what it says.
-        KeyError, TypeError, AttributeError: Something is missing, or of another kind.
-    """
-    unlogged, guard, best_step, best_player = (
-        state[name] for name in ("unlogged", "guard", "best_step", "best_player")
-    )
-    best, losses, (accepted, refused, in_a_row) = state["best_cross_entropy"], guard["losses"], guard["counts"]
-    reached = state.get("reached") or {}  # earlier versions do not say
-    seconds, counts = [state["seconds"], unlogged["seconds"]], [accepted, refused, in_a_row, unlogged["since_step"]]
-    numbers = [best, state["cross_entropy"], *seconds, *losses, *unlogged["sums"].values()]
-    wrong = {
-        "step": state["step"] != step or reached.get("step", step) != step,
-        "best_step": best_step is not None and not (_is_count(best_step, step) and best_step > 0),
-        "best_player": best_player is not None
-        and (best_step is None or not all(map(_is_record, best_player.values()))),
-        "best_cross_entropy": math.isnan(best) or best_player is not None and math.isinf(best),
-        "a number": not all(type(number) in (int, float) for number in numbers),
-        "seconds": not all(0 <= each < math.inf for each in seconds),
-        "a loss": not all(map(math.isfinite, losses)),
-        "a count": not all(_is_count(count, step) for count in counts) or in_a_row > refused,
-        "what was read": not all(map(_is_count, (reached.get("windows", 0), reached.get("tokens", 0)))),
-        "what was spent": not all(type(flops) is int and flops >= 0 for flops in _flops(reached)),
-        "a refused step": not all(_is_refused(*map(float, row), step) for row in guard["last"]),
-    }
-    if found := next((name for name, is_wrong in wrong.items() if is_wrong), None):
-        raise ValueError(f"{found} is none of a run after step {step}")
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], step: int) -> Progress:
+        """Read state.json of the checkpoint after ``step``. It may be forged, with digests that match.
 
-
-def _flops(reached: Mapping[str, Any]) -> list[Any]:
-    return [reached.get("player_flops", 0), reached.get("critic_flops", 0), *reached.get("caches", {}).values()]
+        Raises:
+            ValueError: A value is none of a run after ``step``; it is named.
+            KeyError, TypeError, AttributeError: An entry is missing or of another type.
+        """
+        progress, guard = cls(**{each.name: state[each.name] for each in fields(cls)}), state["guard"]
+        best, best_step, best_player = progress.best_cross_entropy, progress.best_step, progress.best_player
+        seconds, losses = [progress.seconds, progress.unlogged_seconds], guard["losses"]
+        numbers = [best, progress.cross_entropy, *seconds, *losses, *progress.sums.values()]
+        flops = [progress.player_flops, progress.critic_flops, *progress.cache_flops.values()]
+        accepted, skipped, in_a_row = guard["counts"]
+        wrong = {
+            "step": progress.step != step,
+            "best_step": best_step is not None and not (_is_count(best_step, step) and best_step > 0),
+            "best_player": best_player is not None
+            and (best_step is None or not all(map(_is_file_record, best_player.values()))),
+            "best_cross_entropy": math.isnan(best) or best_player is not None and math.isinf(best),
+            "a number": not all(type(number) in (int, float) for number in numbers),
+            "seconds": not all(0 <= each < math.inf for each in seconds),
+            "a loss": not all(map(math.isfinite, losses)),
+            "windows or tokens": not all(map(_is_count, (progress.windows, progress.tokens, progress.logged_tokens))),
+            "FLOPs": not all(type(each) is int and each >= 0 for each in flops),
+            "a count of the guard": not all(_is_count(each, step) for each in (accepted, skipped, in_a_row))
+            or in_a_row > skipped,
+            "a skipped step": not all(_is_skipped_step(*map(float, row), step) for row in guard["last"]),
+        }
+        if found := next((name for name, is_wrong in wrong.items() if is_wrong), None):
+            raise ValueError(f"{found} is none of a run after step {step}")
+        return progress
 
 
 def _is_count(number: Any, most: int = LARGEST_COUNT) -> bool:
     return type(number) is int and 0 <= number <= most
 
 
-def _is_refused(taken: float, _loss: float, _norm: float, step: int) -> bool:
-    """Whether a row of the guard's last refused updates is of a step before, or of none."""
-    return math.isnan(taken) or taken in range(1, step + 1)
+def _is_skipped_step(step: float, _loss: float, _norm: float, taken: int) -> bool:
+    """Whether a row of the guard's last skipped updates is of an earlier step, or empty."""
+    return math.isnan(step) or step in range(1, taken + 1)
 
 
-def _is_record(record: Any) -> bool:
+def _is_file_record(record: Any) -> bool:
     return _is_count(record["bytes"]) and isinstance(record["sha256"], str)
 
 

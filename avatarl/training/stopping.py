@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGINT."""
+"""Requests to stop: SIGTERM and SIGINT."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import time
 from avatarl.errors import RunStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes on what a service manager has already sent to every process: the same request, twice.
+# A launcher forwards a signal that a service manager may have sent to every process already: one request, twice.
 ECHO_SECONDS = 5.0
 
 
 class StopRequest:
-    """Notes the first SIGTERM or SIGINT for the loop to see; a second one ends the process at once.
+    """Notes the first SIGTERM or SIGINT for the loop; a second one ends the process at once.
 
-    Before there is a loop, the first one raises :class:`RunStopped` where it finds the process.
+    Before the loop starts, the first one raises :class:`RunStopped`.
 
-    Use as a context manager, around the run; outside of the main thread, where Python allows no handlers, it notes
-    nothing. A process that has a launcher takes the same signal within five seconds for an echo of the first.
+    Use as a context manager around the run. Outside the main thread, where Python allows no handlers, it does nothing.
+    With a launcher, the same signal within five seconds counts as an echo of the first.
     """
 
     def __init__(self, has_launcher: bool = False):
@@ -50,7 +50,7 @@ class StopRequest:
         if not self.is_seen_by_loop:
             raise RunStopped(signum, "stopped before the first step")
         if not self._has_launcher:
-            # From here on the kernel's own action: it needs no Python, which may be waiting for a device.
+            # A second signal gets the kernel's own action, which needs no Python; that may be waiting for a device.
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""

@@ -12,18 +12,16 @@ from avatarl.models import Critic
 from avatarl.models.critics import Snapshot
 from avatarl.objective import Scheduled
 
-from .batch import Batch
+from .batches import Batch, uniforms_of
 from .config import TrainConfig
-from .draws import uniforms_of
-from .metrics import MetricSums
+from .model import PlayerWithLoss, add_metrics
 from .processes import Processes
-from .rewarded_player import RewardedPlayer
 
 IGNORED = -100
 
 
 class Validation:
-    """A choice of validation windows, spread evenly over the split, and the means of all metrics over them."""
+    """Validation windows, spread evenly over the split, and the means of all metrics over them."""
 
     def __init__(self, windows: Windows, config: TrainConfig, device: torch.device, processes: Processes):
         self._chosen = spread(len(windows), config.eval_windows)
@@ -32,26 +30,26 @@ class Validation:
     @torch.no_grad()
     def evaluate(
         self,
-        model: RewardedPlayer,
+        model: PlayerWithLoss,
         critics: Sequence[Critic],
         snapshot: Snapshot | None,
         scheduled: Scheduled | None,
         autocast: AbstractContextManager,
     ) -> dict[str, float]:
-        """Metrics per position, without dropout; ``cross_entropy`` is the one that chooses the best player."""
+        """Metrics per position, without dropout; ``cross_entropy`` chooses the best player."""
         model.eval()
-        sums = MetricSums()
+        sums = {}
         for batch in self._batches(model.objective.num_uniforms):
             with autocast:
                 answers = [critic.answers(batch) for critic in critics]
                 earlier = snapshot.answers(batch) if snapshot else None
                 _, metrics = model(batch.inputs, batch.targets, answers, 1, batch.uniforms, scheduled, earlier)
-            sums.add(metrics)
+            add_metrics(sums, metrics)
         positions = len(self._chosen) * self._config.block_size / self._processes.count
-        return {name: value / positions for name, value in sums.over(self._processes).items()}
+        return {name: value / positions for name, value in self._processes.means(sums).items()}
 
-    def _batches(self, samples: int) -> Iterator[Batch]:
-        """This process's windows. Divided players take every pass together, so that some may repeat one, ignored."""
+    def _batches(self, num_uniforms: int) -> Iterator[Batch]:
+        """This process's windows. With FSDP all processes take every pass, so some may repeat a window, ignored."""
         config, processes = self._config, self._processes
         mine = self._chosen[processes.rank :: processes.count]
         most = len(self._chosen[:: processes.count])
@@ -60,7 +58,7 @@ class Validation:
             is_ignored = len(indices) == 0
             if is_ignored:
                 indices = self._chosen[:1]
-            uniforms = uniforms_of(config.seed, indices, config.block_size, samples, evaluation=True)
+            uniforms = uniforms_of(config.seed, indices, config.block_size, num_uniforms, evaluation=True)
             inputs, targets = self._windows.batch(indices)
             if is_ignored:
                 targets.fill_(IGNORED)

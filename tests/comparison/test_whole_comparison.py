@@ -19,7 +19,7 @@ from avatarl.comparison import ComparisonConfig, TuningConfig, compare
 from avatarl.comparison.measures import read_rows, result_row
 from avatarl.comparison.progress import Job, Progress
 from avatarl.data import PreparedData
-from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.model import PlayerWithLoss
 
 from ..conftest import BLOCK
 from ..training.runs import contents_of
@@ -55,10 +55,10 @@ def finished(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Fi
         },
         tuning=TuningConfig(grid={"optim.learning_rate": [0.001, 0.03]}, seed=9),
     )
-    result, real = Finished(comparison, []), RewardedPlayer.forward
+    result, real = Finished(comparison, []), PlayerWithLoss.forward
 
     def do(job: Job) -> None:
-        def forward(self: RewardedPlayer, input_ids: Tensor, *rest):
+        def forward(self: PlayerWithLoss, input_ids: Tensor, *rest):
             if self.training:
                 weights = [weight.detach().clone() for weight in self.player.parameters()]
                 result.weights.setdefault(job.name, weights)
@@ -67,7 +67,7 @@ def finished(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Fi
 
         result.jobs[job.name] = job
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RewardedPlayer, "forward", forward)
+            patch.setattr(PlayerWithLoss, "forward", forward)
             do_in_process(job)
 
     result.looks = complete(comparison, data, do)

@@ -31,11 +31,9 @@ from avatarl.run_dir.checkpoint import newest_good_checkpoint
 from avatarl.run_dir.identity import identities_of_run
 from avatarl.sanitise import OBEYED
 from avatarl.training import TrainConfig
-from avatarl.training.guard import Guard
 from avatarl.training.processes import Processes
-from avatarl.training.resume import check_run_folder
+from avatarl.training.resume import check_run_folder, load_checkpoint
 from avatarl.training.setup import set_up
-from avatarl.training.trainer import load_checkpoint
 
 from ..conftest import BLOCK
 from .damages import (
@@ -243,14 +241,14 @@ def test_reports(good_run_folder: Path, size, tmp_path, watch, monkeypatch):
 
 @sizes
 def test_run_folders(good_run_folder: Path, run_config: TrainConfig, size, tmp_path, watch, monkeypatch):
-    parts = set_up(run_config, Processes())
+    setup = set_up(run_config, Processes())
 
     def read(folder: Path) -> None:
         config = dataclasses.replace(run_config, out=str(folder))
         check_run_folder(folder, config, resume=True)
         checkpoint = newest_good_checkpoint(folder, lambda line: None, identities_of_run(folder))
         if checkpoint:
-            load_checkpoint(checkpoint, parts, Guard(config.guard, parts.device))
+            load_checkpoint(checkpoint, setup)
 
     check(Subject("run folder", good_run_folder, damage_run, read), size, tmp_path, watch, monkeypatch)
 

@@ -39,7 +39,7 @@ from avatarl.objective import AvataRLConfig, make_objective
 from avatarl.planning import plan
 from avatarl.results import evaluate
 from avatarl.training import train
-from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.model import PlayerWithLoss
 
 from ..conftest import BLOCK, TINY, TINY_PLAYER, write_documents
 
@@ -192,7 +192,7 @@ def test_a_padded_critic_says_the_same_as_without_padding(tmp_path: Path, critic
     tokens = torch.arange(2 * (BLOCK + 1)).reshape(2, BLOCK + 1)
     losses = []
     for critic in (plain, padded):
-        model, answers = RewardedPlayer(player, objective, len(tokenizer)), FrozenModel(critic)(tokens[:, :-1])
+        model, answers = PlayerWithLoss(player, objective, len(tokenizer)), FrozenModel(critic)(tokens[:, :-1])
         losses.append(model(tokens[:, :-1], tokens[:, 1:], [answers])[0])
     torch.testing.assert_close(losses[0], losses[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avatarl.training.draws import uniforms_of
+from avatarl.training.batches import uniforms_of
 
 
 def test_a_window_has_the_same_draws_in_any_batch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -226,17 +227,15 @@ def at(*names: str, value: object) -> Callable[[dict], None]:
 
 FORGED_STATES = [
     *(at("step", value=value) for value in (3, 5, -4, "4", 4.5, True, None, float("inf"), 10**30)),
+    *(at(name, value=value) for name in ("windows", "tokens", "logged_tokens") for value in (-1, 1.5, 10**30, "1")),
+    *(at(name, value=value) for name in ("player_flops", "critic_flops") for value in (-1, 1.5, None)),
+    *(at("cache_flops", value=value) for value in (3, {"x": "y"}, {"x": -1})),
     *(at("best_step", value=value) for value in (0, 5, -1, 2.5, "4", True)),
     *(at("best_player", value=value) for value in (3, [], {"a": 1}, {"a": {"bytes": -1, "sha256": "x"}})),
     *(at("best_cross_entropy", value=value) for value in (None, "1", float("nan"), float("inf"))),
     *(at("cross_entropy", value=value) for value in (None, "1", [1])),
-    *(at("seconds", value=value) for value in (-1.0, None, "1", float("nan"), float("inf"))),
-    *(at("unlogged", value=value) for value in (None, [], {}, "x")),
-    *(at("unlogged", "since_step", value=value) for value in (-1, 5, 1.5, None)),
-    *(at("unlogged", "sums", value=value) for value in (None, [], {"loss": "x"}, {"loss": None}, {"loss": [1.0]})),
-    *(at("reached", value=value) for value in (3, {"steps": 4}, {"step": 9}, [1])),
-    *(at("reached", "windows", value=value) for value in (-1, 1.5, 10**30, "1")),
-    *(at("reached", "caches", value=value) for value in (3, {"x": "y"}, {"x": -1})),
+    *(at(name, value=v) for name in ("seconds", "unlogged_seconds") for v in (-1.0, None, "1", math.nan, math.inf)),
+    *(at("sums", value=value) for value in (None, [], {"loss": "x"}, {"loss": None}, {"loss": [1.0]})),
     *(at("guard", value=value) for value in (None, {}, [])),
     *(
         at("guard", "counts", value=value)
@@ -244,13 +243,14 @@ FORGED_STATES = [
     ),
     *(at("guard", "losses", value=value) for value in (None, ["x"], [float("nan")], [[1.0]])),
     *(at("guard", "last", value=value) for value in (3, [["1"]], [["inf", "1", "1"]], [["9", "1", "1"]], [["x"] * 3])),
+    lambda state: state.pop("windows"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(FORGED_STATES)))
 def test_a_state_that_is_none_of_a_run_is_refused(config, number: int):
     forge(Path(config.out) / CHECKPOINTS / STEP, FORGED_STATES[number], STATE)
-    refused(config, f"{STEP} is not what a run writes")
+    refused(config, f"{STEP} is not valid")
 
 
 def scale(tensors: dict) -> None:

@@ -191,20 +191,20 @@ def test_one_process_reads_for_all(ground, read, monkeypatch):
 
 def test_the_main_process_is_not_taken_for_lost_while_it_reads(monkeypatch):
     """The others hear of it all the time; nobody waits for an answer as long as Gloo would."""
-    monkeypatch.setattr(processes, "STILL_HERE_SECONDS", 0.01)
+    monkeypatch.setattr(processes, "HEARTBEAT_SECONDS", 0.01)
     said: queue.Queue = queue.Queue()
 
-    def from_main(self: Processes, value: object) -> object:
+    def broadcast(self: Processes, value: object) -> object:
         if not self.is_main:
             return heard.append(said.get(timeout=5)) or heard[-1]
         said.put(value)
         return value
 
     heard: list[object] = []
-    monkeypatch.setattr(Processes, "from_main", from_main)
+    monkeypatch.setattr(Processes, "broadcast", broadcast)
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(Processes(1, 2).ask_main, None)
-        assert Processes(0, 2).ask_main(lambda: time.sleep(0.2) or "found") == "found"
+        other = pool.submit(Processes(1, 2).on_main, None)
+        assert Processes(0, 2).on_main(lambda: time.sleep(0.2) or "found") == "found"
         assert other.result() == "found"
     assert len(heard) > 2 and set(heard[:-1]) == {None}
 

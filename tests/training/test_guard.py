@@ -16,8 +16,8 @@ from avatarl.errors import RunFailed
 from avatarl.run_dir.checkpoint import CHECKPOINTS, steps_found
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, train
 from avatarl.training.guard import Guard
+from avatarl.training.model import PlayerWithLoss
 from avatarl.training.optim import Optimisers
-from avatarl.training.rewarded_player import RewardedPlayer
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
@@ -28,9 +28,9 @@ def spoil(monkeypatch):
     """``spoil(steps, what)``: the loss, or the gradient alone, of these steps is no number."""
 
     def arm(steps: set[int], what: str = "loss") -> None:
-        real, calls = RewardedPlayer.forward, 0
+        real, calls = PlayerWithLoss.forward, 0
 
-        def forward(self: RewardedPlayer, *arguments):
+        def forward(self: PlayerWithLoss, *arguments):
             nonlocal calls
             loss, metrics = real(self, *arguments)
             calls += self.training
@@ -40,7 +40,7 @@ def spoil(monkeypatch):
                     metrics["loss"] = metrics["loss"] * math.nan
             return loss, metrics
 
-        monkeypatch.setattr(RewardedPlayer, "forward", forward)
+        monkeypatch.setattr(PlayerWithLoss, "forward", forward)
 
     return arm
 
@@ -50,27 +50,27 @@ def rising(monkeypatch):
     """``rising(after_step)``: losses as logged go up and down a little, and are ten times as large after that step."""
 
     def arm(after_step: int) -> None:
-        real = Guard.judge
+        real = Guard.check
 
-        def judged(self: Guard, step: int, loss: torch.Tensor, *arguments):
+        def checked(self: Guard, step: int, loss: torch.Tensor, *arguments):
             level = 10.0 if step > after_step else 1.0
             return real(self, step, torch.full_like(loss, level + step % 3 / 100), *arguments)
 
-        monkeypatch.setattr(Guard, "judge", judged)
+        monkeypatch.setattr(Guard, "check", checked)
 
     return arm
 
 
 def judge(guard: Guard, losses: list[float], norm: float = 1.0) -> list[bool]:
     steps = enumerate(losses, start=1)
-    return [bool(guard.judge(step, torch.tensor(loss), torch.tensor(norm))) for step, loss in steps]
+    return [bool(guard.check(step, torch.tensor(loss), torch.tensor(norm))) for step, loss in steps]
 
 
 def test_what_is_no_number_is_refused():
     guard = Guard(GuardConfig(), torch.device("cpu"))
     assert judge(guard, [1.0, math.nan, math.inf, -math.inf, 2.0]) == [False, True, True, True, False]
     assert judge(guard, [1.0], norm=math.inf) == [True]
-    assert guard.refused == 4 and not guard.must_stop
+    assert guard.num_skipped == 4 and not guard.must_stop
     assert sorted(guard.last_losses()) == [1.0, 2.0]
 
 
@@ -80,7 +80,7 @@ def test_so_many_in_a_row_stop_the_run_though_a_good_one_follows():
     assert not guard.must_stop
     judge(guard, [math.nan, math.inf, 1.0])
     assert guard.must_stop
-    assert [row["step"] for row in guard.last_refused()] == [5, 1, 2]
+    assert [row["step"] for row in guard.last_skipped()] == [5, 1, 2]
 
 
 def test_a_spike_is_measured_in_robust_deviations():
@@ -116,14 +116,14 @@ def test_a_window_of_another_size_starts_empty():
     )
     judge(guard, [1.0, 1.0, math.nan])
     wider.load_state_dict(guard.state_dict())
-    assert wider.refused == 1 and wider.last_losses() == [] and len(wider.last_refused()) == 1
+    assert wider.num_skipped == 1 and wider.last_losses() == [] and len(wider.last_skipped()) == 1
 
 
 def test_under_other_settings_only_the_number_of_refused_updates_stays():
     guard, again = (Guard(GuardConfig(spike_score=3.0, spike_window=2), torch.device("cpu")) for _ in range(2))
     judge(guard, [1.0, 1.0, math.nan, math.nan])
     again.load_state_dict(guard.state_dict(), is_same_run=False)
-    assert again.refused == 2 and again.last_losses() == [] and again.last_refused() == []
+    assert again.num_skipped == 2 and again.last_losses() == [] and again.last_skipped() == []
     assert judge(again, [math.nan, math.nan, math.nan, 50.0]) == [True] * 3 + [False] and not again.must_stop
 
 
@@ -167,7 +167,7 @@ def test_refused_updates_in_a_row_end_the_run_with_what_there_is_to_study(
     config = tiny_config(
         tmp_path, guard=GuardConfig(stop_after=3), checkpoint_every_steps=1, log_every_steps=log_every_steps
     )
-    with pytest.raises(RunFailed, match=r"norm nan at step 5, 3 refused updates in a row; .*refused"):
+    with pytest.raises(RunFailed, match=r"norm nan at step 5, 3 skipped updates in a row; .*refused"):
         train(config, quiet=True)
     assert not (tmp_path / "run" / "final").exists()
     newest = tmp_path / "run" / CHECKPOINTS / f"step-{steps_found(tmp_path / 'run' / CHECKPOINTS)[-1]:08d}"
@@ -231,7 +231,7 @@ def test_losses_before_a_change_of_the_run_say_nothing_about_those_after_it(
 def test_a_rise_that_nothing_explains_ends_the_run(tiny_config, tmp_path: Path, rising):
     rising(after_step=6)
     guard = GuardConfig(spike_score=5.0, spike_window=3, stop_after=3)
-    with pytest.raises(RunFailed, match="at step 9, 3 refused updates in a row"):
+    with pytest.raises(RunFailed, match="at step 9, 3 skipped updates in a row"):
         train(tiny_config(tmp_path, steps=12, guard=guard, log_every_steps=1), quiet=True)
 
 
@@ -250,14 +250,14 @@ def test_a_run_that_ends_on_no_number_fails(tiny_config, tmp_path: Path):
 def test_nothing_is_read_from_the_device_in_a_step(monkeypatch):
     """On the device called meta, where there are no values, reading one raises."""
     guard = Guard(GuardConfig(spike_score=3.0), torch.device("meta"))
-    refused = guard.judge(1, torch.zeros((), device="meta"), torch.ones((), device="meta"))
-    assert refused.device.type == "meta" and refused.dtype == torch.bool
+    skipped = guard.check(1, torch.zeros((), device="meta"), torch.ones((), device="meta"))
+    assert skipped.device.type == "meta" and skipped.dtype == torch.bool
     with pytest.raises((RuntimeError, NotImplementedError)):
-        guard.refused  # noqa: B018
+        guard.num_skipped  # noqa: B018
     layer = torch.nn.Linear(3, 3, bias=False, device="meta")
     layer.weight.grad = torch.zeros_like(layer.weight)
     muon = torch.optim.Muon(layer.parameters(), lr=0.1)
-    Optimisers([muon], OptimConfig(), total_steps=3).step(1, refused)
+    Optimisers([muon], OptimConfig(), total_steps=3).step(1, skipped)
 
 
 @pytest.mark.parametrize(

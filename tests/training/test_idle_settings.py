@@ -35,7 +35,7 @@ def test_a_critic_that_is_not_asked_is_said_and_not_stored(tiny_config, tmp_path
     config = tiny_config(tmp_path, steps=1, **settings)
     train(config)
     said = capfd.readouterr().err
-    assert f"critic is no such/model, nowhere, which objective {config.objective!r} does not ask" in said
+    assert f"critic is no such/model, nowhere; objective {config.objective!r} uses none" in said
     run = tmp_path / "run"
     stored = yaml.safe_load((run / "config.yaml").read_text())
     assert stored["critic"] is None and stored["critic_quantization"] is None

@@ -180,7 +180,7 @@ def test_the_end_of_a_step_does_not_wait_for_the_gpu(tokenizer, name: str):
         try:
             torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first one makes the state
             norm = clip_gradients(player.parameters(), 1.0, Processes())
-            optimisers.step(step, guard.judge(step, norm, norm))
+            optimisers.step(step, guard.check(step, norm, norm))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

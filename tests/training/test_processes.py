@@ -21,9 +21,10 @@ from avatarl.objective import OBJECTIVES
 from avatarl.planning import share_of_step
 from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
+from avatarl.training.batches import Batches
 from avatarl.training.optim import Optimisers
 from avatarl.training.processes import Processes, meet
-from avatarl.training.setup import set_up
+from avatarl.training.setup import Setup, set_up
 
 from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
@@ -195,11 +196,12 @@ def test_writing_in_the_background_with_two_processes(runs: Path):
 
 
 def test_a_step_that_cannot_be_shared_is_refused():
+    config = TrainConfig(data="data", out="run", steps=1, micro_batch_size=4, gradient_accumulation_steps=2)
+    assert config.windows_per_process(4) == 2
     with pytest.raises(
         UserError, match="micro_batch_size times gradient_accumulation_steps is 8, which 3 processes cannot share"
     ):
-        Processes(rank=0, count=3).share(range(8))
-    assert Processes(rank=1, count=4).share(range(8, 16)) == range(10, 12)
+        config.windows_per_process(3)
 
 
 @pytest.mark.parametrize(
@@ -211,25 +213,29 @@ def test_a_share_is_divided_into_few_micro_batches(
 ):
     """Of a prime number of windows too; as many processes as there are windows in a micro-batch."""
     config = tiny_config(tmp_path, micro_batch_size=at_most, gradient_accumulation_steps=share)
-    assembly = set_up(config, Processes())
-    whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
-    assembly.processes = Processes(rank=at_most - 1, count=at_most)
-    mine = [batch.inputs for batch in assembly.batches(3)]
+    setup = set_up(config, Processes())
+    whole = torch.cat(inputs_of_third_step(setup, config, Processes()))
+    mine = inputs_of_third_step(setup, config, Processes(rank=at_most - 1, count=at_most))
     assert [len(inputs) for inputs in mine] == sizes
     assert torch.equal(torch.cat(mine), whole[-share:])
     assert share_of_step(config, at_most) == (sizes[0], len(sizes))
 
 
 def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_config, tmp_path: Path):
-    assembly = set_up(tiny_config(tmp_path, **COMMON), Processes())
-    whole = torch.cat([batch.inputs for batch in assembly.batches(3)])
+    config = tiny_config(tmp_path, **COMMON)
+    setup = set_up(config, Processes())
+    whole = torch.cat(inputs_of_third_step(setup, config, Processes()))
     assert whole.shape == (16, BLOCK)
     for count in (2, 4, 8):
-        parts = []
-        for rank in range(count):
-            assembly.processes = Processes(rank, count)
-            parts += [batch.inputs for batch in assembly.batches(3)]
-        assert torch.equal(torch.cat(parts), whole)
+        parts = [inputs_of_third_step(setup, config, Processes(rank, count)) for rank in range(count)]
+        assert torch.equal(torch.cat(sum(parts, [])), whole)
+
+
+def inputs_of_third_step(setup: Setup, config: TrainConfig, processes: Processes) -> list[torch.Tensor]:
+    """The inputs of each micro-batch that a process reads in step 3."""
+    batches = Batches(setup.batches.windows, config, processes, setup.device, {})
+    start = 2 * config.windows_per_step
+    return [batch.inputs for batch in batches.of_step(start, setup.schedules.stage(3), None)]
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_another_objective_takes_its_snapshot_from_what_was_reached(tiny_config,
 
 def test_fewer_steps_than_were_taken_are_refused(tiny_config, tmp_path: Path, interrupt):
     stop_after_step_6(tiny_config(tmp_path), interrupt)
-    with pytest.raises(UserError, match="the run is to take 3 steps; it has taken 4 already"):
+    with pytest.raises(UserError, match="steps is 3, but the run has taken 4 already"):
         train(tiny_config(tmp_path, steps=3), resume=True, allow_changes=True, quiet=True)
 
 
@@ -286,9 +286,9 @@ def test_what_a_resumed_run_says(tiny_config, tmp_path: Path, interrupt, capfd):
     capfd.readouterr()
     train(tiny_config(tmp_path, log_every_steps=1), resume=True, allow_changes=True)
     said = capfd.readouterr().err.splitlines()
-    assert "allowed: log_every_steps was 2 and is 1" in said and f"{tmp_path / 'run'} goes on after step 4" in said
+    assert "allowed: log_every_steps was 2 and is 1" in said and f"{tmp_path / 'run'} resumes after step 4" in said
     train(tiny_config(tmp_path, log_every_steps=1), resume=True)
-    assert f"{tmp_path / 'run'} is finished; looking whether its players are there" in capfd.readouterr().err
+    assert f"{tmp_path / 'run'} is finished; checking its players" in capfd.readouterr().err
 
 
 def test_a_best_player_that_was_damaged_is_written_anew(tiny_config, tmp_path: Path, interrupt):
@@ -365,5 +365,5 @@ def test_a_finished_run_notices_that_its_best_player_is_gone(tiny_config, tmp_pa
     train(config, quiet=True)
     path = tmp_path / "run" / "player" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(RunFailed, match="player, the best player, of step 4, is not as the run wrote it"):
+    with pytest.raises(RunFailed, match="player, the best player, of step 4, was changed or removed"):
         train(config, resume=True, quiet=True)

@@ -85,7 +85,7 @@ def test_schedules_that_do_not_fit_the_run(tiny_config, tmp_path: Path):
     late = ScheduleConfig(smoothing=Schedule("linear", end_step=9))
     with pytest.raises(UserError, match="schedules.smoothing.end_step is 9; the run takes 8 steps"):
         train(tiny_config(tmp_path, schedules=late), quiet=True)
-    with pytest.raises(UserError, match="no critic to weigh: objective 'cross_entropy' asks none"):
+    with pytest.raises(UserError, match="critic_weight has no effect: objective 'cross_entropy' uses no critic"):
         train(tiny_config(tmp_path, schedules=FIRST, objective="cross_entropy"), quiet=True)
     for start in (8, 1000):
         never = ScheduleConfig(critic_weight=Schedule("linear", start_step=start))
@@ -97,9 +97,9 @@ def test_schedules_that_do_not_fit_the_run(tiny_config, tmp_path: Path):
     ):
         train(tiny_config(tmp_path, schedules=high), quiet=True)
     beta = ScheduleConfig(entropy_coef=Schedule("linear"))
-    with pytest.raises(UserError, match="entropy_coef changes nothing: objective 'distillation' has no entropy_coef"):
+    with pytest.raises(UserError, match="entropy_coef has no effect: objective 'distillation' has no entropy_coef"):
         train(tiny_config(tmp_path, schedules=beta, objective="distillation"), quiet=True)
-    with pytest.raises(UserError, match="critic ema judges from step 6 on; schedules.critic_weight is 0 after step 4"):
+    with pytest.raises(UserError, match="critic ema starts after step 5; schedules.critic_weight is 0 by then"):
         train(tiny_config(tmp_path, schedules=FIRST, critic="ema:0.9:5"), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -121,7 +121,7 @@ def test_the_text_has_the_weight_of_critics_that_do_not_answer():
     configs = [schedules.stage(step).objective.avatarl for step in (1, 4, 7)]
     assert [config.critic_weight for config in configs] == [(0.2,), (0.2, 0.1), 0.0]
     assert [config.reality_weight for config in configs] == pytest.approx([0.8, 0.7, 1.0])
-    assert [schedules.steps_of(critic) for critic in (one, other)] == [6, 3]
+    assert [schedules.active_steps(critic) for critic in (one, other)] == [6, 3]
     assert schedules.logged(4) == {"critic_weight": pytest.approx(0.15)}
     distillation = make_objective("distillation", baseline=BaselineConfig(distillation_alpha=0.4))
     stage = Schedules(ScheduleConfig(), distillation, critics_from(0, 5), 9).stage(2)
@@ -238,7 +238,7 @@ def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):
     [
         ("ema:1.0:5", "critic is 'ema:1.0:5'; expected ema:DECAY:START_STEP, as ema:0.999:500, with a decay below 1"),
         ("ema:0.9", "critic is 'ema:0.9'; expected ema:DECAY:START_STEP"),
-        ("ema:0.9:8", "critic ema judges from step 9 on; the run takes 8 steps"),
+        ("ema:0.9:8", "critic ema starts after step 8; the run takes 8 steps"),
     ],
 )
 def test_averages_that_cannot_be(tiny_config, tmp_path: Path, name: str, message: str):

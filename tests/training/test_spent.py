@@ -14,10 +14,11 @@ from avatarl.data import PreparedData, WindowOrder, Windows
 from avatarl.errors import RunFailed
 from avatarl.results.runs import read_runs
 from avatarl.results.tables import overview_table, what_was_trained
-from avatarl.run_dir.checkpoint import describe, manifest_text, read_manifest
-from avatarl.training import GuardConfig, Schedule, ScheduleConfig, TrainConfig, train
+from avatarl.training import GuardConfig, Schedule, ScheduleConfig, TrainConfig, loop, train
 from avatarl.training.guard import Guard
+from avatarl.training.schedule import Stage
 from avatarl.training.setup import Setup
+from avatarl.training.state import Progress
 
 from ..conftest import BLOCK
 from .runs import SPENT, Interrupted, lines_of
@@ -28,13 +29,15 @@ FIRST = dict(log_every_steps=3, checkpoint_every_steps=4, eval_every_steps=2)
 @pytest.fixture
 def places(monkeypatch) -> dict[int, range]:
     """The places in the data's order that each step has read, as it was last taken."""
-    read, real = {}, Setup.batches
+    read, real = {}, loop.train_step
 
-    def batches(self: Setup, step: int):
-        read[step] = self.windows_of_step(step)
-        return real(self, step)
+    def train_step(setup: Setup, stage: Stage, progress: Progress) -> float:
+        first = progress.windows
+        rate = real(setup, stage, progress)
+        read[progress.step] = range(first, progress.windows)
+        return rate
 
-    monkeypatch.setattr(Setup, "batches", batches)
+    monkeypatch.setattr(loop, "train_step", train_step)
     return read
 
 
@@ -157,11 +160,11 @@ def test_speed_is_of_the_tokens_that_were_read(tiny_config, tmp_path: Path, stop
     stop(tiny_config(tmp_path, **FIRST))
     train(tiny_config(tmp_path, micro_batch_size=1, **FIRST), resume=True, allow_changes=True, quiet=True)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
-    assert state["unlogged"]["since_tokens"] == 3 * 4 * BLOCK
+    assert state["logged_tokens"] == 3 * 4 * BLOCK
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (line,) = (line for line in lines if line["event"] == "train" and line["step"] == 6)
     seconds = (1 * 4 + 2 * 1) * BLOCK / line["tokens_per_second"]
-    assert state["unlogged"]["seconds"] < seconds < state["unlogged"]["seconds"] + 60
+    assert state["unlogged_seconds"] < seconds < state["unlogged_seconds"] + 60
     assert line["tokens"] == (4 * 4 + 2) * BLOCK
 
 
@@ -181,26 +184,12 @@ def test_refused_windows_after_a_change_are_those_that_were_read(
     tiny_config, tmp_path: Path, data_folder: Path, monkeypatch, stop
 ):
     stop(tiny_config(tmp_path, **FIRST))
-    real = Guard.judge
-    monkeypatch.setattr(Guard, "judge", lambda self, step, loss, norm: real(self, step, loss * float("nan"), norm))
+    real = Guard.check
+    monkeypatch.setattr(Guard, "check", lambda self, step, loss, norm: real(self, step, loss * float("nan"), norm))
     config = tiny_config(tmp_path, micro_batch_size=2, guard=GuardConfig(stop_after=2), **FIRST)
-    with pytest.raises(RunFailed, match="at step 6, 2 refused"):
+    with pytest.raises(RunFailed, match="at step 6, 2 skipped"):
         train(config, resume=True, allow_changes=True, quiet=True)
     windows = Windows(PreparedData.open(data_folder).train, BLOCK)
     saved = load_file(tmp_path / "run" / "refused" / "windows.safetensors")
     expected = windows.batch(WindowOrder(len(windows), config.seed).indices(16, 4))[0]
     assert saved["step-00000005.inputs"].tolist() + saved["step-00000006.inputs"].tolist() == expected.tolist()
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on_as_it_did(tiny_config, tmp_path: Path, stop):
-    train(tiny_config(tmp_path / "whole", **FIRST), quiet=True)
-    stop(tiny_config(tmp_path, **FIRST))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
-    state = json.loads((checkpoint / "state.json").read_text())
-    del state["reached"], state["unlogged"]["since_tokens"]
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    manifest = read_manifest(checkpoint)
-    manifest["files"]["state.json"] = describe(checkpoint / "state.json")
-    (checkpoint / "manifest.json").write_text(manifest_text(4, manifest["files"], manifest["identity"]))
-    train(tiny_config(tmp_path, **FIRST), resume=True, quiet=True)
-    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole" / "run")

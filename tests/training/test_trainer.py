@@ -23,7 +23,7 @@ from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig, build_player
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
-from avatarl.training.rewarded_player import RewardedPlayer
+from avatarl.training.model import PlayerWithLoss
 from avatarl.training.validation import Validation
 
 from ..conftest import BLOCK
@@ -47,14 +47,14 @@ SIZES = {"parameters", "non_embedding_parameters", "unique_tokens", *SPENT, "cac
 def record_inputs(monkeypatch) -> list[Tensor]:
     """What training passes to the wrapped module, micro-batch by micro-batch."""
     recorded: list[Tensor] = []
-    real = RewardedPlayer.forward
+    real = PlayerWithLoss.forward
 
-    def forward(self: RewardedPlayer, input_ids: Tensor, *arguments):
+    def forward(self: PlayerWithLoss, input_ids: Tensor, *arguments):
         if self.training:
             recorded.append(input_ids.clone())
         return real(self, input_ids, *arguments)
 
-    monkeypatch.setattr(RewardedPlayer, "forward", forward)
+    monkeypatch.setattr(PlayerWithLoss, "forward", forward)
     return recorded
 
 
@@ -219,13 +219,13 @@ def test_the_loss_falls_on_a_text_that_can_be_learned(tiny_config, tmp_path: Pat
 
 def test_every_objective_sees_the_same_data_from_the_same_weights(tiny_config, tmp_path, record_inputs, monkeypatch):
     initial: list[Tensor] = []
-    real = RewardedPlayer.__init__
+    real = PlayerWithLoss.__init__
 
     def remember(self, player, *arguments, **settings):
         initial.append(torch.cat([parameter.detach().flatten() for parameter in player.parameters()]))
         real(self, player, *arguments, **settings)
 
-    monkeypatch.setattr(RewardedPlayer, "__init__", remember)
+    monkeypatch.setattr(PlayerWithLoss, "__init__", remember)
     seen = {}
     for objective in sorted(OBJECTIVES):
         record_inputs.clear()

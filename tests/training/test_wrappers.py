@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from avatarl.models.critics import FrozenModel
 from avatarl.objective import OBJECTIVES, Objective, make_objective
+from avatarl.training.model import PlayerWithLoss
 from avatarl.training.processes import Processes
-from avatarl.training.rewarded_player import RewardedPlayer
 
 VOCABULARY, BLOCK, WINDOWS, PROCESSES = 40, 8, 4, 2
 
@@ -34,8 +34,8 @@ def small_llama(seed: int, width: int, tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def rewarded_player(objective: str, tied: bool) -> RewardedPlayer:
-    return RewardedPlayer(small_llama(0, 32, tied), make_objective(objective), VOCABULARY)
+def build_model(objective: str, tied: bool) -> PlayerWithLoss:
+    return PlayerWithLoss(small_llama(0, 32, tied), make_objective(objective), VOCABULARY)
 
 
 def answers_of(objective: Objective, inputs: Tensor, tied: bool) -> dict:
@@ -69,7 +69,7 @@ def uniforms(objective: Objective) -> Tensor | None:
 
 
 def plain_gradients(objective: str, tied: bool) -> dict[str, Tensor]:
-    model = rewarded_player(objective, tied)
+    model = build_model(objective, tied)
     inputs, targets = windows()
     answers = answers_of(model.objective, inputs, tied)
     loss, _ = model(inputs, targets, num_valid=(targets != -100).sum(), uniforms=uniforms(model.objective), **answers)
@@ -93,7 +93,7 @@ def one_process_of_two(rank: int, rendezvous: str, cases: list[tuple[str, str, b
     num_valid = (targets != -100).sum()
     dist.all_reduce(num_valid)
     for wrapper, objective, tied in cases:
-        model = rewarded_player(objective, tied)
+        model = build_model(objective, tied)
         if wrapper == "fsdp":
             processes.shard(model, model.player, torch.device("cpu"))
         wrapped = processes.wrap(model, wrapper, torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_ddp_and_fsdp2_find_the_gradients_of_one_process(tmp_path: Path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_checkpointing_changes_nothing(tied: bool):
-    model = rewarded_player("avatarl", tied)
+    model = build_model("avatarl", tied)
     model.player.gradient_checkpointing_enable()
     model.train()
     inputs, targets = windows()
