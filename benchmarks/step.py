@@ -52,9 +52,8 @@ from avatarl.models.critics import CachedCritic, Critic, LiveCritic
 from avatarl.models.loading import head_weight, last_hidden
 from avatarl.objective import AvataRLConfig, linear_objective_loss, make_objective
 from avatarl.objective.engine import IMPLEMENTATIONS
-from avatarl.training.batches import Batch
+from avatarl.training.batches import Batch, uniforms_of
 from avatarl.training.config import GuardConfig, OptimConfig
-from avatarl.training.draws import uniforms_of
 from avatarl.training.guard import Guard
 from avatarl.training.model import PlayerWithLoss
 from avatarl.training.optim import build_optimisers, clip_gradients

@@ -30,9 +30,9 @@ def spoil(monkeypatch):
     def arm(steps: set[int], what: str = "loss") -> None:
         real, calls = PlayerWithLoss.forward, 0
 
-        def forward(self: PlayerWithLoss, *arguments):
+        def forward(self: PlayerWithLoss, *arguments, **named):
             nonlocal calls
-            loss, metrics = real(self, *arguments)
+            loss, metrics = real(self, *arguments, **named)
             calls += self.training
             if self.training and calls in steps:
                 loss = loss * math.nan

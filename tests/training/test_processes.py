@@ -233,9 +233,9 @@ def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_co
 
 def inputs_of_third_step(setup: Setup, config: TrainConfig, processes: Processes) -> list[torch.Tensor]:
     """The inputs of each micro-batch that a process reads in step 3."""
-    batches = Batches(setup.batches.windows, config, processes, setup.device, {})
+    batches = Batches(setup.batches.windows, config, processes, setup.device)
     start = 2 * config.windows_per_step
-    return [batch.inputs for batch in batches.of_step(start, setup.schedules.stage(3), None)]
+    return [batch.inputs for batch in batches.of_step(start, num_uniforms=0)]
 
 
 @pytest.mark.slow

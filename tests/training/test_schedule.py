@@ -99,7 +99,7 @@ def test_schedules_that_do_not_fit_the_run(tiny_config, tmp_path: Path):
     beta = ScheduleConfig(entropy_coef=Schedule("linear"))
     with pytest.raises(UserError, match="entropy_coef has no effect: objective 'distillation' has no entropy_coef"):
         train(tiny_config(tmp_path, schedules=beta, objective="distillation"), quiet=True)
-    with pytest.raises(UserError, match="critic ema starts after step 5; schedules.critic_weight is 0 by then"):
+    with pytest.raises(UserError, match="critic ema:0.9:5 starts after step 5; schedules.critic_weight is 0 by then"):
         train(tiny_config(tmp_path, schedules=FIRST, critic="ema:0.9:5"), quiet=True)
     assert not (tmp_path / "run").exists()
 
@@ -238,7 +238,7 @@ def test_a_player_judged_by_its_own_average(tiny_config, tmp_path: Path):
     [
         ("ema:1.0:5", "critic is 'ema:1.0:5'; expected ema:DECAY:START_STEP, as ema:0.999:500, with a decay below 1"),
         ("ema:0.9", "critic is 'ema:0.9'; expected ema:DECAY:START_STEP"),
-        ("ema:0.9:8", "critic ema starts after step 8; the run takes 8 steps"),
+        ("ema:0.9:8", "critic ema:0.9:8 starts after step 8; the run takes 8 steps"),
     ],
 )
 def test_averages_that_cannot_be(tiny_config, tmp_path: Path, name: str, message: str):

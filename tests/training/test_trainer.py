@@ -49,10 +49,10 @@ def record_inputs(monkeypatch) -> list[Tensor]:
     recorded: list[Tensor] = []
     real = PlayerWithLoss.forward
 
-    def forward(self: PlayerWithLoss, input_ids: Tensor, *arguments):
+    def forward(self: PlayerWithLoss, input_ids: Tensor, *arguments, **named):
         if self.training:
             recorded.append(input_ids.clone())
-        return real(self, input_ids, *arguments)
+        return real(self, input_ids, *arguments, **named)
 
     monkeypatch.setattr(PlayerWithLoss, "forward", forward)
     return recorded
