@@ -126,8 +126,9 @@ class Schedules:
         values = {name: now[name] * getattr(settings, name) for name in ("smoothing", "entropy_coef")}
         values = {name: value for name, value in values.items() if not getattr(self._config, name).is_constant}
         if not self._config.critic_weight.is_constant or any(critic.start_step for critic in self._critics):
-            weights = self._weights()
-            values["critic_weight"] = now["critic_weight"] * sum(map(weights.get, self.stage(step).critics))
+            active = self.stage(step).critics
+            weights = [weight for critic, weight in self._weights() if critic in active]
+            values["critic_weight"] = now["critic_weight"] * sum(weights)
         return values
 
     def _factors(self, step: int) -> dict[str, float]:
@@ -136,19 +137,20 @@ class Schedules:
     def _on_device(self, value: float) -> Tensor:
         return torch.full((), value, device=self._device)
 
-    def _weights(self) -> dict[Critic, float]:
-        """Each critic's weight where all of them are active."""
+    def _weights(self) -> list[tuple[Critic, float]]:
+        """Each critic with its weight where all of them are active."""
         count = len(self._critics)
         if self._objective.name == "distillation":
-            return dict.fromkeys(self._critics, (1 - self._objective.baseline.distillation_alpha) / max(1, count))
-        return dict(zip(self._critics, self._objective.avatarl.critic_weights(count), strict=True))
+            weights = ((1 - self._objective.baseline.distillation_alpha) / max(1, count),) * count
+        else:
+            weights = self._objective.avatarl.critic_weights(count)
+        return list(zip(self._critics, weights, strict=True))
 
     def _objective_with(self, active: Sequence[Critic]) -> Objective:
         """The objective with the active critics alone; the text gets the weights of the others."""
         if len(active) == len(self._critics):
             return self._objective
-        weights = self._weights()
-        inactive = sum(weight for critic, weight in weights.items() if critic not in active)
+        inactive = sum(weight for critic, weight in self._weights() if critic not in active)
         avatarl, baseline = self._objective.avatarl, self._objective.baseline
         if self._objective.name == "distillation":
             alpha = min(1.0, baseline.distillation_alpha + inactive)
@@ -156,7 +158,7 @@ class Schedules:
         else:
             avatarl = dataclasses.replace(
                 avatarl,
-                critic_weight=tuple(weights[critic] for critic in active) or 0.0,
+                critic_weight=tuple(weight for critic, weight in self._weights() if critic in active) or 0.0,
                 reality_weight=avatarl.reality_weight + inactive,
             )
         return make_objective(self._objective.name, avatarl, baseline)
