@@ -203,12 +203,13 @@ def test_flops_are_those_of_a_real_step(wide_config, objective: str, models: set
     }
     player = PlayerConfig("1m", architecture=architecture)
     config = wide_config(player=player, objective=objective, block_size=128, micro_batch_size=2, steps=1)
-    parts = set_up(config, Processes())
-    batch, stage = next(parts.batches(1)), parts.schedules.stage(1)
+    setup = set_up(config, Processes())
+    stage = setup.schedules.stage(1)
+    batch = next(setup.batches.of_step(0, stage.objective.num_uniforms))
     with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         answers = [critic.answers(batch) for critic in stage.critics]
-        snapshot = parts.snapshot.answers(batch) if parts.snapshot else None
-        loss, _ = parts.model(
+        snapshot = setup.snapshot.answers(batch) if setup.snapshot else None
+        loss, _ = setup.model(
             batch.inputs, batch.targets, answers, batch.targets.numel(), batch.uniforms, None, snapshot
         )
         loss.backward()
