@@ -437,11 +437,11 @@ def _find_critic(name: str, config: TrainConfig, vocab_size: int) -> _Critic:
     from transformers import AutoConfig
 
     from avatarl.models.critic_cache.read import read_manifest
-    from avatarl.models.critics import RANDOM_CRITIC, kind_of_critic, parse_ema_critic
+    from avatarl.models.critics import critic_class, parse_ema_critic, parse_random_critic
     from avatarl.models.loading import one_line, resolve_model
     from avatarl.models.players import player_shape
 
-    match kind_of_critic(name):
+    match critic_class(name).kind:
         case "cache":
             manifest = read_manifest(Path(name))[1]
             if manifest["vocab_size"] != vocab_size:
@@ -451,9 +451,8 @@ def _find_critic(name: str, config: TrainConfig, vocab_size: int) -> _Critic:
             shape = player_shape(config.player, vocab_size, config.block_size)
             return _Critic(name, shape, start_step=parse_ema_critic(name)[1], is_average=True)
         case "random":
-            if (preset := RANDOM_CRITIC.fullmatch(name)) is None:
-                raise UserError(f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7")
-            return _Critic(name, player_shape(PlayerConfig(preset[1]), vocab_size, config.block_size))
+            preset, _ = parse_random_critic(name)
+            return _Critic(name, player_shape(PlayerConfig(preset), vocab_size, config.block_size))
     try:
         # A name without a folder may be a hub id: only what was downloaded before is looked at.
         shape = AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False, local_files_only=True)

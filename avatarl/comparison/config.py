@@ -286,19 +286,19 @@ class ComparisonConfig:
 
         Of ids on the hub only those with an owner are taken: one without looks like a mistyped critic.
         """
-        from avatarl.models.critic_cache import is_cache
-        from avatarl.models.critics import EMA_CRITIC, RANDOM_CRITIC
-        from avatarl.models.loading import resolve_model
+        from avatarl.models.critics import critic_class
 
-        if critic in self.critics or EMA_CRITIC.fullmatch(critic) or RANDOM_CRITIC.fullmatch(critic):
+        if critic in self.critics:
             return
-        if "/" not in critic and not os.path.exists(critic):
+        if critic_class(critic).is_trained_elsewhere and "/" not in critic and not os.path.exists(critic):
             raise UserError(
                 f"{kind} {name}: critic is {critic!r}; expected one of critics, a folder, OWNER/NAME on the hub, "
                 f"ema:DECAY:START_STEP or random:PRESET:SEED{nearest_name(critic, self.critics)}"
             )
-        if not is_cache(critic):
-            resolve_model(critic)
+        try:
+            critic_class(critic).check_name(critic)
+        except UserError as error:
+            raise UserError(f"{kind} {name}: {error}") from error
 
     def changes_of(self, kind: str, name: str) -> Settings:
         """What an arm or a critic changes of the base recipe, by dotted names, its preset spelled out.

@@ -19,6 +19,7 @@ from avatarl.data import PreparedData
 from avatarl.durable import replace_file
 from avatarl.errors import UserError
 from avatarl.files import File, ask
+from avatarl.models.critics import critic_class
 from avatarl.results.evaluate import evaluate
 from avatarl.results.minimal_pairs import MinimalPair, read_pairs, score_pairs
 from avatarl.results.runs import read_metrics, read_record, read_settings, sizes_of_record
@@ -172,7 +173,7 @@ def spent_before(member: Member) -> tuple[float, float | None]:
         for kind in ("critics", "caches")
     }
     for run in (member.folder, *member.critics):
-        named = [name for name in critics_of(read_settings(run)) if not name.startswith(("ema:", "random:"))]
+        named = [name for name in critics_of(read_settings(run)) if critic_class(name).is_trained_elsewhere]
         if not own.issuperset(map(os.path.abspath, named)):
             return cached, None
     kinds = ("player_flops", "critic_flops", "cached_critic_flops")

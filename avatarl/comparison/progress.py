@@ -6,7 +6,6 @@ OUT/runs/ARM/seed-N     what is compared          OUT/recipes/, OUT/logs/    of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,11 +18,11 @@ import torch
 
 from avatarl.data.dataset import PreparedData
 from avatarl.errors import RunFailed, UserError
-from avatarl.models.critic_cache import RecordFormat, is_cache
+from avatarl.models.critic_cache import RecordFormat
 from avatarl.models.critic_cache.parts import LARGEST_MANIFEST_BYTES
 from avatarl.models.critic_cache.parts import MANIFEST as CACHE_MANIFEST
-from avatarl.models.digest import digest_of_model, weight_files
-from avatarl.models.loading import load_model
+from avatarl.models.critics import critic_class
+from avatarl.models.digest import weight_files
 from avatarl.objective import make_objective
 from avatarl.run_dir.identity import identities_of_run
 from avatarl.run_dir.log import evaluations_of
@@ -293,9 +292,7 @@ def _best_evaluation(run: Path) -> float:
 
 def digest_of_critic(critic: str, precision: str) -> str:
     """What the identity of a run that started now would say of a critic."""
-    if is_cache(critic):
-        return hashlib.sha256((Path(critic) / CACHE_MANIFEST).read_bytes()).hexdigest()
-    return digest_of_model(load_model(critic, torch.bfloat16 if precision == "bf16" else torch.float32))
+    return critic_class(critic).digest_of(critic, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def has_diverged(folder: Path) -> bool:

@@ -1,17 +1,18 @@
 """Critics: causal language models that read the same tokens as the player, frozen. Distillation calls them teachers.
 
-A :class:`Critic` answers for a batch. There are four kinds: a live model, a cache of one, the moving average of the
-player, and one of random weights. :func:`open_critic` makes each from its name.
+A :class:`Critic` answers for a batch. There are four kinds, a class each: a live model, a cache of one, the moving
+average of the player, and one of random weights. :func:`critic_class` tells a name's kind, and nothing else asks it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from avatarl.untrusted import refusing
 
 from .config import PRESETS, PlayerConfig
 from .counting import forward_flops_per_token
-from .critic_cache.read import SPLITS, CriticCache, is_cache
+from .critic_cache.read import SPLITS, CriticCache, is_cache, read_manifest
 from .digest import digest_of_model
 from .loading import (
     check_model,
@@ -38,6 +39,7 @@ from .loading import (
     load_model,
     load_tokenizer,
     longest_sequence,
+    resolve_model,
 )
 from .players import random_player
 
@@ -58,6 +60,9 @@ class CriticInputs(NamedTuple):
 class Critic:
     """What a player learns from besides the text. Subclasses are the kinds of critics."""
 
+    kind: ClassVar[str]
+    answers_any_text = False  # also text that is not of the run's data
+    is_trained_elsewhere = False  # and that has a place and a cost of its own
     start_step = 0  # the last step without its answers
     keeps_state = False  # whether checkpoints hold its weights
     flops_per_token = 0  # of a forward pass inside the run
@@ -68,6 +73,20 @@ class Critic:
 
     def __init__(self, name: str):
         self.name = name
+
+    @classmethod
+    def open(cls, name: str, tokenizer: PreTrainedTokenizerBase, **how: Any) -> Critic:
+        """Open the critic of this name; ``how`` are the arguments of :func:`open_critic`."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        """Raise a UserError where nothing can be opened by this name, as far as that is known without opening."""
+
+    @classmethod
+    def digest_of(cls, name: str, dtype: torch.dtype) -> str:
+        """The ``digest`` of the critic of this name, which is trained elsewhere."""
+        raise NotImplementedError
 
     def answers(self, batch: CriticInputs) -> Answers:
         """What it says of every position of the batch."""
@@ -106,8 +125,9 @@ class FrozenModel(nn.Module):
 
 
 class LiveCritic(Critic):
-    """A model that runs beside the player."""
+    """A model that runs beside the player: a run folder, a model folder or a hub id."""
 
+    kind, answers_any_text, is_trained_elsewhere = "model", True, True
     has_started = False  # whether it has taken weights of the player; only these belong into a checkpoint
 
     def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
@@ -130,6 +150,22 @@ class LiveCritic(Critic):
                 )
             check_window(model, block_size, f"critic {name}")
             self.flops_per_token = forward_flops_per_token(model, block_size)
+
+    @classmethod
+    def open(cls, name, tokenizer, *, dtype, device, quantization, block_size, **_) -> LiveCritic:
+        check_same_vocabulary(tokenizer, load_tokenizer(name), name)
+        model = load_model(name, dtype, device, quantization)
+        if head_weight(model).shape[0] < len(tokenizer):
+            raise UserError(f"critic {name} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
+        return cls(name, model, block_size)
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        resolve_model(name)
+
+    @classmethod
+    def digest_of(cls, name: str, dtype: torch.dtype) -> str:
+        return digest_of_model(load_model(name, dtype))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -156,22 +192,21 @@ class LiveCritic(Critic):
 class RandomCritic(LiveCritic):
     """``random:PRESET:SEED``, a model of random weights. It knows nothing, as a control, and needs no file."""
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        block_size: int | None = None,
-    ):
-        match = RANDOM_CRITIC.fullmatch(name)
-        if match is None or match[1] not in PRESETS:
-            known = ", ".join(PRESETS)
-            raise UserError(
-                f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {known}"
-            )
-        model = random_player(PlayerConfig(preset=match[1]), tokenizer, RANDOM_CRITIC_CONTEXT, int(match[2]))
-        super().__init__(name, model.to(device=device, dtype=dtype), block_size)
+    kind, is_trained_elsewhere = "random", False
+
+    @classmethod
+    def open(cls, name, tokenizer, *, dtype, device, quantization, block_size, **_) -> RandomCritic:
+        if quantization is not None:
+            raise UserError(f"critic {name} is not read from files; expected no critic_quantization")
+        preset, seed = parse_random_critic(name)
+        model = random_player(PlayerConfig(preset=preset), tokenizer, RANDOM_CRITIC_CONTEXT, seed)
+        critic = cls(name, model.to(device=device, dtype=dtype), block_size)
+        critic.longest = None  # its positions are rotations
+        return critic
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        parse_random_critic(name)
 
 
 class AverageCritic(LiveCritic):
@@ -180,7 +215,22 @@ class AverageCritic(LiveCritic):
     It begins as a copy of the player after ``start_step``, and answers from the step after that.
     """
 
+    kind, answers_any_text, is_trained_elsewhere = "average", False, False
     keeps_state = True
+
+    @classmethod
+    def open(cls, name, tokenizer, *, build_player, device, block_size, **_) -> AverageCritic:
+        parse_ema_critic(name)
+        if build_player is None:
+            raise UserError(
+                f"critic {name} is the average of a player that is being trained; expected a model, or "
+                f"`avatarl train --critic {name}`"
+            )
+        return cls(name, build_player().to(device), block_size)
+
+    @classmethod
+    def check_name(cls, name: str) -> None:
+        parse_ema_critic(name)
 
     def __init__(self, name: str, model: PreTrainedModel, block_size: int | None = None):
         """``model`` is one like the player, whose weights are replaced."""
@@ -232,10 +282,30 @@ class Snapshot(LiveCritic):
 class CachedCritic(Critic):
     """A critic whose answers were stored before (``avatarl critic cache``); it is not in memory."""
 
+    kind, is_trained_elsewhere = "cache", True
+
     def __init__(self, name: str, cache: CriticCache):
         super().__init__(name)
         self.cache, self.digest = cache, cache.digest
         self.limits = cache.record.num_top, cache.record.num_draws
+
+    @classmethod
+    def open(cls, name, tokenizer, *, data, block_size, train_windows, splits, after_main, **_) -> CachedCritic:
+        if data is None or block_size is None:
+            raise UserError(
+                f"critic {name} is a cache; expected a model, or CriticCache.open({name!r}, data, block_size) with "
+                "windows of its data"
+            )
+        return cls(
+            name,
+            after_main(
+                lambda verified: CriticCache.open(name, data, block_size, train_windows, splits, verified=verified)
+            ),
+        )
+
+    @classmethod
+    def digest_of(cls, name: str, dtype: torch.dtype) -> str:
+        return hashlib.sha256(read_manifest(Path(name))[0]).hexdigest()
 
     @property
     def costs(self) -> dict[str, int]:
@@ -267,12 +337,11 @@ def _reshard(module: nn.Module) -> None:
         module.reshard()
 
 
-def kind_of_critic(name: str | Path) -> str:
-    """What a critic's name stands for: ``cache``, ``average``, ``random`` or ``model``."""
+def critic_class(name: str | Path) -> type[Critic]:
+    """The class of the critic that a name stands for."""
     if is_cache(name):
-        return "cache"
-    prefix = str(name).partition(":")[0]
-    return {"ema": "average", "random": "random"}.get(prefix, "model")
+        return CachedCritic
+    return {"ema": AverageCritic, "random": RandomCritic}.get(str(name).partition(":")[0], LiveCritic)
 
 
 def open_critic(
@@ -307,44 +376,17 @@ def open_critic(
     """
     if isinstance(critic, CriticCache):
         return CachedCritic(str(critic.path), critic)
-    if not isinstance(critic, str | Path):
-        name = getattr(critic, "name_or_path", "") or type(critic).__name__
-        if not isinstance(critic, PreTrainedModel):
-            raise UserError(f"critic is a {name}; expected a causal language model of transformers")
-        with refusing(f"critic {name} cannot be run on tokens: "):
-            check_rows(critic, tokenizer, f"critic {name}")
-            check_model(critic, f"critic {name}")
-        return LiveCritic(name, critic.to(device), block_size)
-    name, kind = str(critic), kind_of_critic(critic)
-    if kind == "cache":
-        if data is None or block_size is None:
-            raise UserError(
-                f"critic {name} is a cache; expected a model, or CriticCache.open({name!r}, data, block_size) with "
-                "windows of its data"
-            )
-        return CachedCritic(
-            name,
-            after_main(
-                lambda verified: CriticCache.open(name, data, block_size, train_windows, splits, verified=verified)
-            ),
-        )
-    if kind == "average":
-        parse_ema_critic(name)
-        if build_player is None:
-            raise UserError(
-                f"critic {name} is the average of a player that is being trained; expected a model, or "
-                f"`avatarl train --critic {name}`"
-            )
-        return AverageCritic(name, build_player().to(device), block_size)
-    if kind == "random":
-        if quantization is not None:
-            raise UserError(f"critic {name} is not read from files; expected no critic_quantization")
-        return RandomCritic(name, tokenizer, dtype, device, block_size)
-    check_same_vocabulary(tokenizer, load_tokenizer(name), name)
-    model = load_model(name, dtype, device, quantization)
-    if head_weight(model).shape[0] < len(tokenizer):
-        raise UserError(f"critic {name} has {head_weight(model).shape[0]} output rows for {len(tokenizer)} tokens")
-    return LiveCritic(name, model, block_size)
+    if isinstance(critic, str | Path):
+        how = dict(data=data, block_size=block_size, train_windows=train_windows, splits=splits, after_main=after_main)
+        how |= dict(build_player=build_player, dtype=dtype, device=device, quantization=quantization)
+        return critic_class(critic).open(str(critic), tokenizer, **how)
+    name = getattr(critic, "name_or_path", "") or type(critic).__name__
+    if not isinstance(critic, PreTrainedModel):
+        raise UserError(f"critic is a {name}; expected a causal language model of transformers")
+    with refusing(f"critic {name} cannot be run on tokens: "):
+        check_rows(critic, tokenizer, f"critic {name}")
+        check_model(critic, f"critic {name}")
+    return LiveCritic(name, critic.to(device), block_size)
 
 
 def load_critic(
@@ -372,6 +414,20 @@ def parse_ema_critic(name: str) -> tuple[float, int]:
     if match is None:
         raise UserError(f"critic is {name!r}; expected ema:DECAY:START_STEP, as ema:0.999:500, with a decay below 1")
     return float(match[1]), int(match[2])
+
+
+def parse_random_critic(name: str) -> tuple[str, int]:
+    """Preset and seed of ``random:PRESET:SEED``.
+
+    Raises:
+        UserError: It is not written so, or there is no such preset.
+    """
+    match = RANDOM_CRITIC.fullmatch(name)
+    if match is None or match[1] not in PRESETS:
+        raise UserError(
+            f"critic is {name!r}; expected random:PRESET:SEED, as random:1m:7, with a preset of {', '.join(PRESETS)}"
+        )
+    return match[1], int(match[2])
 
 
 def check_same_vocabulary(

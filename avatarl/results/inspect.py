@@ -71,7 +71,7 @@ def settings_and_critics(
     Raises:
         UserError: There is no critic, or one that knows no other text than it was trained beside.
     """
-    from avatarl.models.critics import kind_of_critic
+    from avatarl.models.critics import critic_class
 
     own_config, own_critics = trained_with(player)
     if critics is None and own_critics:
@@ -80,7 +80,7 @@ def settings_and_critics(
     if config.needs_critic and not critics:
         raise UserError(f"critic is not given, and {player} was not trained with one; give a critic")
     for name in critics:
-        if kind_of_critic(name) in ("average", "cache"):
+        if not critic_class(name).answers_any_text:
             raise UserError(f"critic {name} has no answers for other text; give a run, a model folder or a hub id")
     return config, critics
 

@@ -77,9 +77,9 @@ def cache_critic(
     from avatarl.data import PreparedData
     from avatarl.device import launched_as, pick_device, pick_precision
 
-    from ..critics import load_critic
+    from ..critics import open_critic
     from ..digest import weight_files
-    from ..loading import check_window, longest_sequence
+    from ..loading import check_window
     from .answers import fill_part, log_frequencies_of
 
     out = Path(out)
@@ -107,8 +107,10 @@ def cache_critic(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Before they are loaded: should they change meanwhile, this will not be their cache.
     files = weight_files(critic)
-    model = load_critic(critic, prepared.load_tokenizer(), dtype, chosen, critic_quantization)
-    longest = longest_sequence(model)
+    opened = open_critic(
+        critic, prepared.load_tokenizer(), dtype=dtype, device=chosen, quantization=critic_quantization
+    )
+    model, longest = opened.model, opened.longest
     if block_size is None:
         block_size = _context_of(critic, longest)
         if not quiet and rank == 0:
@@ -144,8 +146,7 @@ def _context_of(critic: str, longest: int | None) -> int:
         block_size = settings.get("block_size") if isinstance(settings, dict) else None
         if type(block_size) is int and block_size > 0:
             return block_size
-    reads_any = longest is None or critic.startswith("random:")  # whose positions are rotations
-    return DEFAULT_BLOCK_SIZE if reads_any else longest
+    return longest or DEFAULT_BLOCK_SIZE
 
 
 def _identity(data, splits, record: RecordFormat, precision: str, critic: str, model, files: dict | None) -> dict:
