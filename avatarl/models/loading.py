@@ -1,4 +1,4 @@
-"""Opening models and tokenizers from run folders, model folders or hub ids: safetensors only, no code from outside."""
+"""Open models and tokenizers from run folders, model folders or Hub ids: safetensors only, no foreign code."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ def load_model(
     """Open a causal language model in eval mode.
 
     Args:
-        model: A run folder, a model folder or a hub id. One that was saved quantised stays so.
-        dtype: What weights are held in, other than quantised ones.
-        device: Where to.
+        model: A run folder, a model folder or a Hub id. One that was saved quantised stays so.
+        dtype: Of the weights, other than quantised ones.
+        device: Where the weights go.
         quantization: Quantise the weights while they are read: the settings that transformers writes as
             ``quantization_config``, of a method in ``QUANTISERS``. The head is left as it is.
 
     Raises:
-        UserError: It cannot be found or opened, has no safetensors, its weights are not those that its configuration
-            asks for, it is no causal language model, its logits are not ``hidden @ head.T``, or it cannot be quantised
-            like this.
+        UserError: The model cannot be found, opened or quantised like this, has no safetensors, its weights are not
+            those of its configuration, it is no causal language model, or its logits are not ``hidden @ head.T``.
     """
     name = resolve_model(model)
     with refusing(f"{name} cannot be opened as a causal language model: "):
@@ -81,7 +80,7 @@ def load_model(
 
 
 def _copy_from_files(model: PreTrainedModel) -> None:
-    """Hold weights in memory that the library has left mapped to their files, which others may write into."""
+    """Copy weights that the library has left mapped to their files, which others may write into."""
     for plain in chain.from_iterable(map(plain_tensors, chain(model.parameters(), model.buffers()))):
         # bitsandbytes' own kinds know their data by other names too, and are left as they are.
         if plain.device.type == "cpu" and type(plain) in (Tensor, torch.nn.Parameter):
@@ -89,7 +88,7 @@ def _copy_from_files(model: PreTrainedModel) -> None:
 
 
 def _check_kind(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what its configuration already says is no causal language model."""
+    """Refuse a model that its configuration shows to be no causal language model."""
     kind, causal = config.model_type, config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.is_encoder_decoder:
         found = f"is an encoder-decoder ({kind}), which reads one text to write another"
@@ -103,11 +102,7 @@ def _check_kind(config: PreTrainedConfig, name: str) -> None:
 
 
 def check_implementations(config: PreTrainedConfig, name: str) -> None:
-    """Refuse a configuration that has the library fetch a kernel, which is code, from the Hub.
-
-    Raises:
-        UserError: naming the kernel's repository.
-    """
+    """Refuse a configuration that has the library fetch a kernel, which is code, from the Hub."""
     for part in (config, *(getattr(config, part, None) for part in config.sub_configs)):
         for kind in ("_attn_implementation", "_experts_implementation"):
             implementation = getattr(part, kind, None)
@@ -128,7 +123,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _no_larger_than_its_weights(folder: Path, quantised: bool = False) -> Iterator[None]:
-    """Stop the building of a model as soon as it is larger than the folder's weight files.
+    """Stop building a model as soon as it is larger than the folder's weight files.
 
     The sizes in a configuration are only numbers: a short file can ask for a terabyte, and the library would make
     random weights for all that is not in the files.
@@ -163,7 +158,7 @@ def _no_larger_than_its_weights(folder: Path, quantised: bool = False) -> Iterat
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's tensors: one, or those that its index names, all of them in the folder."""
+    """The files that hold a model's tensors: one, or those that its index names, all in the folder."""
     index_path = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file() or not index_path.is_file():
         return [folder / WEIGHTS]
@@ -181,9 +176,9 @@ def _tensor_shapes(path: Path) -> list[list[int]]:
 
 
 def _check_weights(model: PreTrainedModel, report: dict) -> None:
-    """Refuse weights that are not the model's: what is missing would be random, what is left over is lost.
+    """Refuse weights that do not fit the model: the library makes missing ones at random, and drops those left over.
 
-    Left-over buffers, such as the masks in old files, are harmless; weights tell that layers are missing.
+    Left-over buffers, such as the masks in old files, are harmless; left-over weights mean that layers are missing.
     """
     head = model.get_output_embeddings()
     of_head = {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
@@ -194,11 +189,12 @@ def _check_weights(model: PreTrainedModel, report: dict) -> None:
                 "logits; expected a model saved from AutoModelForCausalLM, or one whose head is its input embedding"
             )
     left_over = [name for name in report["unexpected_keys"] if name.endswith("weight")]
-    for found, names in {
-        "are missing": report["missing_keys"],
-        "have other sizes": [name for name, *_ in report["mismatched_keys"]],
-        "belong to no layer of config.json": left_over,
-    }.items():
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    for found, names in (
+        ("are missing", report["missing_keys"]),
+        ("have other sizes", mismatched),
+        ("belong to no layer of config.json", left_over),
+    ):
         if names:
             raise UserError(f"{model.name_or_path}: {len(names)} tensors {found}, such as {min(names)}")
     for name, parameter in model.named_parameters():
@@ -221,24 +217,14 @@ def check_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def check_model(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that looks ahead, or whose logits are not its last hidden states times its output embedding.
-
-    Raises:
-        UserError: naming what was found in their place.
-    """
+    """Refuse a model that reads ahead, or whose logits are not its last hidden states times its output embedding."""
     _check_causal(model, name)
     _check_head(model, name)
 
 
 @torch.no_grad()
 def check_window(model: PreTrainedModel, block_size: int, name: str) -> None:
-    """Refuse a model that cannot read a window of ``block_size`` tokens.
-
-    Not every architecture says how many it reads, so it is tried.
-
-    Raises:
-        UserError: naming what it says of such a window.
-    """
+    """Refuse a model that cannot read a window of ``block_size`` tokens; it is tried, as few architectures say."""
     window = (torch.arange(block_size, device=model.device) % len(model.get_input_embeddings().weight)).unsqueeze(0)
     with evaluating(model), refusing(f"{name} cannot read a window of {block_size} tokens: "):
         last_hidden(model, window)
@@ -248,10 +234,7 @@ def check_window(model: PreTrainedModel, block_size: int, name: str) -> None:
 def check_loss(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that adds to the cross-entropy of its logits, as mixtures of experts do for their routers.
 
-    The objectives start from hidden states, so what its own forward pass adds would be silently lost.
-
-    Raises:
-        UserError: naming the settings that ask for it.
+    The objectives start from hidden states, so what its own forward pass adds would be lost silently.
     """
     if longest_sequence(model) == 1:  # where its own loss has no token to predict
         return
@@ -263,16 +246,18 @@ def check_loss(model: PreTrainedModel, name: str) -> None:
     if any(answer.loss <= loss * (1 + torch.finfo(answer.loss.dtype).eps) for loss in plain):
         return
     settings = model.config.get_text_config().to_dict().items()
-    asked = [f"{key}: {value}" for key, value in settings if value and ("loss" in key or key == "output_router_logits")]
+    causes = [
+        f"{key}: {value}" for key, value in settings if value and ("loss" in key or key == "output_router_logits")
+    ]
     raise UserError(
-        f"{name}: {', '.join(asked) or model.config.model_type} adds {answer.loss - plain[0]:.3g} to its loss, which "
+        f"{name}: {', '.join(causes) or model.config.model_type} adds {answer.loss - plain[0]:.3g} to its loss, which "
         "the objectives do not compute; expected output_router_logits: false, or a coefficient of 0"
     )
 
 
 @torch.no_grad()
 def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that reads ahead: a masked model under a causal name would be shown the answer."""
+    """Refuse a model that reads ahead: a masked model under a causal name would see the answer."""
     if longest_sequence(model) == 1:  # where there is no later token
         return
     rows = model.get_input_embeddings().weight.shape[0]
@@ -291,8 +276,8 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
 def _check_head(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose logits are not its last hidden states times its head's weight.
 
-    The objectives start from hidden states and the head's weight, so a bias, a scale or a soft cap on the logits would
-    be silently lost. Both ways are compared on a few tokens, and once more with large logits, where a cap shows.
+    The objectives compute logits from these two, so a bias, a scale or a soft cap would be lost silently. Both ways
+    are compared on a few tokens, and once more with large logits, where a cap shows.
     """
     expected = (
         "; the objectives know hidden states and the head's weight alone, so expected are logits that are their product"
@@ -328,7 +313,7 @@ def _close(logits: Tensor, products: Tensor) -> bool:
 
 
 def _difference(small: tuple[Tensor, Tensor], large: tuple[Tensor, Tensor]) -> str:
-    """What logits are that are no products, from (logits, products) under an ordinary head and under a large one."""
+    """How logits differ from the products, given (logits, products) under an ordinary head and under a large one."""
     if small[0].shape != small[1].shape:
         return f"of the shape {tuple(small[0].shape)} where the product has {tuple(small[1].shape)}"
     growth = [logits.abs().max() / products.abs().max() for logits, products in (small, large)]
@@ -342,7 +327,7 @@ def _difference(small: tuple[Tensor, Tensor], large: tuple[Tensor, Tensor]) -> s
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in eval mode, and afterwards in the mode that it was in."""
+    """Put the model in eval mode, and afterwards back in the mode that it was in."""
     was_training = model.training
     model.eval()
     try:

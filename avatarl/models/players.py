@@ -26,17 +26,20 @@ from .loading import (
 def build_player(
     config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
 ) -> PreTrainedModel:
-    """A player in float32; its random weights depend on ``config``, vocabulary, ``block_size`` and ``seed`` alone.
+    """Build a player in float32; ``config``, the vocabulary, ``block_size`` and ``seed`` alone decide its weights.
 
     Args:
-        block_size: The longest sequence it must read, tokens.
+        config: Size and architecture.
+        tokenizer: The data's.
+        block_size: The longest sequence that it must read, in tokens.
+        seed: Of the random weights.
 
     Raises:
         UserError: The architecture does not know a setting, cannot be built with it or cannot read ``block_size``
             tokens then, adds to its own loss, or its logits are not ``hidden @ head.T``.
     """
     name = f"player.architecture {config.architecture!r}"
-    with explaining(config):
+    with _explaining(config):
         player = random_player(config, tokenizer, block_size, seed)
         check_model(player, name)
         check_size(player, len(tokenizer), block_size)
@@ -48,7 +51,7 @@ def build_player(
 def random_player(
     config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int, seed: int
 ) -> PreTrainedModel:
-    """What :func:`build_player` builds, before anything is asked of it."""
+    """The model that :func:`build_player` builds, unchecked."""
     with torch.random.fork_rng(devices=[]):
         model_config = _model_config(config, tokenizer, block_size)
         torch.default_generator.manual_seed(seed)  # the CPU's alone: that of a GPU is not ours to reset
@@ -61,7 +64,7 @@ def player_shape(config: PlayerConfig, vocab_size: int, block_size: int) -> PreT
     Raises:
         UserError: The architecture does not know a setting or refuses its value.
     """
-    with explaining(config):
+    with _explaining(config):
         return _model_config(config, _Vocabulary(vocab_size), block_size)
 
 
@@ -71,7 +74,7 @@ def model_from_config(config: PreTrainedConfig, dtype: torch.dtype = torch.float
 
 
 class _Vocabulary:
-    """What a model's configuration asks of a tokenizer, where only its size is known."""
+    """A tokenizer of which only the size is known, for a model's configuration."""
 
     bos_token_id = eos_token_id = pad_token_id = 0
 
@@ -83,8 +86,8 @@ class _Vocabulary:
 
 
 @contextmanager
-def explaining(config: PlayerConfig) -> Iterator[None]:
-    """Whatever an architecture says of settings that it cannot be built or run with becomes a :class:`UserError`."""
+def _explaining(config: PlayerConfig) -> Iterator[None]:
+    """Turn whatever an architecture raises for settings that it cannot use into a :class:`UserError`."""
     try:
         yield
     except UserError:
@@ -109,7 +112,7 @@ def check_size(player: PreTrainedModel, vocabulary: int, block_size: int) -> Non
 
 
 def _model_config(config: PlayerConfig, tokenizer: PreTrainedTokenizerBase, block_size: int):
-    """The preset's shape in the words of the architecture."""
+    """The preset's shape under the architecture's own names."""
     if config.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"player.architecture is {config.architecture!r}; expected a causal language model of transformers, such "

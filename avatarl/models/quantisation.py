@@ -22,26 +22,23 @@ QUANTISERS = {
 
 
 def quantisation_options(
-    config: PreTrainedConfig, name: str, asked: Mapping[str, Any] | None, device: torch.device | str
+    config: PreTrainedConfig, name: str, wanted: Mapping[str, Any] | None, device: torch.device | str
 ) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be told to quantise a model, or to open one that was saved quantised.
+    """Arguments of ``from_pretrained`` that quantise a model, or open one that was saved quantised; often none.
 
     Args:
         config: The model's.
         name: Where the model came from, for messages.
-        asked: The settings to quantise by, as transformers writes them in config.json as ``quantization_config``.
+        wanted: The settings to quantise by, as transformers writes them in config.json as ``quantization_config``.
         device: Where to quantise, since some layouts are made for the device that they are made on.
-
-    Returns:
-        Arguments by name; none where the model is not quantised.
 
     Raises:
         UserError: An unknown method or setting, a package that is not installed, or a model that is quantised already.
     """
     saved = getattr(config, "quantization_config", None)
-    if saved is not None and asked is not None:
+    if saved is not None and wanted is not None:
         raise UserError(f"{name} was saved quantised, and cannot be quantised again; expected no critic_quantization")
-    settings, where = (asked, "critic_quantization") if saved is None else (saved, f"{name}: quantization_config")
+    settings, where = (wanted, "critic_quantization") if saved is None else (saved, f"{name}: quantization_config")
     if settings is None:
         return {}
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
@@ -54,13 +51,13 @@ def quantisation_options(
                 "'avatarl[quantised]'"
             )
     options: dict[str, Any] = {"device_map": {"": device}}
-    if asked is not None:
-        before = f"{where}: {dict(asked)} is not understood ("
+    if wanted is not None:
+        before = f"{where}: {dict(wanted)} is not understood ("
         example = f"{{quant_method: {method}, {QUANTISERS[method]}}}"
         with refusing(before, f"); expected what transformers writes as quantization_config, such as {example}"):
-            options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(asked))
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(wanted))
         known = options["quantization_config"].to_dict()
-        for setting in sorted(asked.keys() - known.keys()):  # the library would ignore it
+        for setting in sorted(wanted.keys() - known.keys()):  # the library would ignore it
             raise UserError(f"{where}: {method} has no setting {setting!r}{nearest_name(setting, known)}")
     return options
 
