@@ -131,6 +131,26 @@ def test_each_command_has_its_own_help(command: str, option: str, capsys):
     assert " ".join(out.split()).count(COMMANDS[command].summary) == 1
 
 
+# The options that people write, besides the settings of recipes.
+OWN = {
+    "demo": ["source", "out", "seed"],
+    "prepare": ["sources", "out", "tokenizer", "valid_fraction", "text_field", "processes"],
+    "train": ["resume", "allow_changes"],
+    "critic cache": ["critic", "data", "out", "block_size", "kind", "bytes_per_token", "keep_top", "train_windows"]
+    + ["seed", "micro_batch_size", "precision", "critic_quantization", "device"],
+    "verify": ["folders"],
+    "plan": ["processes", "utilisation", "vocab_size", "critic_preset"],
+    "evaluate": ["model", "data", "critic", "split", "block_size", "max_windows", "pairs", "tasks", "include_path"]
+    + ["device"],
+    "generate": ["model", "prompt", "samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "device"],
+    "inspect": ["player", "critic", "text", "file", "position", "out", "device"],
+    "report": ["runs", "out", "baseline", "data", "max_windows", "prompt", "sample_tokens", "evaluate", "device"],
+    "compare": ["device"],
+    "play": ["runs", "critic", "host", "port", "device"],
+    "push": ["model", "repo", "private"],
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_parameter_of_a_command_is_explained_once(command: str, capsys):
     """By the docstring of its function, in words alone."""
@@ -142,9 +162,10 @@ def test_every_parameter_of_a_command_is_explained_once(command: str, capsys):
     assert not [each for each in described if re.search(r"``|:\w+:`|%\(|\\x", each)]
     module, name = COMMANDS[command].function.split(":")
     function = getattr(importlib.import_module(f"avatarl.{module}"), name)
-    for parameter in set(inspect.signature(function).parameters) - NOT_OPTIONS - {"config", "comparison"}:
-        option = COMMANDS[command].names.get(parameter, parameter)
-        assert re.search(rf"^(  --{option}[ ,]|  {option} |  --{option}\.)", out, re.MULTILINE), option
+    parameters = set(inspect.signature(function).parameters) - NOT_OPTIONS - {"config", "comparison", "avatarl"}
+    assert parameters == {name.replace("prompt", "prompts") if command == "report" else name for name in OWN[command]}
+    for option in OWN[command]:
+        assert re.search(rf"^  (--)?{option}(\n| )", out, re.MULTILINE), option
 
 
 RECIPE_TYPOS = (
@@ -274,7 +295,7 @@ def test_several_critics_are_given_at_once(refused):
 
 
 def test_options_are_not_abbreviated(refused):
-    assert "batch is not a setting" in refused("train", "--data", "d", "--out", "o", "--steps", 1, "--batch", 4)
+    assert "block is not a setting" in refused("train", "--data", "d", "--out", "o", "--steps", 1, "--block", 4)
 
 
 def test_an_unknown_key_of_a_recipe_has_its_nearest_named(refused, recipe):
