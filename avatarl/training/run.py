@@ -7,32 +7,16 @@ import dataclasses
 import errno
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING
 
 from avatarl.console import Console
 from avatarl.errors import RunFailed, UserError
 from avatarl.lock import RunLock
-from avatarl.run_dir.environment import describe_environment
-from avatarl.run_dir.identity import (
-    finish_what_was_begun,
-    flatten,
-    has_changed_since,
-    write_finish,
-    write_resume,
-    write_start,
-)
-from avatarl.run_dir.log import without_traceback_of_tensorboard
-from avatarl.run_dir.tracker import check_tracker
 
-from .artifacts import check_players
 from .config import TrainConfig, idle_settings
-from .loop import train_to_end
-from .processes import Processes, is_lost_process
-from .resume import check_run_folder, find_checkpoint, load_checkpoint
-from .setup import set_up
-from .state import Progress
-from .stopping import StopRequest
+
+if TYPE_CHECKING:
+    from .processes import Processes
 
 # A launcher restarts a run at once; a lock held by a lost machine on a shared disk may take so long to be released.
 LOCK_PATIENCE_SECONDS = 60
@@ -45,7 +29,7 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
 
     Args:
         config: What to train on what, and how.
-        resume: Continue from the newest good checkpoint of ``config.out``; start if there is none.
+        resume: Continue from the newest good checkpoint of ``out``; start if there is none.
         allow_changes: Resume although settings, data or critics have changed.
         quiet: Print nothing.
 
@@ -57,6 +41,19 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
         RunFailed: The loss is no longer finite, the run folder cannot be written, or another process is gone.
         RunStopped: SIGTERM or SIGINT; the run is saved.
     """
+    from avatarl.run_dir.environment import describe_environment
+    from avatarl.run_dir.identity import flatten, has_changed_since, write_finish, write_resume, write_start
+    from avatarl.run_dir.log import without_traceback_of_tensorboard
+    from avatarl.run_dir.tracker import check_tracker
+
+    from .artifacts import check_players
+    from .loop import train_to_end
+    from .processes import Processes
+    from .resume import check_run_folder, find_checkpoint, load_checkpoint
+    from .setup import set_up
+    from .state import Progress
+    from .stopping import StopRequest
+
     run, unused_critics = Path(config.out), None
     if config.critic is not None and "critic" in idle_settings(flatten(config.as_dict())):
         unused_critics = ", ".join(config.critics)
@@ -112,6 +109,8 @@ def train(config: TrainConfig, *, resume: bool = False, allow_changes: bool = Fa
 @contextlib.contextmanager
 def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
     """Make the folder, lock it, and finish what a killed process left undone in it."""
+    from avatarl.run_dir.identity import finish_what_was_begun
+
     with contextlib.ExitStack() as stack:
         if processes.is_main:
             try:
@@ -128,6 +127,10 @@ def _written_by_one_run(run: Path, processes: Processes) -> Iterator[None]:
 @contextlib.contextmanager
 def _failures_in_one_line(run: Path) -> Iterator[None]:
     """Turn errors of a disk, or of another process that is gone, into one line."""
+    from safetensors import SafetensorError
+
+    from .processes import is_lost_process
+
     advice = "--resume continues from the newest good checkpoint"
     try:
         yield
