@@ -35,7 +35,7 @@ from .answers import CachedAnswers, LiveAnswers
 from .config import OBJECTIVES, AvataRLConfig, BaselineConfig, ObjectiveKind
 from .policy import Policy, largest_of_tails
 from .rewards import Rewards, compute_rewards
-from .schedule import Scheduled, Weight, distillation_shares
+from .schedule import Scheduled, Weight
 
 Limits = tuple[int, int] | None  # a cached critic's numbers of most likely and of drawn tokens; None of a live one
 
@@ -399,7 +399,7 @@ class Distillation(Objective, name="distillation"):
             )
 
     def loss_and_gradient(self, inputs: LossInputs, with_gradient: bool) -> LossOutputs:
-        alpha, shares = distillation_shares(self.baseline, len(inputs.critics), inputs.scheduled)
+        alpha, shares = _distillation_shares(self.baseline, len(inputs.critics), inputs.scheduled)
         policy, weights = Policy.of(inputs.player_logits, 1.0, inputs.compiled), inputs.weights
         metrics, log_probs = policy.metrics(inputs.targets), policy.log_probs()
         loss, soft_targets = alpha * metrics["cross_entropy"], torch.zeros_like(log_probs)
@@ -410,6 +410,17 @@ class Distillation(Objective, name="distillation"):
             return LossOutputs(None, metrics)
         gradient = log_probs.exp_().sub_(soft_targets).mul_(weights.unsqueeze(1))
         return LossOutputs(_subtract_target(gradient, inputs.targets, alpha * weights), metrics)
+
+
+def _distillation_shares(
+    config: BaselineConfig, num_critics: int, scheduled: Scheduled | None
+) -> tuple[Weight, Sequence[Weight]]:
+    """The weight of cross-entropy, and that of each critic's divergence."""
+    share = (1 - config.distillation_alpha) / max(1, num_critics)
+    if scheduled is None:
+        return config.distillation_alpha, [share] * num_critics
+    now = [scheduled.critic_factors[i] * share for i in range(num_critics)]
+    return 1 - sum(now), now
 
 
 def _subtract_target(gradient: Tensor, targets: Tensor, amount: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .answers import Answers, CachedAnswers, LiveAnswers, as_answers, is_one
 from .config import DEFAULT_TAIL, AvataRLConfig
 from .policy import DenseTail, compute_dtype, sums_of_each
-from .schedule import Scheduled, Weight, expert_weights
+from .schedule import Scheduled, Weight
 
 
 class RewardLandscape(NamedTuple):
@@ -132,7 +132,7 @@ def compute_rewards(
     shares = [(is_estimate & valid).sum(dim=1) / num_active[:, 0] for is_estimate in estimates]
 
     # Whether an expert has a weight is known without asking the device: never 0 · −∞.
-    reality_weight, critic_weights = expert_weights(config, len(critics), scheduled)
+    reality_weight, critic_weights = _expert_weights(config, len(critics), scheduled)
     experts = [] if reality_weight is None else [(reality_weight, log_reality)]
     weighing = [
         (critic, weight, log_probs, is_estimate)
@@ -189,6 +189,23 @@ def compute_rewards(
         rewards = torch.cat([rewards, scale * masses], dim=1)
     estimated = torch.stack(shares).mean(dim=0).to(dtype) if shares else None
     return Rewards(actions, valid, rewards, dense, estimated, favourites, log_reality, consensus)
+
+
+def _expert_weights(
+    config: AvataRLConfig, num_critics: int, scheduled: Scheduled | None
+) -> tuple[Weight | None, Sequence[Weight | None]]:
+    """The weight of the text, and that of each critic; None for one that never has any.
+
+    Their sum does not change over time. :meth:`AvataRLConfig.critic_weights` has checked their number.
+    """
+    weight, text = config.critic_weight, config.reality_weight
+    weights = weight if isinstance(weight, tuple) else (weight / max(1, num_critics),) * num_critics
+    weights = weights if num_critics else ()
+    if scheduled is None:
+        return text or None, [weight or None for weight in weights]
+    now = [scheduled.critic_factors[i] * weight for i, weight in enumerate(weights)]
+    text = text + sum(weight - part for weight, part in zip(weights, now, strict=True))
+    return text, [part if weight else None for weight, part in zip(weights, now, strict=True)]
 
 
 def active_actions(
