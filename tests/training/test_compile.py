@@ -62,7 +62,8 @@ def test_a_compiled_run_under_changing_critics(tiny_config, tmp_path: Path, crit
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         train(tiny_config(tmp_path / str(compiled), compile=compiled, **settings), quiet=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8  # training and evaluation, each in three stages
+    # Training and evaluation, each in three stages, the passes over the logits, and the average's own forward pass.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
     for expected, found in zip(*(lines_of(tmp_path / name / "run") for name in ("False", "True")), strict=True):
         assert found["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-3)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
