@@ -18,9 +18,10 @@ from avatarl.device import pick_device
 from avatarl.errors import UserError
 from avatarl.sanitise import one_line
 
-from .continuation import Continuation, Rewards, Side, open_all
+from .continuation import Continuation, Side, open_all
 from .door import Door
 from .generate import Sampling
+from .inspector import Inspector
 from .pages import macros_of, read_source
 
 MOST_NEW_TOKENS = 500
@@ -57,14 +58,14 @@ def build(runs: Sequence[str], critics: Sequence[str] | None = None, device: str
     """
     if not 1 <= len(runs) <= 2:
         raise UserError(f"play is given {len(runs)} runs; expected one or two")
-    sides, rewards, reason = open_all(runs, critics, pick_device(device))
+    sides, inspector, reason = open_all(runs, critics, pick_device(device))
 
     def html(value: Markup | str, **settings: Any) -> gradio.HTML:
         """A part of the page in the style of the other pages."""
         return gradio.HTML(value, apply_default_css=False, elem_classes="page", **settings)
 
     with gradio.Blocks(title="avatarl play", analytics_enabled=False) as app:
-        html(PAGE.introduction(rewards, one_line(runs[0]), reason))
+        html(PAGE.introduction(inspector, one_line(runs[0]), reason))
         prompt = gradio.Textbox(label="Prompt", placeholder="Empty: the beginning of a document", max_lines=8)
         with gradio.Row(equal_height=True):
             temperature = gradio.Slider(0, 2, value=0.8, step=0.1, label="Temperature", buttons=[])
@@ -86,9 +87,9 @@ def build(runs: Sequence[str], critics: Sequence[str] | None = None, device: str
         # The models and the generator of random numbers serve one at a time.
         alone = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
         triggers, outputs = [button.click, prompt.submit], [*texts, *states, candidates]
-        gradio.on(triggers, partial(generate_on_page, sides, rewards), [*inputs, *choices], outputs, **alone)
+        gradio.on(triggers, partial(generate_on_page, sides, inspector), [*inputs, *choices], outputs, **alone)
         for side, choice, text, state in zip(sides, choices, texts, states, strict=True):
-            generate = partial(generate_on_page, [side], rewards)
+            generate = partial(generate_on_page, [side], inspector)
             choice.input(generate, [*inputs, choice], [text, state, candidates], **alone)
             text.click(candidates_of_click, state, candidates, show_progress="hidden", api_visibility="private")
     return app
@@ -96,7 +97,7 @@ def build(runs: Sequence[str], critics: Sequence[str] | None = None, device: str
 
 def generate_on_page(
     sides: Sequence[Side],
-    rewards: Rewards | None,
+    inspector: Inspector | None,
     prompt: str,
     temperature: float,
     count: int,
@@ -110,10 +111,12 @@ def generate_on_page(
     """
     try:
         sampling = Sampling(max_new_tokens=count, temperature=temperature, seed=seed)
-        found = [side.generate(choice, prompt, sampling, rewards) for side, choice in zip(sides, choices, strict=True)]
+        found = [
+            side.generate(choice, prompt, sampling, inspector) for side, choice in zip(sides, choices, strict=True)
+        ]
     except UserError as error:  # gradio takes the text for HTML
         raise gradio.Error(str(escape(error)), print_exception=False) from None
-    return [*map(PAGE.generated, found), *found, HINT if rewards else ""]
+    return [*map(PAGE.generated, found), *found, HINT if inspector else ""]
 
 
 def candidates_of_click(found: Continuation | None, event: gradio.EventData) -> str:

@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from avatarl.data.tokenizer import encode_texts, encode_with_bytes, end_of_text_id
 from avatarl.errors import UserError
-from avatarl.models import Critic, open_critic
+from avatarl.models import Critic, check_same_vocabulary, open_critic
 from avatarl.models.critics import CriticInputs
 from avatarl.models.loading import head_weight, last_hidden, resolve_model
 from avatarl.objective import AvataRL, AvataRLConfig, HiddenAnswers, LiveAnswers, RewardLandscape, reward_landscape
@@ -150,9 +150,22 @@ class Inspector:
         """
         resolve_model(player)  # a mistyped player is not to be blamed on the critic
         config, critics = settings_and_critics(player, critics, config)
-        opened = open_player(player, device)
-        of_critics = [open_critic(name, opened.tokenizer, device=opened.model.device) for name in critics]
-        return cls(opened.model, of_critics, opened.tokenizer, config, [opened.name, *map(str, critics)])
+        return cls.of(open_player(player, device), critics, config)
+
+    @classmethod
+    def of(cls, player: Player, critics: Sequence[str], config: AvataRLConfig) -> Inspector:
+        """Open the critics of a player; :meth:`open` describes them."""
+        opened = [open_critic(name, player.tokenizer, device=player.model.device) for name in critics]
+        return cls(player.model, opened, player.tokenizer, config, [player.name, *map(str, critics)])
+
+    def with_player(self, player: Player) -> Inspector:
+        """Another player with the same critics and settings.
+
+        Raises:
+            UserError: The player reads other tokens than the critics, or the settings do not fit them.
+        """
+        check_same_vocabulary(self.tokenizer, player.tokenizer, player.name, role="player")
+        return Inspector(player.model, self.critics, player.tokenizer, self.config, [player.name, *self.names[1:]])
 
     def inspect(self, text: str) -> Inspection:
         """Compute the rewards of a text; of its first token too where there is an end-of-text token to read before it.

@@ -85,7 +85,7 @@ class Interval(NamedTuple):
     lower: float  # of the interval; NaN where there is none
     upper: float
     points: Sequence[float]  # what it is the mean of
-    text: str  # to the right of the line
+    text: str  # numbers, to the right of the line
     verdict: str = ""  # "better", "worse" or nothing: its colour
 
 
@@ -110,7 +110,7 @@ def interval_chart(intervals: Sequence[Interval], limits: tuple[float, float], t
     for place, each in enumerate(intervals):
         colour = ink[each.verdict or "quiet"]
         if not np.isnan(each.lower):
-            axis.hlines(place, max(each.lower, low), min(each.upper, high), linewidth=2, **colour)
+            axis.hlines(place, each.lower, each.upper, linewidth=2, **colour)  # cut off at the axis' ends
         shown = [point for point in each.points if low <= point <= high]
         axis.plot(shown, [place] * len(shown), "o", markersize=5, markerfacecolor="none", **colour)
         if low <= each.mean <= high:
@@ -119,8 +119,7 @@ def interval_chart(intervals: Sequence[Interval], limits: tuple[float, float], t
         for end, marker, is_beyond in ((low, "<", (ends < low).any()), (high, ">", (ends > high).any())):
             if is_beyond:
                 axis.plot(end, place, marker, markersize=8, clip_on=False, **colour)
-        beside = {"xycoords": ("axes fraction", "data"), "va": "center", "parse_math": False}
-        axis.annotate(visible(each.text), (1.02, place), **beside, **ink["ink"])
+        axis.annotate(each.text, (1.02, place), xycoords=("axes fraction", "data"), va="center", **ink["ink"])
     axis.set(xlim=limits, ylim=(len(intervals) - 0.5, -0.5), yticks=range(len(intervals)))
     axis.set_yticklabels([visible(each.name) for each in intervals], parse_math=False, **ink["ink"])
     axis.set_title(title, size=10, **ink["quiet"])

@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from avatarl.data.prepare import prepare
 from avatarl.device import pick_device
 from avatarl.models import build_player
 from avatarl.results import play
-from avatarl.results.continuation import Continuation, Rewards, Side
+from avatarl.results.continuation import Continuation, Side, open_all
 from avatarl.results.generate import LONGEST_PROMPT, Sampling, continue_ids, prompt_ids
 from avatarl.results.inspector import Inspector, shown_token
 from avatarl.results.players import open_player
@@ -53,11 +54,11 @@ def side(run: str) -> Side:
 
 
 @pytest.fixture(scope="module")
-def rewards(side: Side) -> Rewards:
-    return Rewards.open(side, None)
+def rewards(side: Side) -> Inspector:
+    return open_all([side.run], None, side.device)[1]
 
 
-def generate(sides: list[Side], rewards: Rewards | None, *choices: str, prompt: str = PROMPT) -> list:
+def generate(sides: list[Side], rewards: Inspector | None, *choices: str, prompt: str = PROMPT) -> list:
     return page.generate_on_page(sides, rewards, prompt, 1.5, COUNT, SEED, *choices)
 
 
@@ -126,7 +127,7 @@ def test_an_empty_prompt_begins_a_document(side, run, rewards):
 def test_every_token_has_the_inspectors_rewards(side, run, rewards, critic_folder, tokenizer):
     html, found, _ = generate([side], rewards, "best")
     inspector = Inspector.open(run, device="cpu")
-    assert inspector.config == rewards.config and inspector.names[1:] == tuple(rewards.names) == (str(critic_folder),)
+    assert inspector.config == rewards.config and inspector.names[1:] == rewards.names[1:] == (str(critic_folder),)
     ids = [*tokenizer.encode(PROMPT), *(position.token for position in found.positions)]
     assert [shown_token(tokenizer, position.token) for position in found.positions] == found.texts
     expected = inspector.inspect_ids(ids).positions[-len(found.texts) :]
@@ -159,7 +160,7 @@ def sorted_actions(found: Continuation, place: int) -> list:
 
 
 def test_several_critics_have_a_column_each(side, critic_folder, player_folder):
-    rewards = Rewards.open(side, [str(critic_folder), str(player_folder)])
+    rewards = open_all([side.run], [str(critic_folder), str(player_folder)], side.device)[1]
     _, found, _ = generate([side], rewards, "best")
     html = click(found, 0)
     assert re.findall(r'<th scope="col">(p critic[^<]*)', html) == ["p critic 1", "p critic 2"]
@@ -169,7 +170,8 @@ def test_several_critics_have_a_column_each(side, critic_folder, player_folder):
 
 
 def test_the_threshold_is_written_and_drawn(side, rewards):
-    rewards = dataclasses.replace(rewards, config=AvataRLConfig.article(top_k=4))
+    config = AvataRLConfig.article(top_k=4)
+    rewards = Inspector(rewards.player, rewards.critics, rewards.tokenizer, config, rewards.names)
     _, found, _ = generate([side], rewards, "best")
     html = click(found, 0)
     assert f"a consensus above {found.positions[0].threshold:.4f} is paid" in html
@@ -227,7 +229,7 @@ def test_players_and_critics_share_their_tokens(run, player_folder, critic_folde
 def test_the_settings_are_the_first_runs(run, player_folder, critic_folder):
     shown = introduction_of(play.build_app([run, str(player_folder)], device="cpu"))
     assert f"Critic:\n<code>{critic_folder}</code>.\nSettings: those of <code>{run}" in shown
-    given = Rewards.open(Side(str(player_folder), pick_device("cpu")), [str(critic_folder)])
+    given = open_all([str(player_folder)], [str(critic_folder)], pick_device("cpu"))[1]
     assert given.config == AvataRLConfig.article()
 
 
@@ -239,7 +241,7 @@ def test_hostile_names_prompts_and_tokens_are_text(side, rewards):
     actions = tuple(dataclasses.replace(action, text=HOSTILE) for action in found.positions[0].actions)
     positions = [dataclasses.replace(found.positions[0], text=HOSTILE, actions=actions)]
     hostile = Continuation(HOSTILE, HOSTILE, [HOSTILE], positions)
-    rewards = dataclasses.replace(rewards, names=[HOSTILE])
+    rewards = SimpleNamespace(names=["player", HOSTILE])
     for html, places in {
         page.PAGE.generated(hostile): 3,
         page.PAGE.generated(dataclasses.replace(hostile, positions=())): 2,

@@ -233,6 +233,13 @@ def test_settings_that_differ_come_first(tmp_path: Path):
     assert marked == 3
 
 
+def test_of_two_evaluations_at_one_place_the_last_is_shown(tmp_path: Path):
+    lines = [line("eval", 1, cross_entropy=5.0), line("eval", 1, cross_entropy=4.0), line("eval", 2)]
+    table = report_of([write_run(tmp_path / "run", lines)], tmp_path / "report.html").tables
+    shown = table["Validation cross-entropy, nats per token"]
+    assert shown[f"{TOKENS_PER_STEP:,}"] == ["4.000"] and shown[f"{2 * TOKENS_PER_STEP:,}"] == [""]
+
+
 def test_a_resumption_says_what_changed(tmp_path: Path):
     record = {"resumed": [{"step": 5, "started": "2026-01-02T03:04:05+00:00", "changes": ["seed was 1 and is 2"]}]}
     page = report_of([write_run(tmp_path / "run", [], record)], tmp_path / "report.html")
