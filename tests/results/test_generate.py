@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,14 @@ def test_top_k_and_top_p_keep_to_their_lists(player_folder: Path, tokenizer, dra
     assert 1 < len(chosen[0]) and chosen[0] <= set(order[:5].tolist())
     assert 1 < len(chosen[1]) and chosen[1] <= set(order[:shortest].tolist())
     assert not chosen[2] <= set(order[:50].tolist())  # no hidden list of the library's own
+
+
+def test_what_a_folder_wants_of_generation_is_ignored(player_folder: Path, tmp_path: Path):
+    expected = generate(player_folder, PROMPT, max_new_tokens=8, temperature=0, device="cpu")
+    copy = shutil.copytree(player_folder, tmp_path / "model")
+    wishes = {"repetition_penalty": 9.0, "num_beams": 3, "no_repeat_ngram_size": 1, "forced_eos_token_id": 5}
+    (copy / "generation_config.json").write_text(json.dumps(wishes))
+    assert generate(copy, PROMPT, max_new_tokens=8, temperature=0, device="cpu") == expected
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, "  two spaces", "a\n\nb ", "ä 漢", "<|endoftext|> x"])

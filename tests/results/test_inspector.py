@@ -157,6 +157,17 @@ def test_top_p_cuts_what_is_said_to_be_proposed(player_folder, critic_folder):
         assert sorted(voices) == ["critic", "player", "text"]
 
 
+def test_what_top_p_cuts_off_does_not_propose_the_texts_token(inspector, player_folder, critic_folder, tokenizer):
+    first = ids_of(tokenizer, TEXT)[0]
+    (answers,) = inspector.inspect_ids([first, 0]).answers
+    second = answers["tokens"][answers["playerOrder"][1]]
+    config = AvataRLConfig.article(top_k=8, top_p=0.01)  # the shortest prefix is one token
+    (position,) = (
+        Inspector.open(player_folder, [str(critic_folder)], config, "cpu").inspect_ids([first, second]).positions
+    )
+    assert "player" not in position.actions[0].proposed_by
+
+
 def test_a_player_that_proposes_nothing_is_not_said_to(player_folder, critic_folder):
     config = AvataRLConfig.article(top_k=8, player_proposes=False)
     inspection = Inspector.open(player_folder, [str(critic_folder)], config, device="cpu").inspect(TEXT)
