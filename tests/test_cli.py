@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import avatarl.results
 import avatarl.training
 from avatarl import UserError, __version__, files
 from avatarl.cli import COMMANDS, NOT_OPTIONS, main
@@ -285,6 +287,32 @@ def test_an_unknown_command_or_option_has_its_nearest_named(refused):
     assert refused("evaluate", "x", "--data", "d", "--avatarl.topk", 1).endswith("did you mean 'avatarl.top_k'?")
     assert refused("generate", "x", "--temprature", 1).endswith("did you mean 'temperature'?")
     assert refused("demo", "--out", "o", "--sed", 1).endswith("did you mean 'seed'?")
+
+
+def test_a_command_of_two_words_has_its_second_named(refused, capsys):
+    assert refused("critic", "cahe") == "avatarl: critic is followed by 'cahe'; expected cache; did you mean 'cache'?"
+    for words in (["critic"], ["critic", "--help"], ["critic", "cache", "--help"]):
+        assert status_of(*words) == 0
+        assert capsys.readouterr().out.startswith("usage: avatarl critic cache ")
+
+
+@pytest.mark.parametrize("rank, printed", [("0", "a text\n"), ("1", "")])
+def test_the_first_of_several_processes_prints_the_result(monkeypatch, capsys, rank: str, printed: str):
+    monkeypatch.setattr(avatarl.results, "generate", wraps(generate)(lambda **_: ["a text"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["generate", "model"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_libraries_are_told_to_be_quiet_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.setattr(avatarl.results, "generate", wraps(generate)(lambda **_: [""]))
+    names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    assert main(["generate", "model"]) == 0
+    assert [os.environ[name] for name in names] == ["1", "1", "info"]
 
 
 def test_several_critics_are_given_at_once(refused):
