@@ -289,13 +289,15 @@ def test_folders_that_look_like_a_demo_s_are_not_written_into(uninterrupted, tmp
     assert all((out / name).read_text() == "{}" for name in names)
 
 
-def test_a_link_is_not_written_through(uninterrupted, tmp_path: Path):
+@pytest.mark.parametrize("name", ["samples.md", "curves.png", "results.md"])
+def test_a_link_is_refused_before_any_work(uninterrupted, tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(avatarl.training, "train", lambda *_, **__: pytest.fail("it has begun"))
     out = Path(shutil.copytree(uninterrupted[2], tmp_path / "out"))
     (out / "results.json").unlink()
-    (out / "samples.md").unlink()
+    (out / name).unlink()
     (tmp_path / "outside").write_text("precious")
-    (out / "samples.md").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match="samples.md is a link"):
+    (out / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=f"{name} is a link"):
         demo(str(uninterrupted[0]), out, quiet=True)
     assert (tmp_path / "outside").read_text() == "precious"
 
