@@ -7,16 +7,20 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 from avatarl.errors import RunFailed, UserError
+
+SILENT_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 class Piece(NamedTuple):
@@ -71,6 +75,10 @@ def _pool(count: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end at once when this context or this process does, whatever they are doing."""
     # Do not fork from here: threads of the tokenizer and the progress bar may hold locks, which a fork copies.
     context = multiprocessing.get_context("forkserver")
+    # If this process is killed, Python's tracker removes the semaphores of the pool; its warning would only alarm.
+    sys.warnoptions.append(SILENT_TRACKER)
+    resource_tracker.ensure_running()
+    sys.warnoptions.remove(SILENT_TRACKER)
     context.set_forkserver_preload(["avatarl.data.corpus", "datasets"])
     theirs, ours = context.Pipe(duplex=False)
     with theirs, ProcessPoolExecutor(count, context, _set_up_process, (theirs,)) as pool:
