@@ -123,7 +123,7 @@ def test_critic_caches(data_folder: Path, good_cache: Path, size, tmp_path, watc
         """What a run does with it; ids that are no tokens must have been refused by then."""
         is_cache(folder)
         stored = CriticCache.open(folder, data, BLOCK).rows("valid", range(4))
-        loss, _ = avatarl_loss(player, stored.flat(), targets.flatten(), AvataRLConfig(top_k=3))
+        loss, _ = avatarl_loss(player, stored.flat(player.shape[-1]), targets.flatten(), AvataRLConfig(top_k=3))
         assert loss.isfinite()
 
     check(Subject("critic cache", good_cache, damage_cache, read), size, tmp_path, watch, monkeypatch)
