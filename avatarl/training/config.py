@@ -56,13 +56,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Which updates are not taken, and when the run gives up. A loss or gradient that is no number never is taken.
+    """Which updates to skip, and when to stop. Updates with a non-finite loss or gradient are always skipped.
 
     Args:
-        stop_after: So many refused updates in a row stop the run.
-        spike_score: Refuse an update whose loss lies so many robust standard deviations above the median of the last
-            accepted ones (None: never).
-        spike_window: How many of these there are.
+        stop_after: Stop the run after so many skipped updates in a row.
+        spike_score: Skip an update whose loss lies so many robust standard deviations above the median of the last
+            accepted losses (None: never).
+        spike_window: How many accepted losses to compare with.
     """
 
     stop_after: int = 5
@@ -78,13 +78,13 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a setting changes over the steps of a run: it is multiplied by a factor that begins at 1.
+    """How a setting changes over a run: it is multiplied by a factor that starts at 1.
 
     Args:
-        shape: ``constant``; ``linear`` or ``cosine``, a fall over steps; ``first``, all at once after ``end_step``.
-        final_fraction: The factor in the end.
-        start_step: After this step a linear or cosine fall begins.
-        end_step: After this step the factor is the final one (None: the run's last step, so that it is not reached).
+        shape: ``constant``; ``linear`` or ``cosine``, a fall over steps; ``first``, a jump after ``end_step``.
+        final_fraction: The factor at the end.
+        start_step: The step after which a linear or cosine fall starts.
+        end_step: The step after which the factor is the final one (None: the run's last step, so it is not reached).
     """
 
     shape: Literal["constant", "linear", "cosine", "first"] = "constant"
@@ -103,8 +103,8 @@ class ScheduleConfig:
     """Settings that change over the steps.
 
     Args:
-        critic_weight: The weight of every critic; the text gains what they lose. At 0 they are not asked any more, and
-            forgotten.
+        critic_weight: The weight of every critic; the text gains what they lose. At 0 they are no longer run, and
+            their memory is freed.
         smoothing: ε of the reality expert.
         entropy_coef: β, the weight of the policy's entropy.
     """
@@ -123,16 +123,12 @@ class ScheduleConfig:
             field = f"schedules.{name}"
             require_kinds(schedule, f"{field}.")
             if schedule.is_constant and schedule != Schedule():
-                raise UserError(
-                    f"{field}.shape is 'constant', so that its other settings change nothing; expected another"
-                )
-            is_weight = name == "critic_weight"
-            require_number(
-                f"{field}.final_fraction",
-                schedule.final_fraction,
-                lambda x, is_weight=is_weight: 0 <= x <= 1 or (x >= 0 and not is_weight),
-                "a number in [0, 1]" if is_weight else "a number of at least 0",
-            )
+                raise UserError(f"{field}.shape is 'constant', so its other settings have no effect; give a shape")
+            if name == "critic_weight":
+                accepted = (lambda x: 0 <= x <= 1), "a number in [0, 1]"
+            else:
+                accepted = (lambda x: x >= 0), "a number of at least 0"
+            require_number(f"{field}.final_fraction", schedule.final_fraction, *accepted)
             require_whole(f"{field}.start_step", schedule.start_step, minimum=0)
             if schedule.end_step is not None:
                 require_whole(f"{field}.end_step", schedule.end_step, minimum=schedule.start_step + 1)
@@ -141,9 +137,9 @@ class ScheduleConfig:
 
 
 def idle_settings(settings: Mapping[str, Any]) -> set[str]:
-    """Which of a recipe's settings, by dotted names, play no part beside the others; none where these make no sense.
+    """The settings of a recipe, by dotted names, that have no effect beside the others; none if these are not valid.
 
-    They are those of other objectives, critics that the objective does not ask, and the window of a guard that is off.
+    They are those of other objectives, critics that the objective does not use, and the window of a guard that is off.
     """
     groups = {
         group: {name.removeprefix(group): value for name, value in settings.items() if name.startswith(group)}
@@ -175,7 +171,7 @@ class TrainConfig:
             or ppo.
         critic: A critic, or several: run folders, model folders, hub ids, caches of critics (``avatarl critic cache``),
             ``ema:DECAY:START_STEP``, the player's own moving average from that step on, or ``random:PRESET:SEED``, one
-            that knows nothing. A run whose objective asks none has none, whatever is given.
+            that knows nothing. If the objective uses no critic, the run has none, whatever is given.
         critic_quantization: How to quantise the critics' weights, as transformers writes it in config.json:
             ``{quant_method: bitsandbytes, load_in_8bit: true}`` or torchao's (None: not, but for those saved so).
         avatarl: Settings of the rewards and the AvataRL loss.
@@ -183,7 +179,7 @@ class TrainConfig:
         schedules: Critic weight, ε and entropy coefficient over the steps.
         player: Which model to train.
         optim: Optimiser and learning rate.
-        guard: Updates that are not taken.
+        guard: Which updates to skip.
         block_size: Tokens in a window.
         micro_batch_size: The most windows in one forward pass of a process.
         gradient_accumulation_steps: Forward passes in one optimiser step on one process. Several processes share the

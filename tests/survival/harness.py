@@ -336,7 +336,7 @@ def tensors(path: Path) -> tuple[dict, bytes]:
     return json.loads(file[8:end]), file[end:]
 
 
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "unlogged_seconds", "tokens_per_second")
 
 
 def same(a, b) -> bool:

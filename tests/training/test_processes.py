@@ -14,19 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 
-from avatarl import UserError
 from avatarl.errors import RunFailed
 from avatarl.files import File
 from avatarl.objective import OBJECTIVES
-from avatarl.planning import share_of_step
 from avatarl.run_dir.checkpoint import CHECKPOINTS
 from avatarl.training import GuardConfig, OptimConfig, Schedule, ScheduleConfig, TrainConfig, train
-from avatarl.training.batches import Batches
 from avatarl.training.optim import Optimisers
-from avatarl.training.processes import Processes, meet
-from avatarl.training.setup import Setup, set_up
+from avatarl.training.processes import meet
 
-from ..conftest import BLOCK
 from .runs import Interrupted, assert_same_weights, lines_of, weights_of
 
 # Sixteen windows a step, so that two processes take micro-batches of another size and number than one.
@@ -193,49 +188,6 @@ def test_divided_parts_hold_their_own_rows(runs: Path):
 def test_writing_in_the_background_with_two_processes(runs: Path):
     ours, theirs = (weights_of(runs / name / "run" / "final") for name in ("background", "fsdp avatarl/2"))
     assert_same_weights(ours, theirs)
-
-
-def test_a_step_that_cannot_be_shared_is_refused():
-    config = TrainConfig(data="data", out="run", steps=1, micro_batch_size=4, gradient_accumulation_steps=2)
-    assert config.windows_per_process(4) == 2
-    with pytest.raises(
-        UserError, match="micro_batch_size times gradient_accumulation_steps is 8, which 3 processes cannot share"
-    ):
-        config.windows_per_process(3)
-
-
-@pytest.mark.parametrize(
-    ("share", "at_most", "sizes"),
-    [(8, 8, [8]), (8, 5, [4, 4]), (6, 4, [3, 3]), (7, 3, [3, 2, 2]), (4, 9, [4]), (13, 8, [7, 6]), (9, 8, [5, 4])],
-)
-def test_a_share_is_divided_into_few_micro_batches(
-    tiny_config, tmp_path: Path, share: int, at_most: int, sizes: list[int]
-):
-    """Of a prime number of windows too; as many processes as there are windows in a micro-batch."""
-    config = tiny_config(tmp_path, micro_batch_size=at_most, gradient_accumulation_steps=share)
-    setup = set_up(config, Processes())
-    whole = torch.cat(inputs_of_third_step(setup, config, Processes()))
-    mine = inputs_of_third_step(setup, config, Processes(rank=at_most - 1, count=at_most))
-    assert [len(inputs) for inputs in mine] == sizes
-    assert torch.equal(torch.cat(mine), whole[-share:])
-    assert share_of_step(config, at_most) == (sizes[0], len(sizes))
-
-
-def test_the_order_of_windows_does_not_depend_on_the_number_of_processes(tiny_config, tmp_path: Path):
-    config = tiny_config(tmp_path, **COMMON)
-    setup = set_up(config, Processes())
-    whole = torch.cat(inputs_of_third_step(setup, config, Processes()))
-    assert whole.shape == (16, BLOCK)
-    for count in (2, 4, 8):
-        parts = [inputs_of_third_step(setup, config, Processes(rank, count)) for rank in range(count)]
-        assert torch.equal(torch.cat(sum(parts, [])), whole)
-
-
-def inputs_of_third_step(setup: Setup, config: TrainConfig, processes: Processes) -> list[torch.Tensor]:
-    """The inputs of each micro-batch that a process reads in step 3."""
-    batches = Batches(setup.batches.windows, config, processes, setup.device)
-    start = 2 * config.windows_per_step
-    return [batch.inputs for batch in batches.of_step(start, num_uniforms=0)]
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_factors(schedule: Schedule, expected: list[float]):
     [
         (
             dict(smoothing=Schedule(end_step=3)),
-            "schedules.smoothing.shape is 'constant', so that its other settings change nothing",
+            "schedules.smoothing.shape is 'constant', so its other settings have no effect",
         ),
         (
             dict(critic_weight=Schedule("fast")),

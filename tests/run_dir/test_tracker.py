@@ -16,7 +16,7 @@ from avatarl.run_dir.tracker import RECORD, check_tracker, read_record
 from avatarl.training import TrainConfig, train
 from avatarl.training.validation import Validation
 
-from .runs import Interrupted, lines_of
+from ..training.runs import Interrupted, lines_of
 
 # A library with the few calls, which writes down how it was called and can be told to fail.
 LIBRARY = """

@@ -25,8 +25,8 @@ from avatarl.training.processes import Processes
 from avatarl.training.setup import Setup, set_up
 
 from ..fuzz.mutations import HOSTILE_TEXTS
-from .runs import SPENT, Interrupted, lines_of
-from .test_config import read_config
+from ..training.runs import SPENT, Interrupted, lines_of
+from ..training.test_config import read_config
 
 PAGES = ("README.md", "curve.svg")
 

@@ -22,7 +22,7 @@ from avatarl.run_dir.tensors import Held
 from avatarl.training import train
 from avatarl.training.processes import Processes
 
-from .runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
+from ..training.runs import Interrupted, assert_same_weights, contents_of, lines_of, weights_of
 
 
 def save(run: Path, step: int, keep_last: int = 2, keep_every: int | None = None, value: float = 0.0) -> Path:

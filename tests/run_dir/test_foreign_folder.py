@@ -22,7 +22,7 @@ from avatarl.run_dir.identity import ENVIRONMENT, FINISHED
 from avatarl.run_dir.tensors import HELD, SavedTensors
 from avatarl.training import TrainConfig, train
 
-from .runs import contents_of
+from ..training.runs import contents_of
 
 STEP = "step-00000004"
 EMBEDDING = "model.embed_tokens.weight"
