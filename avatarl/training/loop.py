@@ -151,7 +151,7 @@ def log_metrics(
     taken = means.pop("taken")
     seconds = time.monotonic() - clock
     tokens_per_second = (progress.tokens - progress.logged_tokens) / seconds
-    display.update(progress.step, tokens_per_second)
+    display.show_step(progress.step, tokens_per_second)
     if log:
         values = {
             **progress.spent,
