@@ -15,7 +15,8 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from avatarl import cli
-from avatarl.training import TrainConfig
+from avatarl.options import add_function, make_parser
+from avatarl.training import train
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "cluster"
@@ -58,9 +59,9 @@ TRAININGS = {name: words_after("train", words) for name, words in TORCHRUNS.item
 
 def train_options() -> set[str]:
     """The options of ``avatarl train``."""
-    parser = cli._parser("train")
-    parser.add_class_arguments(TrainConfig)
-    return {option for action in parser._actions for option in action.option_strings} | {"--config", "--resume"}
+    parser = make_parser("avatarl train", None)
+    add_function(parser, train, skip=cli.NOT_OPTIONS)
+    return {option for action in parser._actions for option in action.option_strings}
 
 
 def test_the_commands_are_found():

@@ -58,12 +58,12 @@ def finished(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Fi
     result, real = Finished(comparison, []), PlayerWithLoss.forward
 
     def do(job: Job) -> None:
-        def forward(self: PlayerWithLoss, input_ids: Tensor, *rest):
+        def forward(self: PlayerWithLoss, input_ids: Tensor, *rest, **options):
             if self.training:
                 weights = [weight.detach().clone() for weight in self.player.parameters()]
                 result.weights.setdefault(job.name, weights)
                 result.windows[job.name].append(input_ids.clone())
-            return real(self, input_ids, *rest)
+            return real(self, input_ids, *rest, **options)
 
         result.jobs[job.name] = job
         with pytest.MonkeyPatch.context() as patch:
