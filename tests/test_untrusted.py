@@ -254,7 +254,7 @@ def test_code_in_a_recipe_is_not_run(tmp_path: Path, monkeypatch, capsys):
     [
         (None, "recipe.yaml: no such file"),
         ("data: [d\nout:", r"recipe.yaml cannot be read \(while parsing"),
-        ("a: " + "[" * 5000, "recipe.yaml cannot be read"),
+        ("a: " + "[" * 1200, "recipe.yaml cannot be read"),
     ],
     ids=["missing", "torn", "deep"],
 )
