@@ -13,12 +13,15 @@ from typing import IO, Any
 from .errors import UserError
 
 LARGEST_CONFIG_BYTES = 1 << 24
+# A run that somebody else made holds a configuration too, and YAML can keep a parser busy without end.
+LARGEST_RECIPE_BYTES = 1 << 16
+DEEPEST_RECIPE = 20
+MOST_ALIASES = 20
 # Layers, heads, experts, labels: libraries make a Python object of each before they read a single weight.
 MOST_PARTS = 1 << 20
 # Text compresses to a third or a tenth of its size; gzip compresses zeros a thousandfold, other formats without limit.
 LEAST_UNPACKED_BYTES = 1 << 24
 MOST_EXPANSION = 100
-MOST_ALIASES = 20
 
 
 def read_regular_file(path: Path, most_bytes: int) -> bytes:
@@ -189,15 +192,25 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML file with PyYAML's safe loader.
 
     Raises:
-        UserError: There is no such file, or it cannot be read.
+        UserError: There is no such file, it cannot be read, or reading it would take without end.
     """
     import yaml
 
     if not os.path.isfile(path):
         raise UserError(f"config {path}: no such file; expected a recipe (YAML)")
     with refusing(f"config {path} cannot be read (", ")"):
-        text = Path(path).read_text(encoding="utf-8")
-        # Aliases of aliases double what the file holds, without end.
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)) > MOST_ALIASES:
-            raise ValueError(f"more than {MOST_ALIASES} aliases")
-        return yaml.safe_load(text)
+        content = read_regular_file(Path(path), LARGEST_RECIPE_BYTES).decode("utf-8")
+        collections: list[str | None] = []  # the anchor of each that is open
+        aliases = 0
+        for event in yaml.parse(content, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.CollectionStartEvent):
+                collections.append(event.anchor)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                collections.pop()
+            elif isinstance(event, yaml.AliasEvent):
+                aliases += 1
+                if aliases > MOST_ALIASES or any(collections):  # aliases of aliases multiply
+                    raise UserError(f"config {path} has too many aliases; write the settings out")
+            if len(collections) > DEEPEST_RECIPE:
+                raise UserError(f"config {path} is nested more than {DEEPEST_RECIPE} deep; expected settings by name")
+        return yaml.safe_load(content)

@@ -254,12 +254,22 @@ def test_code_in_a_recipe_is_not_run(tmp_path: Path, monkeypatch, capsys):
     [
         (None, "recipe.yaml: no such file"),
         ("data: [d\nout:", r"recipe.yaml cannot be read \(while parsing"),
-        ("a: " + "[" * 1200, "recipe.yaml cannot be read"),
+        ("a: " + "[" * 30 + "]" * 30, "recipe.yaml is nested more than 20 deep"),
+        ("a: " + "x" * 70_000, "recipe.yaml cannot be read .has 70003 bytes"),
+        ("a: &a 1\nb: [" + "*a, " * 30 + "]", "recipe.yaml has too many aliases"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "recipe.yaml has too many aliases"),
+        ("a: &a {b: *a}", "recipe.yaml has too many aliases"),
     ],
-    ids=["missing", "torn", "deep"],
+    ids=["missing", "torn", "deep", "long", "many aliases", "aliases of aliases", "an alias of itself"],
 )
 def test_a_yaml_file_that_is_none_is_named(tmp_path: Path, content: str | None, message: str):
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: *a\nc: {<<: *a, x: 2}\n")
+    both = {"x": 1, "y": [1, 2]}
+    assert read_yaml(tmp_path / "recipe.yaml") == {"a": both, "b": both, "c": {"x": 2, "y": [1, 2]}}

@@ -65,7 +65,8 @@ def test_a_run_is_shown_as_it_stands(tmp_path: Path, damage, said: str):
     [
         ("config.yaml", b"a: [", "config.yaml cannot be read (while parsing"),
         ("config.yaml", b"- a", "config.yaml holds ['a']; expected settings by name"),
-        ("config.yaml", b"a: &a {b: *a}", "config.yaml cannot be read"),
+        ("config.yaml", b"a: &a {b: *a}", "config.yaml has too many aliases"),
+        ("config.yaml", b"a: " + b"[" * 30 + b"]" * 30, "config.yaml is nested more than 20 deep"),
         ("config.yaml", b"a: 0x" + b"f" * 5000, "config.yaml cannot be read"),
         ("config.yaml", None, "has no config.yaml; expected a run folder"),
         ("metrics.jsonl", b"hello\n", "metrics.jsonl, line 1, is not a line of metrics"),
