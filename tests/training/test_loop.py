@@ -23,6 +23,7 @@ from avatarl.errors import RunFailed
 from avatarl.models import PlayerConfig, build_player
 from avatarl.objective import OBJECTIVES
 from avatarl.training import OptimConfig, TrainConfig, train
+from avatarl.training.loop import seed_dropout
 from avatarl.training.model import PlayerWithLoss
 from avatarl.training.validation import Validation
 
@@ -372,3 +373,29 @@ def test_the_player_of_a_run_is_a_critic_for_the_next(tiny_config, tmp_path: Pat
     one = train(tiny_config(tmp_path / "c", critic=str(tmp_path / "a" / "run"), steps=1), quiet=True)
     assert summary["critic_flops"] == 2 * one["critic_flops"]
     assert one["player_flops"] == 3 * one["critic_flops"]  # the same shape, forward alone
+
+
+# --- what one step depends on ---------------------------------------------------------------------------------------
+
+
+def test_a_line_of_metrics_averages_all_its_steps_whenever_checkpoints_are_written(tiny_config, tmp_path: Path):
+    """Sums since the last line are in the checkpoint, and go on from there."""
+    for every in (1, 3, 100):
+        settings = dict(objective="cross_entropy", checkpoint_every_steps=every, log_every_steps=4)
+        train(tiny_config(tmp_path / str(every), **settings), quiet=True)
+    expected = lines_of(tmp_path / "100" / "run")
+    for every in (1, 3):
+        for found, line in zip(lines_of(tmp_path / str(every) / "run"), expected, strict=True):
+            assert found.pop("event") == line["event"]
+            assert found == pytest.approx({name: line[name] for name in found}, rel=1e-6)
+
+
+def test_dropout_depends_on_seed_step_and_process_and_on_nothing_else():
+    def drawn(seed: int, step: int, rank: int) -> tuple[float, ...]:
+        seed_dropout(seed, step, rank)
+        return tuple(torch.rand(3).tolist())
+
+    keys = [(seed, step, rank) for seed in (1, 2) for step in (1, 2) for rank in (0, 1)]
+    draws = [drawn(*key) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert [drawn(*key) for key in reversed(keys)] == draws[::-1]
