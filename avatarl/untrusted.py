@@ -98,6 +98,11 @@ def require_unicode(setting: str, path: str | Path) -> None:
 def check_place(out: Path) -> None:
     """Refuse a folder that cannot be made, before any work: a link to nothing, or a place below a file."""
     require_unicode("out", out)
+    try:
+        os.lstat(out)
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # a name that is too long
+            raise UserError(f"out is {out}, which cannot be made ({error.strerror}); expected a folder") from error
     if os.path.islink(out) and not os.path.exists(out):
         raise UserError(f"out is {out}, a link to what does not exist; expected a folder, or a name that is free")
     above = next((folder for folder in out.parents if os.path.lexists(folder)), out)

@@ -94,6 +94,16 @@ def test_a_link_to_nothing_is_refused(commands, tmp_path: Path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("command", ["prepare", "critic cache", "train", "compare", "demo"])
+def test_a_name_that_is_too_long_is_refused(commands, tmp_path: Path, monkeypatch, capsys, command: str):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert main([*commands[command], "--out", "x" * 300]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("avatarl: out is xxx") and "which cannot be made (File name too long)" in line
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["prepare", "critic cache", "train", "compare", "demo"])
 def test_a_file_in_the_way_is_refused(commands, tmp_path: Path, monkeypatch, capsys, command: str):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
