@@ -46,7 +46,9 @@ def no_process_is_left() -> Iterator[None]:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("kind, prefix", [("parquet", "hub:"), ("jsonl", "hub:"), ("jsonl", "")])
+@pytest.mark.parametrize(
+    "kind, prefix", [("parquet", "hub:"), pytest.param("jsonl", "hub:", marks=pytest.mark.slow), ("jsonl", "")]
+)
 def test_the_prepared_folder_is_the_same_for_any_number_of_processes(tmp_path: Path, monkeypatch, kind, prefix):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = f"{prefix}{write_shards(tmp_path / 'set', kind)}"
