@@ -179,9 +179,6 @@ RECIPE_TYPOS = (
 )
 
 
-NOT_YET = [pytest.param(name, marks=pytest.mark.xfail(name == "train", reason="modules to come")) for name in COMMANDS]
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_mistakes_are_answered_without_torch(command: str, tmp_path: Path):
     required = {"prepare": ["a"], "generate": ["m"], "evaluate": ["m"], "report": ["r"], "play": ["r"], "push": ["m"]}

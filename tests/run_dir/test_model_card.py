@@ -47,7 +47,7 @@ def copied(finished, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def assembly(finished) -> Setup:
+def setup(finished) -> Setup:
     """The parts of the run."""
     return set_up(finished[0], Processes.of_this_run())
 
@@ -157,12 +157,12 @@ def with_manifest(parts: Setup, **entries) -> Setup:
 @pytest.mark.parametrize(
     "text", [*HOSTILE_TEXTS, "a\n---\n# Heading", "```\n\n# Heading"], ids=lambda text: ascii(text)[:30]
 )
-def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
-    hostile = with_manifest(assembly, sources=[text, {"a": [1]}], tokenizer=text)
+def test_nothing_from_outside_leaves_its_place(setup: Setup, text: str):
+    hostile = with_manifest(setup, sources=[text, {"a": [1]}], tokenizer=text)
     hostile.config, hostile.critics = dataclasses.replace(hostile.config, out=text), [Critic(text)]
     (plain_front, plain), (front, page) = (
         card_of_player(parts, {**EVALUATION, name: 1.0}).split("\n---\n", maxsplit=1)
-        for parts, name in ((assembly, "metric"), (hostile, text))
+        for parts, name in ((setup, "metric"), (hostile, text))
     )
     assert not OBEYED.search(front + page)
     assert page.count("\n") == plain.count("\n")
@@ -170,14 +170,14 @@ def test_nothing_from_outside_leaves_its_place(assembly: Setup, text: str):
     assert ModelCard(f"{front}\n---\n{page}").text.strip() == page.strip()
 
 
-def test_a_long_list_of_sources_is_cut(assembly: Setup):
-    card = card_of_player(with_manifest(assembly, sources=list("abcdefg")), EVALUATION)
+def test_a_long_list_of_sources_is_cut(setup: Setup):
+    card = card_of_player(with_manifest(setup, sources=list("abcdefg")), EVALUATION)
     assert "\n| data | `a`, `b`, `c`, `d`, `e` and 2 more |\n" in card
 
 
-def test_a_recipe_cannot_leave_its_fence(assembly: Setup):
+def test_a_recipe_cannot_leave_its_fence(setup: Setup):
     critics = ["````\n# Heading", "\n```\n"]
-    parts = dataclasses.replace(assembly, config=dataclasses.replace(assembly.config, critic=critics))
+    parts = dataclasses.replace(setup, config=dataclasses.replace(setup.config, critic=critics))
     card = card_of_player(parts, EVALUATION)
     assert yaml.safe_load(recipe_of(card))["critic"] == critics
     assert card.endswith("\n`````\n")
