@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+import avatarl
+
+PACKAGE = Path(avatarl.__file__).parent
 LIBRARIES = ("avatarl", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -37,7 +40,7 @@ def describe_environment(device: torch.device, precision: str, process_count: in
 
 def _git_revision() -> str | None:
     """The revision of the source tree this package runs from; None for an installed one."""
-    root = Path(__file__).parents[3]
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
